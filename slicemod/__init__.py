@@ -1,0 +1,26 @@
+"""slicemod: exact attention in slices that fit a memory budget, for latent-diffusion UNets."""
+
+from slicemod.adapters import compvis, diffusers  # noqa: F401 - each registers its host
+from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.budget import free_memory
+from slicemod.plan import NotEnoughMemoryError, SlicePlan, plan_slices
+from slicemod.shapes import AttentionShape
+from slicemod.slice_config import SliceConfig
+from slicemod.sliced import sliced_attention
+from slicemod.swap import SwapReport, restore_attention, swap_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionShape",
+    "MemoryAwareCrossAttention",
+    "NotEnoughMemoryError",
+    "SliceConfig",
+    "SlicePlan",
+    "SwapReport",
+    "free_memory",
+    "plan_slices",
+    "restore_attention",
+    "sliced_attention",
+    "swap_attention",
+]

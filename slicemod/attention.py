@@ -1,0 +1,150 @@
+"""MemoryAwareCrossAttention: the CrossAttention of latent-diffusion UNets, computed in slices that fit a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from slicemod.plan import SlicePlan
+from slicemod.slice_config import SliceConfig
+from slicemod.sliced import planned_attention
+
+
+class MemoryAwareCrossAttention(nn.Module):
+    """Multi-head attention of `x` to `context`, or to itself.
+
+    Drop-in for CrossAttention of CompVis LDM and Stability sgm: the same arguments, parameters (`to_q.weight`,
+    `to_k.weight`, `to_v.weight`, `to_out.0.weight`, `to_out.0.bias`) and results.
+
+    Args:
+        query_dim: channels `C` of `x` and of the output.
+        context_dim: channels of `context`; `query_dim` when left out.
+        heads: number of heads `H`.
+        dim_head: size `D` of a head.
+        dropout: probability of dropping an output channel after the last projection.
+        slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
+
+    Raises:
+        ValueError: a field of `slicing` has none of its accepted values.
+
+    >>> layer = MemoryAwareCrossAttention(32, heads=2, dim_head=16, slicing={"budget": "1MiB", "policy": "exact"})
+    >>> layer(torch.zeros(1, 7, 32)).shape
+    torch.Size([1, 7, 32])
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        *,
+        slicing: SliceConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        inner_dim = heads * dim_head
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.dim_head = dim_head
+        self.scale = dim_head**-0.5
+        self.slicing = SliceConfig.of(slicing)
+        self.plan: SlicePlan | None = None  # of the last eager call
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        additional_tokens: Tensor | None = None,
+        n_times_crossframe_attn_in_self: int = 0,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: `(B, N, C)`.
+            context: `(B, M, context_dim)`; `x` when left out.
+            mask: bool `(B, ...)` with `M` elements per item, True for the keys to look at, as in CompVis LDM (an
+                item without any looks at all alike); or what `F.scaled_dot_product_attention` takes, `(N, M)` or
+                `(B, H, N, M)`, as in Stability sgm. A mask that could be either is LDM's.
+            additional_tokens: `(B, T, C)`, put before `x` and cut off the output.
+            n_times_crossframe_attn_in_self: every so many items of the batch share the key and value of the first.
+
+        Returns:
+            `(B, N, C)`.
+
+        Raises:
+            NotEnoughMemoryError: no plan fits the budget.
+            ValueError: a mask or a batch that does not fit.
+        """
+        own_tokens = x.shape[1]
+        if additional_tokens is not None:
+            x = torch.cat([additional_tokens, x], dim=1)
+        context = x if context is None else context
+        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        if n_times_crossframe_attn_in_self:
+            key = _first_of_each(key, n_times_crossframe_attn_in_self)
+            value = _first_of_each(value, n_times_crossframe_attn_in_self)
+        query, key, value = (rearrange(tensor, "b n (h d) -> b h n d", h=self.heads) for tensor in (query, key, value))
+        if mask is not None and _is_key_mask(mask, key):
+            query, mask = _apply_key_mask(query, mask)
+        output = attend(self, query, key, value, mask, self.slicing, self.scale)
+        output = rearrange(output, "b h n d -> b n (h d)")
+        out: Tensor = self.to_out(output[:, -own_tokens:])
+        return out
+
+    def extra_repr(self) -> str:
+        plan = "" if self.plan is None else f", plan: {self.plan}"
+        return f"heads={self.heads}, dim_head={self.dim_head}, {self.slicing}{plan}"
+
+
+def attend(
+    owner: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    slicing: SliceConfig,
+    scale: float,
+) -> Tensor:
+    """`sliced_attention` for a layer, which is left the plan as its attribute `plan`.
+
+    Not while it is traced for compilation: there the plan is a constant of the graph.
+    """
+    output, plan = planned_attention(query, key, value, mask, scale=scale, slicing=slicing)
+    if not torch.compiler.is_compiling():
+        owner.plan = plan
+    return output
+
+
+def _first_of_each(tensor: Tensor, times: int) -> Tensor:
+    """`(B, M, C)` with every run of `times` items replaced by its first; as in arXiv 2303.13439."""
+    if tensor.shape[0] % times:
+        raise ValueError(
+            f"n_times_crossframe_attn_in_self: expected a divisor of the batch, {tensor.shape[0]}; got {times}. "
+            "Pass the number of frames of one video."
+        )
+    return repeat(tensor[::times], "b m c -> (b times) m c", times=times)
+
+
+def _is_key_mask(mask: Tensor, key: Tensor) -> bool:
+    batch, _, keys, _ = key.shape
+    return mask.dtype == torch.bool and mask.shape[0] == batch and mask.numel() == batch * keys
+
+
+def _apply_key_mask(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Query and SDPA mask `(B, 1, 1, M)` that give what LDM's finite fill value gives.
+
+    An item that masks all its keys looks at all of them alike, which it does as well with a query of zeros.
+    """
+    mask = rearrange(mask, "b ... -> b 1 1 (...)")
+    any_key = mask.any(-1, keepdim=True)  # (B, 1, 1, 1)
+    return query * any_key, mask | ~any_key

@@ -1,0 +1,1 @@
+"""Measuring: what attention costs in memory and time on this machine."""

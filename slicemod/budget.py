@@ -1,0 +1,163 @@
+"""Memory budgets: "2GiB", a fraction or "auto" in bytes, and the one place that reads what a device has free."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ACCEPTED_BUDGETS = '"auto", bytes such as 536870912, a size such as "512MiB" or "2GB", or a fraction such as 0.25'
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+_UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|[KMGT]i?B)")
+
+# cgroup v1 writes "no limit" as the largest page-aligned 63-bit int.
+_CGROUP_V1_UNLIMITED = 1 << 62
+
+
+def parse_budget(budget: object, available: int | None = None) -> int | float:
+    """Bytes of `budget`, or the fraction itself when `available` bytes are not given and it needs them.
+
+    >>> parse_budget("512MiB"), parse_budget("2GB"), parse_budget(0.25, available=1000)
+    (536870912, 2000000000, 250)
+
+    Raises:
+        ValueError: `budget` has none of the accepted forms, or is not positive.
+    """
+    refusal = ValueError(f"budget: expected {ACCEPTED_BUDGETS}; got {budget!r}. Write it in one of these forms.")
+    if budget == "auto":
+        budget = 1.0
+    if isinstance(budget, str):
+        match = _SIZE.fullmatch(budget.strip())
+        if match is None or ("." in match[1] and not match[2]):
+            raise refusal
+        size = int(float(match[1]) * _UNITS[match[2]])
+        if size < 1:
+            raise refusal
+        return size
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise refusal
+    if isinstance(budget, int):
+        if budget < 1:
+            raise refusal
+        return budget
+    if not 0.0 < budget <= 1.0:  # also refuses NaN
+        raise refusal
+    return budget if available is None else int(budget * available)
+
+
+def budget_bytes(budget: int | float | str, device: torch.device) -> int:
+    """Bytes that `budget` allows on `device`; reads the free memory only where the budget refers to it.
+
+    Raises:
+        ValueError: `budget` has none of the accepted forms.
+        RuntimeError: the budget refers to free memory and the device has no probe for it.
+    """
+    parsed = parse_budget(budget)
+    return parsed if isinstance(parsed, int) else int(parsed * free_memory(device))
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can still be allocated on `device`.
+
+    cuda, ROCm, xpu and other accelerators: what the driver has free plus what PyTorch's cache holds unused.
+    mps: the recommended working set less what the driver has allocated. cpu: the smallest of available RAM, the
+    headroom of every cgroup (v1 and v2) the process is in, and the headroom under `RLIMIT_AS`.
+
+    Raises:
+        RuntimeError: there is no probe for the device; name a budget in bytes instead.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _free_cpu_memory()
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    backend: Any = getattr(torch, device.type, None)
+    if not hasattr(backend, "mem_get_info") or not hasattr(backend, "memory_stats"):
+        raise RuntimeError(_no_probe(str(device)))
+    stats = backend.memory_stats(device)
+    cached = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
+    return int(backend.mem_get_info(device)[0] + cached)
+
+
+def _no_probe(device: str) -> str:
+    return (
+        f"free_memory: no way to read the free memory of {device!r} on {sys.platform}; expected a device that "
+        'reports it. Name a budget in bytes instead, such as SliceConfig(budget="2GiB").'
+    )
+
+
+def _free_cpu_memory() -> int:
+    if sys.platform == "darwin":
+        return _macos_available()
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError(_no_probe("cpu"))
+    import resource  # POSIX only
+
+    readings = [_ram_available(Path("/proc/meminfo"))]
+    readings += cgroup_headrooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        readings.append(limit - pages * resource.getpagesize())
+    return max(0, min(readings))
+
+
+def _ram_available(meminfo: Path) -> int:
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(_no_probe("cpu"))
+
+
+def _macos_available() -> int:
+    """Free, inactive, speculative and purgeable pages, as macOS's own `vm_stat` counts them."""
+    text = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, check=True).stdout
+    page = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", text)
+    if page is None or not pages:
+        raise RuntimeError(_no_probe("cpu"))
+    return int(page[1]) * sum(map(int, pages))
+
+
+def cgroup_headrooms(membership: Path, mount: Path) -> list[int]:
+    """Bytes left under the memory limit of every cgroup v1 and v2 ancestor that has one.
+
+    Args:
+        membership: the process's list of cgroups, `/proc/self/cgroup`.
+        mount: where cgroups are mounted, `/sys/fs/cgroup`.
+
+    Page cache that the kernel can drop (`inactive_file`) counts as free.
+    """
+    headrooms: list[int] = []
+    if not membership.exists():
+        return headrooms
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cache = mount, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            if root not in (folder, *folder.parents):
+                break
+            if (folder / limit).exists() and (folder / usage).exists():
+                most = (folder / limit).read_text().strip()
+                if most != "max" and int(most) < _CGROUP_V1_UNLIMITED:
+                    used = int((folder / usage).read_text()) - _cgroup_stat(folder / "memory.stat", cache)
+                    headrooms.append(int(most) - used)
+    return headrooms
+
+
+def _cgroup_stat(stat: Path, key: str) -> int:
+    if not stat.exists():
+        return 0
+    found = re.search(rf"^{key} (\d+)$", stat.read_text(), flags=re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -1,0 +1,74 @@
+"""The command `slicemod`: a table of subcommands, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from slicemod import NotEnoughMemoryError
+from slicemod.training.errors import UserError
+
+
+class Command(NamedTuple):
+    """Where a subcommand's ``run(arguments) -> exit status`` lives, and its line in `slicemod --help`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "fit": Command("slicemod.training.fit_command", "train or fine-tune what a YAML file describes"),
+    "validate": Command("slicemod.training.fit_command", "measure a checkpoint on the validation split"),
+    "sample": Command("slicemod.training.sample_command", "draw images from a checkpoint"),
+    "export": Command("slicemod.training.export_command", "write a checkpoint in diffusers' folder layout"),
+}
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is the shell's for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        arguments: the subcommand's name and its arguments; None takes ``sys.argv[1:]``.
+
+    Returns:
+        The exit status: 0, 2 for bad input (one paragraph on stderr says what) or 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if given else sys.stderr)
+        return 0 if given else BAD_INPUT
+    name = given[0]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"there is no command {name!r}: expected one of {', '.join(COMMANDS)}.")
+        status: int = import_module(COMMANDS[name].module).run(given)
+        return status
+    except (UserError, NotEnoughMemoryError) as error:
+        print(f"slicemod {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"slicemod {name}: interrupted, no checkpoint was written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: slicemod COMMAND ...",
+            "",
+            "Attention in slices that fit a memory budget, for latent-diffusion UNets.",
+            "",
+            *lines,
+            "",
+            "`slicemod COMMAND --help` says more.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

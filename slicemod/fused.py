@@ -1,0 +1,86 @@
+"""PyTorch's fused attention: when it is certain to run, and running it so that nothing else can."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# "math" is left out: it would materialise the scores that a plan promises not to.
+_FUSED_BACKENDS = {
+    "cpu": [SDPBackend.FLASH_ATTENTION],
+    "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+}
+
+
+def fused_obstacle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> str | None:
+    """Why `F.scaled_dot_product_attention` would not run a fused kernel on these inputs, or None if it would.
+
+    Args: as there, with the inputs as they came.
+
+    The conditions are those of ATen/native/transformers/sdp_utils_cpp.cpp for the CPU; on CUDA and ROCm PyTorch
+    answers itself. Devices whose choice cannot be known beforehand count as obstacles.
+    """
+    device = query.device.type
+    if device not in _FUSED_BACKENDS:
+        return f"it is not known whether PyTorch runs a fused kernel on {device!r}"
+    if query.dim() != 4:
+        return f"fused kernels want 4 dimensions (B, H, N, D), and query has {query.dim()}"
+    if key.shape[0] != query.shape[0] or value.shape[0] != query.shape[0]:
+        return "fused kernels want the same batch for query, key and value"
+    if not enable_gqa and (key.shape[1] != query.shape[1] or value.shape[1] != query.shape[1]):
+        return "fused kernels want the same heads for query, key and value"
+    if query.shape[-1] != value.shape[-1]:
+        return f"fused kernels want values as wide as queries, got {value.shape[-1]} and {query.shape[-1]}"
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        return "fused kernels want the last dimension contiguous"
+    if attn_mask is not None and (obstacle := _mask_obstacle(attn_mask, query)) is not None:
+        return obstacle
+    if device == "cpu":
+        return f"the CPU's fused kernel has no dropout, and dropout_p is {dropout_p}" if dropout_p > 0 else None
+    params = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if (
+        torch.backends.cuda.can_use_flash_attention(params)
+        or torch.backends.cuda.can_use_efficient_attention(params)
+        or torch.backends.cuda.can_use_cudnn_attention(params)
+    ):
+        return None
+    return "PyTorch has no fused CUDA kernel for these sizes, this dtype or this GPU"
+
+
+def _mask_obstacle(attn_mask: Tensor, query: Tensor) -> str | None:
+    if attn_mask.dim() not in (2, 4):
+        return f"fused kernels want a mask of 2 or 4 dimensions, got {attn_mask.dim()}"
+    if attn_mask.dtype not in (torch.bool, query.dtype):
+        return f"fused kernels want a mask of bool or {query.dtype}, got {attn_mask.dtype}"
+    if attn_mask.requires_grad and torch.is_grad_enabled():
+        return "fused kernels give the mask no gradient"
+    return None
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` by a fused kernel; arguments as there, `(B, H, N, D)` in and out.
+
+    Raises:
+        RuntimeError: PyTorch has no fused kernel for these inputs after all.
+    """
+    with sdpa_kernel(_FUSED_BACKENDS[query.device.type]):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )

@@ -1,0 +1,348 @@
+"""The sliced kernel: plain matrix products, a turn of heads by rows at a time, in one reused workspace.
+
+    scores = scale * query key^T + mask,   weights = softmax(scores),   output = dropout(weights) value
+
+The backward pass computes the weights of a turn again from query and key, so that nothing outlives its turn. Fresh
+buffers would cost more in page faults than the arithmetic does, so every product writes into a tile of the
+workspace, or straight into its place in the output.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod.shapes import AttentionShape, MaskShape, Tiles
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of the kernel computes besides its tensors, and in what slices.
+
+    `heads` and `rows` are those of a slice of the plan; `seed` draws the dropout of every pass anew.
+    """
+
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    upcast: bool
+    heads: int
+    rows: int
+    seed: Tensor | None
+
+
+def attention_sizes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout_p: float,
+    is_causal: bool,
+    upcast: bool,
+) -> tuple[Any, ...]:
+    """The arguments of `AttentionShape` for query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)`.
+
+    Plain ints and bools, also while a graph is traced: there a symbolic size becomes a constant, as the number of
+    slices depends on it. The mask, 4-D, comes as the arguments of `MaskShape`.
+    """
+    has_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    return (
+        *(index(size) for size in query.shape[:3]),
+        index(key.shape[2]),
+        index(query.shape[3]),
+        query.element_size(),
+        index(value.shape[3]),
+        index(key.shape[1]),
+        upcast,
+        is_causal,
+        dropout_p > 0,
+        not (_product_reads(key) and _product_reads(value)),
+        None if mask is None else (*(index(size) for size in mask.shape), mask.dtype == torch.bool, has_grad),
+    )
+
+
+def attention_shape(sizes: tuple[Any, ...]) -> AttentionShape:
+    """The shape of `attention_sizes`."""
+    *plain, mask = sizes
+    return replace(AttentionShape(*plain), mask=None if mask is None else MaskShape(*mask))
+
+
+def _product_reads(matrices: Tensor) -> bool:
+    """A matrix product takes these strides as they are, row- or column-major."""
+    rows, columns = matrices.stride()[-2:]
+    return (columns == 1 and rows >= matrices.shape[-1]) or (rows == 1 and columns >= matrices.shape[-2])
+
+
+def empty_heads(like: Tensor, width: int) -> Tensor:
+    """Empty `(B, H, N, width)` laid out as `(B, N, H, width)`, so that a layer merges its heads without a copy."""
+    batch, heads, tokens, _ = like.shape
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+class _Workspace:
+    """One allocation, carved into tiles; a turn takes the part of a tile that it fills."""
+
+    def __init__(self, sizes: dict[str, int], like: Tensor, dtype: torch.dtype) -> None:
+        buffer = torch.empty(sum(sizes.values()), dtype=dtype, device=like.device)
+        self._tiles = dict(zip(sizes, torch.split(buffer, list(sizes.values())), strict=True))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tiles
+
+    def tile(self, name: str, *sizes: int) -> Tensor:
+        return self._tiles[name][: math.prod(sizes)].view(sizes)
+
+
+class _Kernel:
+    """The parts that both passes share: which turns there are, and the weights of one."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        call: Call,
+        *,
+        mask_grad: bool = False,
+    ) -> None:
+        self.query, self.key, self.value, self.mask, self.call = query, key, value, mask, call
+        sizes = attention_sizes(
+            query, key, value, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, upcast=call.upcast
+        )
+        self.shape = attention_shape(sizes)
+        if self.shape.mask is not None:
+            self.shape = replace(self.shape, mask=replace(self.shape.mask, has_grad=mask_grad))
+        self.tiles = Tiles(self.shape, self.shape.heads_at_once(call.heads), max(1, min(call.rows, query.shape[2])))
+        self.dtype = torch.float32 if self.tiles.converts else query.dtype
+        self.space: _Workspace
+        self.generator: torch.Generator | None = None
+
+    def allocate(self, sizes: dict[str, int]) -> None:
+        self.space = _Workspace(sizes, self.query, self.dtype)
+        if self.call.seed is not None:
+            self.generator = torch.Generator(self.query.device).manual_seed(int(self.call.seed))
+
+    def key_turns(self) -> Iterator[tuple[int, slice, list[slice]]]:
+        """Batch item, key heads, and the ranges of query heads that read these: what shares loaded keys."""
+        group, at_once = self.shape.group, self.tiles.heads
+        width = max(group, at_once)
+        for item in range(self.shape.batch):
+            for first in range(0, self.shape.heads, width):
+                last = min(first + width, self.shape.heads)
+                heads = [slice(start, min(start + at_once, last)) for start in range(first, last, at_once)]
+                yield item, slice(first // group, last // group), heads
+
+    def row_turns(self) -> Iterator[slice]:
+        for first in range(0, self.shape.queries, self.tiles.rows):
+            yield slice(first, min(first + self.tiles.rows, self.shape.queries))
+
+    def load(self, name: str, matrices: Tensor, item: int, key_heads: slice) -> Tensor:
+        """Key or value of some heads, `(key heads, M, D)`, in the dtype of the scores."""
+        source = matrices[item, key_heads]
+        return self.space.tile(name, *source.shape).copy_(source) if name in self.space else source
+
+    def scaled_query(self, item: int, heads: slice, rows: slice) -> Tensor:
+        source = self.query[item, heads, rows]
+        return self.space.tile("query", *source.shape).copy_(source).mul_(self.call.scale)  # (h, r, D)
+
+    def weights(self, query: Tensor, key: Tensor, item: int, heads: slice, rows: slice) -> Tensor:
+        """Softmax of the scores of one turn, `(h, r, keys)`, before dropout."""
+        scores = self.space.tile("scores", query.shape[0], query.shape[1], key.shape[1])
+        torch.bmm(_grouped(query, key), key.transpose(1, 2), out=_grouped(scores, key))
+        if self.call.is_causal:
+            future = self.space.tile("mask", *scores.shape[1:])
+            scores.add_(future.fill_(-math.inf).triu_(rows.start + 1))
+        if self.mask is None:
+            return torch.softmax(scores, -1, out=scores)
+        scores.add_(self._additive(self.mask, item, heads, rows))
+        maximum = self.space.tile("row_maximum", *scores.shape[:2], 1)
+        dead_rows = torch.amax(scores, -1, keepdim=True, out=maximum) == -math.inf
+        # A row without a key has no weights, as in PyTorch's SDPA; its softmax is 0 / 0.
+        return torch.softmax(scores, -1, out=scores).masked_fill_(dead_rows, 0)
+
+    def _additive(self, mask: Tensor, item: int, heads: slice, rows: slice) -> Tensor:
+        part = _mask_part(mask, item, heads, rows)
+        if part.dtype != torch.bool:
+            return part
+        # Adding -inf, rather than writing it, sends NaN and inf of the scores where SDPA sends them.
+        return self.space.tile("mask", *part.shape).fill_(-math.inf).masked_fill_(part, 0)
+
+    def draw(self, weights: Tensor) -> Tensor:
+        """Dropout's factor for each weight: 0, or 1 / (1 - p)."""
+        factor = self.space.tile("dropout", *weights.shape)
+        keep = 1 - self.call.dropout_p
+        return factor.bernoulli_(keep, generator=self.generator).div_(keep) if keep > 0 else factor.zero_()
+
+    def keys_seen(self, rows: slice) -> int:
+        """Keys that any of these rows may look at."""
+        return min(self.shape.keys, rows.stop) if self.call.is_causal else self.shape.keys
+
+
+def _grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
+    """`(heads, r, .)` of a tile as `(key heads, heads per key head * r, .)`: one product per key head."""
+    heads, rows, width = per_query_head.shape
+    if heads == key.shape[0]:
+        return per_query_head
+    return per_query_head.view(key.shape[0], heads // key.shape[0] * rows, width)
+
+
+def _mask_part(mask: Tensor, item: int, heads: slice, rows: slice) -> Tensor:
+    """The part of a 4-D mask that concerns a turn, `(h or 1, r or 1, M or 1)`."""
+    whole = slice(None)
+    return mask[
+        item if mask.shape[0] > 1 else 0,
+        heads if mask.shape[1] > 1 else whole,
+        rows if mask.shape[2] > 1 else whole,
+    ]
+
+
+def math_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call, *, keep_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)`; `Hk` divides `H`.
+
+    Returns:
+        The output `(B, H, N, Dv)`, and the weights `(B, H, N, M)` before dropout if they are to be kept, else an
+        empty tensor.
+    """
+    kernel = _Kernel(query, key, value, mask, call)
+    kernel.allocate(kernel.tiles.forward)
+    output = empty_heads(query, value.shape[3])
+    kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=kernel.dtype)
+    for item, key_heads, head_ranges in kernel.key_turns():
+        keys = kernel.load("key", key, item, key_heads)
+        values = kernel.load("value", value, item, key_heads)
+        for heads in head_ranges:
+            for rows in kernel.row_turns():
+                seen = kernel.keys_seen(rows)
+                part = kernel.scaled_query(item, heads, rows)
+                weights = kernel.weights(part, keys[:, :seen], item, heads, rows)
+                if keep_weights:
+                    kept[item, heads, rows, :seen].copy_(weights)
+                if call.dropout_p > 0:
+                    weights.mul_(kernel.draw(weights))
+                place = output[item, heads, rows]  # (h, r, Dv)
+                tile = kernel.space.tile("output", *place.shape) if kernel.tiles.stages else place
+                torch.bmm(_grouped(weights, keys), values[:, :seen], out=_grouped(tile, keys))
+                if kernel.tiles.stages:
+                    place.copy_(tile)
+    return output, kept
+
+
+def kept_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    """`(B, H, N, M)`."""
+    return query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+
+
+def math_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kept: Tensor,
+    call: Call,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and mask: those that `needs` names, empty tensors for the others.
+
+    With `P` the weights, `R` the dropout factors and `G` the gradient of the output, per row:
+    `dV = (P R)^T G`, `dP = (G V^T) R`, `dS = P (dP - sum(P dP))`, `dQ = scale dS K`, `dK = dS^T (scale Q)`.
+    Gradients of key and value are summed over the slices in the dtype of the scores, float32 for upcast ones.
+    """
+    need_query, need_key, need_value, need_mask = needs
+    kernel = _Kernel(query, key, value, mask, call, mask_grad=need_mask)
+    kernel.allocate(kernel.tiles.backward)
+    grad_query, grad_key, grad_value, grad_mask = empty_gradients(query, key, value, mask, needs)
+    if need_mask and kernel.tiles.converts:
+        grad_mask = grad_mask.to(kernel.dtype)
+    grad_mask.zero_()
+    for item, key_heads, head_ranges in kernel.key_turns():
+        keys = kernel.load("key", key, item, key_heads)
+        values = kernel.load("value", value, item, key_heads)
+        key_sum = _accumulator(kernel, "grad_key", grad_key, item, key_heads) if need_key else None
+        value_sum = _accumulator(kernel, "grad_value", grad_value, item, key_heads) if need_value else None
+        for heads in head_ranges:
+            for rows in kernel.row_turns():
+                seen = kernel.keys_seen(rows)
+                part = kernel.scaled_query(item, heads, rows)
+                source = grad_output[item, heads, rows]
+                grad_part = kernel.space.tile("output", *source.shape).copy_(source)
+                if kept.numel():
+                    stored = kept[item, heads, rows, :seen]
+                    weights = kernel.space.tile("scores", *stored.shape).copy_(stored)
+                else:
+                    weights = kernel.weights(part, keys[:, :seen], item, heads, rows)
+                grad_weights = kernel.space.tile("grad_scores", *weights.shape)
+                factor = kernel.draw(weights) if call.dropout_p > 0 else None
+                if value_sum is not None:
+                    dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
+                    value_sum[:, :seen].baddbmm_(_grouped(dropped, keys).transpose(1, 2), _grouped(grad_part, keys))
+                if not (need_query or need_key or need_mask):
+                    continue
+                torch.bmm(
+                    _grouped(grad_part, keys),
+                    values[:, :seen].transpose(1, 2),
+                    out=_grouped(grad_weights, keys),
+                )
+                if factor is not None:
+                    grad_weights.mul_(factor)
+                grad_scores = torch.ops.aten._softmax_backward_data.out(
+                    grad_weights, weights, -1, kernel.dtype, grad_input=grad_weights
+                )
+                if need_query:
+                    place = grad_query[item, heads, rows]  # (h, r, D)
+                    tile = kernel.space.tile("grad_query", *place.shape) if kernel.tiles.stages else place
+                    torch.bmm(_grouped(grad_scores, keys), keys[:, :seen], out=_grouped(tile, keys))
+                    tile.mul_(call.scale)
+                    if kernel.tiles.stages:
+                        place.copy_(tile)
+                if key_sum is not None:
+                    key_sum[:, :seen].baddbmm_(_grouped(grad_scores, keys).transpose(1, 2), _grouped(part, keys))
+                if need_mask and mask is not None:
+                    _add_mask_gradient(kernel, grad_mask, grad_scores, item, heads, rows)
+        if kernel.tiles.converts and key_sum is not None:
+            grad_key[item, key_heads].copy_(key_sum)
+        if kernel.tiles.converts and value_sum is not None:
+            grad_value[item, key_heads].copy_(value_sum)
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_mask.to(mask.dtype) if need_mask and mask is not None else grad_mask,
+    )
+
+
+def empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of those tensors that need one, else tensors without elements."""
+    grads = [
+        empty_heads(tensor, tensor.shape[3]) if needed else tensor.new_empty(0)
+        for tensor, needed in zip((query, key, value), needs, strict=False)
+    ]
+    grad_mask = mask.new_empty(mask.shape) if needs[3] and mask is not None else query.new_empty(0)
+    return grads[0], grads[1], grads[2], grad_mask
+
+
+def _accumulator(kernel: _Kernel, name: str, gradient: Tensor, item: int, key_heads: slice) -> Tensor:
+    """Where the slices sum the gradient of some key heads: its place, or a tile in the dtype of the scores."""
+    place = gradient[item, key_heads]
+    return (kernel.space.tile(name, *place.shape) if kernel.tiles.converts else place).zero_()
+
+
+def _add_mask_gradient(
+    kernel: _Kernel, grad_mask: Tensor, grad_scores: Tensor, item: int, heads: slice, rows: slice
+) -> None:
+    part = _mask_part(grad_mask, item, heads, rows)
+    broadcast = [axis for axis in range(3) if part.shape[axis] != grad_scores.shape[axis]]
+    if broadcast:
+        summed = kernel.space.tile("mask", *part.shape)
+        grad_scores = torch.sum(grad_scores, broadcast, keepdim=True, out=summed)
+    part.add_(grad_scores)

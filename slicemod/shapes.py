@@ -1,0 +1,278 @@
+"""Sizes of one attention call, and what each way to compute it allocates: plain ints, no tensors.
+
+`Tiles` is the workspace of the sliced kernel. The planner adds its tiles up and the kernel allocates the same tiles:
+one list serves both, so that a plan cannot promise other bytes than the loop takes.
+"""
+
+import math
+from dataclasses import dataclass
+
+# The block sizes of PyTorch's CPU flash kernel (ATen/native/cpu/FlashAttentionKernel.cpp): rows of queries by the
+# query count, and columns of keys.
+_FLASH_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
+_FLASH_KEY_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """Sizes of an attention mask as it was given, before broadcasting, each 1 or the size of the scores.
+
+    `is_bool` masks are laid out as an additive tile per slice. A mask that `has_grad` gets a gradient, summed over
+    the dimensions it is broadcast along.
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    is_bool: bool = False
+    has_grad: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Elements of the whole mask."""
+        return self.batch * self.heads * self.queries * self.keys
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one attention call.
+
+    Args:
+        batch: batch items `B`.
+        heads: query heads `H`.
+        queries: query tokens `N`.
+        keys: key tokens `M`.
+        head_dim: size `D` of one head's queries and keys.
+        itemsize: bytes per element of query, key and value.
+        value_dim: size `Dv` of one head's values; `head_dim` when left out.
+        key_heads: heads of key and value, a divisor of `heads` (grouped-query attention); `heads` when left out.
+        upcast: scores are computed in float32 where `itemsize` is less.
+        causal: a query sees the keys up to its own position.
+        dropout: attention weights are dropped, so that a slice keeps its draw.
+        irregular: key or value have strides that no matrix product reads, so that they are gathered first.
+        mask: sizes of the attention mask, if there is one.
+
+    Raises:
+        ValueError: a size is negative, or `heads` is no multiple of `key_heads`.
+
+    >>> AttentionShape(1, 8, 4096, 4096, 40, 2).scores_bytes
+    268435456
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    itemsize: int
+    value_dim: int | None = None
+    key_heads: int | None = None
+    upcast: bool = False
+    causal: bool = False
+    dropout: bool = False
+    irregular: bool = False
+    mask: MaskShape | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "queries", "keys", "head_dim"):
+            size = getattr(self, name)
+            if size < 0:
+                raise ValueError(f"AttentionShape: {name} must be 0 or more, got {size}. Pass the tensor's size.")
+        if self.itemsize not in (2, 4, 8):
+            raise ValueError(
+                f"AttentionShape: itemsize must be 2, 4 or 8 bytes (half, single, double), got {self.itemsize}. "
+                "Pass tensor.element_size() of a floating-point tensor."
+            )
+        if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
+            raise ValueError(
+                f"AttentionShape: heads must be a multiple of key_heads, got heads={self.heads} and "
+                f"key_heads={self.key_heads}. Repeat the key heads so that they divide the query heads."
+            )
+
+    @property
+    def score_itemsize(self) -> int:
+        """Bytes per element of the scores."""
+        return max(self.itemsize, 4) if self.upcast else self.itemsize
+
+    @property
+    def values(self) -> int:
+        """Size `Dv` of one head's values."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return 1 if self.key_heads is None else self.heads // self.key_heads
+
+    @property
+    def batch_heads(self) -> int:
+        """`B * H`."""
+        return self.batch * self.heads
+
+    @property
+    def scores_bytes(self) -> int:
+        """Bytes of the full score matrix, `B*H * N * M * e`."""
+        return self.batch_heads * self.queries * self.keys * self.score_itemsize
+
+    def heads_at_once(self, heads: int) -> int:
+        """Most heads that one turn of the loop covers when a slice has `heads` of the `B*H`.
+
+        A turn stays within one batch item, since the heads of two items share no stride in a layer's layout. It
+        takes whole groups of heads that share a key head, or stays within one group.
+        """
+        most = max(1, min(heads, self.heads))
+        return most if most <= self.group else most - most % self.group
+
+    def flash_peak(self, threads: int, *, training: bool) -> int:
+        """Peak bytes of PyTorch's CPU flash kernel beyond inputs, output and input gradients, on `threads` threads.
+
+        A block of scores, its row statistics and its output for each thread, in float32 and, for half precision,
+        once more as the block enters the second product; the log-sum-exp of every row; the additive copy of a bool
+        mask. After ATen/native/cpu/FlashAttentionKernel.cpp.
+        """
+        rows = min(next(block for least, block in _FLASH_QUERY_BLOCKS if self.queries >= least), self.queries)
+        keys = min(_FLASH_KEY_BLOCK, self.keys)
+        accumulate = max(self.itemsize, 4)
+        reduced = self.itemsize if self.itemsize < 4 else 0
+        forward = threads * ((rows * keys + 2 * rows + rows * self.head_dim) * accumulate + rows * keys * reduced)
+        backward = threads * 2 * rows * keys * (accumulate + reduced) + rows * accumulate
+        logsumexp = self.batch_heads * self.queries * accumulate
+        mask = self.mask.elements * self.itemsize if self.mask is not None and self.mask.is_bool else 0
+        return logsumexp + mask + (max(forward, backward) if training else forward)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The workspace of the sliced kernel: elements of each tile, for one turn of `heads` heads by `rows` rows.
+
+    The tiles have the dtype of the scores; a tile of 0 elements is not used.
+    """
+
+    shape: AttentionShape
+    heads: int
+    rows: int
+
+    @property
+    def _key_heads(self) -> int:
+        return max(1, self.heads // self.shape.group)
+
+    @property
+    def converts(self) -> bool:
+        """Scores have another dtype than the inputs."""
+        return self.shape.score_itemsize != self.shape.itemsize
+
+    @property
+    def stages(self) -> bool:
+        """Products go through a tile, as a converted or a grouped one cannot be written where it belongs."""
+        return self.converts or self.shape.group > 1
+
+    @property
+    def gathers(self) -> bool:
+        """Key and value go through a tile, in another dtype or because no matrix product reads their strides."""
+        return self.converts or self.shape.irregular
+
+    @property
+    def scores(self) -> int:
+        """`(heads, rows, M)`: scores, then weights."""
+        return self.heads * self.rows * self.shape.keys
+
+    @property
+    def query(self) -> int:
+        """`(heads, rows, D)`: the scaled query."""
+        return self.heads * self.rows * self.shape.head_dim
+
+    @property
+    def output(self) -> int:
+        """`(heads, rows, Dv)`."""
+        return self.heads * self.rows * self.shape.values
+
+    @property
+    def key(self) -> int:
+        """`(key heads, M, D)`."""
+        return self._key_heads * self.shape.keys * self.shape.head_dim
+
+    @property
+    def value(self) -> int:
+        """`(key heads, M, Dv)`."""
+        return self._key_heads * self.shape.keys * self.shape.values
+
+    @property
+    def mask(self) -> int:
+        """The additive form of the mask's slice, or the sum of its gradient, before broadcasting."""
+        if self.shape.causal:
+            return self.rows * self.shape.keys
+        mask = self.shape.mask
+        if mask is None or not (mask.is_bool or mask.has_grad):
+            return 0
+        return (self.heads if mask.heads > 1 else 1) * (self.rows if mask.queries > 1 else 1) * mask.keys
+
+    @property
+    def row_maximum(self) -> int:
+        """`(heads, rows, 1)`: finds the rows that a mask leaves without a key."""
+        return self.heads * self.rows if self.shape.mask is not None else 0
+
+    @property
+    def forward(self) -> dict[str, int]:
+        """Elements of each tile of the forward pass."""
+        sizes = {
+            "query": self.query,
+            "scores": self.scores,
+            "mask": self.mask,
+            "row_maximum": self.row_maximum,
+        }
+        if self.shape.dropout:
+            sizes["dropout"] = self.scores
+        if self.stages:
+            sizes["output"] = self.output
+        if self.gathers:
+            sizes |= {"key": self.key, "value": self.value}
+        return {name: _aligned(size) for name, size in sizes.items()}
+
+    @property
+    def backward(self) -> dict[str, int]:
+        """Elements of each tile of the backward pass, which computes the weights once more."""
+        sizes = self.forward | {"output": _aligned(self.output), "grad_scores": _aligned(self.scores)}
+        if self.stages:
+            sizes["grad_query"] = _aligned(self.query)
+        if self.converts:
+            sizes |= {"grad_key": _aligned(self.key), "grad_value": _aligned(self.value)}
+        return sizes
+
+    def peak(self, *, training: bool, checkpoint: bool = True) -> int:
+        """Peak bytes beyond inputs, output and input gradients.
+
+        `training` counts the backward pass; without `checkpoint` the weights of all slices live on between the two.
+        """
+        itemsize = self.shape.score_itemsize
+        dead_rows = self.row_maximum  # a bool each
+        if not training:
+            return sum(self.forward.values()) * itemsize + dead_rows
+        kept = 0 if checkpoint else self.shape.scores_bytes
+        mask = self.shape.mask
+        if self.converts and mask is not None and mask.has_grad:
+            kept += mask.elements * itemsize  # its gradient is summed in the dtype of the scores
+        return kept + sum(self.backward.values()) * itemsize + dead_rows
+
+
+def _aligned(elements: int) -> int:
+    """Tiles start at whole cache lines, of 16 floats."""
+    return -(-elements // 16) * 16
+
+
+def ceil_div(size: int, parts: int) -> int:
+    """`size / parts` rounded up, in ints.
+
+    >>> ceil_div(7, 2)
+    4
+    """
+    return -(-size // parts)
+
+
+def square_resolution(available: float, per_token_pair: float) -> int:
+    """Side in pixels of the largest square image whose `N * N` scores fit, in steps of 64 pixels.
+
+    `available / per_token_pair` token pairs, `N` of which are `(side / 8) ** 2` latent pixels. The webui's formula,
+    `floor(sqrt(sqrt(available / 2.5)) / 8) * 64`, is this with 2.5 bytes a pair.
+    """
+    return math.floor(math.sqrt(math.sqrt(max(0.0, available) / per_token_pair)) / 8) * 64

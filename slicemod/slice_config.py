@@ -1,0 +1,159 @@
+"""SliceConfig: what a user asks of sliced attention, and the plan that answers it for one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from slicemod import budget as memory
+from slicemod.plan import POLICIES, NotEnoughMemoryError, Policy, SlicePlan, plan_slices
+from slicemod.shapes import AttentionShape
+
+KERNELS = ("auto", "fused", "math")
+
+
+@dataclass(frozen=True)
+class SliceConfig:
+    """How attention is to be sliced.
+
+    Args:
+        budget: what the attention may allocate beyond its inputs and its output: "auto" (the free memory), bytes,
+            a size such as "512MiB", or a fraction of the free memory such as 0.25.
+        policy: who decides the number of slices: "heuristic", "doggettx", "invokeai", "mps" or "exact".
+        kernel: "fused", PyTorch's fused attention; "math", the sliced one; "auto", fused where it is certain to run
+            and the budget allows, sliced otherwise.
+        steps: pins the number of slices along the query.
+        checkpoint: recompute each slice in the backward pass; otherwise keep its weights, as autograd does.
+        upcast: compute scores in float32.
+
+    Raises:
+        ValueError: a field has none of its accepted values.
+    """
+
+    budget: int | float | str = "auto"
+    policy: Policy = "heuristic"
+    kernel: Literal["auto", "fused", "math"] = "auto"
+    steps: int | None = None
+    checkpoint: bool = True
+    upcast: bool = False
+
+    def __post_init__(self) -> None:
+        memory.parse_budget(self.budget)
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"policy: expected one of {', '.join(POLICIES)}; got {self.policy!r}. Choose one of these."
+            )
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}; got {self.kernel!r}. Choose one of these.")
+        steps: object = self.steps
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            raise ValueError(
+                f"steps: expected a whole number of slices, 1 or more, or None; got {steps!r}. Leave it out to plan."
+            )
+        if steps is not None and self.kernel == "fused":
+            raise ValueError(
+                f'steps: a fused kernel is never sliced; got steps={steps} with kernel="fused". '
+                'Leave steps out, or take kernel="math".'
+            )
+        for name in ("checkpoint", "upcast"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false; got {getattr(self, name)!r}. Write one of these.")
+
+    @classmethod
+    def of(cls, slicing: SliceConfig | Mapping[str, Any] | None) -> SliceConfig:
+        """The config itself, the config of a mapping of its fields, or the default one for None.
+
+        Raises:
+            ValueError: a key is no field of SliceConfig.
+            TypeError: `slicing` is something else.
+
+        >>> SliceConfig.of({"budget": "64MiB", "policy": "exact"}).policy
+        'exact'
+        """
+        if slicing is None:
+            return cls()
+        if isinstance(slicing, SliceConfig):
+            return slicing
+        if not isinstance(slicing, Mapping):
+            raise TypeError(
+                f"slicing: expected a SliceConfig, a dict of its fields or None; got {type(slicing).__name__}. "
+                'Pass for example {"budget": "64MiB", "policy": "exact"}.'
+            )
+        names = [field.name for field in fields(cls)]
+        if unknown := [key for key in slicing if key not in names]:
+            raise ValueError(
+                f"slicing: expected keys out of {', '.join(names)}; got {', '.join(map(repr, unknown))}. "
+                "Correct the key."
+            )
+        return cls(**slicing)
+
+    def __str__(self) -> str:
+        changed = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name in ("budget", "policy", "kernel") or getattr(self, field.name) != field.default
+        )
+        return ", ".join(changed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for a config file."""
+        return asdict(self)
+
+    def plan(
+        self, shape: AttentionShape, device: torch.device, *, training: bool, fused_obstacle: str | None
+    ) -> SlicePlan:
+        """The plan of one call. Reads the free memory where the budget refers to it.
+
+        Args:
+            shape: sizes of the call.
+            device: where it runs.
+            training: gradients will be needed.
+            fused_obstacle: why no fused kernel would run, or None if one would.
+
+        Raises:
+            NotEnoughMemoryError: no plan fits the budget.
+            ValueError: `kernel="fused"` and there is an obstacle.
+        """
+        available = memory.budget_bytes(self.budget, device)
+        if self.kernel == "fused" and fused_obstacle is not None:
+            raise ValueError(
+                f'kernel: expected a call that a fused kernel computes, since kernel="fused"; {fused_obstacle}. '
+                'Take kernel="auto" or kernel="math".'
+            )
+        if self.kernel != "math" and fused_obstacle is None and self.steps is None:
+            fused = plan_slices(
+                shape,
+                available,
+                policy=self.policy,
+                device_type=device.type,
+                kernel="fused",
+                training=training,
+            )
+            if fused.peak_bytes <= available:
+                return fused
+            if self.kernel == "fused":
+                raise self._over_budget(fused, available, shape, 'take kernel="auto", which slices')
+        shape = replace(shape, upcast=shape.upcast or self.upcast)
+        plan = plan_slices(
+            shape,
+            available,
+            policy=self.policy,
+            device_type=device.type,
+            training=training,
+            checkpoint=self.checkpoint,
+            steps=self.steps,
+        )
+        if self.budget != "auto" and plan.peak_bytes > available:
+            # Some policies look at other things than the budget; a budget that was named is kept all the same.
+            advice = "leave steps out" if self.steps is not None else 'take policy="exact"'
+            raise self._over_budget(plan, available, shape, advice)
+        return plan
+
+    def _over_budget(self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str) -> NotEnoughMemoryError:
+        return NotEnoughMemoryError(
+            f"budget: {self.budget!r} allows {available:,} bytes and the plan needs {plan.peak_bytes:,} ({plan}), "
+            f"for {shape}. Raise the budget or {advice}."
+        )

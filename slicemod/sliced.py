@@ -1,0 +1,333 @@
+"""`sliced_attention`: the attention function, and the custom operator that keeps its slices in order.
+
+A loop of slices that the compiler can see is unrolled and reordered, and its memory grows with the number of slices.
+As one operator it is a single node of the graph: compile time does not depend on the number of slices, and their
+order stays ours.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod.fused import fused_attention, fused_obstacle
+from slicemod.math_kernel import (
+    Call,
+    attention_shape,
+    attention_sizes,
+    empty_gradients,
+    empty_heads,
+    kept_shape,
+    math_backward,
+    math_forward,
+)
+from slicemod.plan import SlicePlan
+from slicemod.slice_config import SliceConfig
+
+# PyTorch leaves this decorator without types.
+_constant_in_graph: Callable[[Callable[..., SlicePlan]], Callable[..., SlicePlan]] = (
+    torch.compiler.assume_constant_result
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.library.custom_op("slicemod::attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    upcast: bool,
+    keep_weights: bool,
+    heads: int,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed)
+    return math_forward(query, key, value, mask, call, keep_weights=keep_weights)
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    *_, upcast, keep_weights, _heads, _rows = settings
+    dtype = torch.float32 if upcast and query.dtype.itemsize < 4 else query.dtype
+    kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=dtype)
+    return empty_heads(query, value.shape[3]), kept
+
+
+@torch.library.custom_op("slicemod::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    kept: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    upcast: bool,
+    heads: int,
+    rows: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed)
+    return math_backward(grad_output, query, key, value, mask, kept, call, (needs[0], needs[1], needs[2], needs[3]))
+
+
+@_attention_backward.register_fake
+def _(
+    _grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_query, need_key, need_value, need_mask = settings[-1]
+    return empty_gradients(query, key, value, mask, (need_query, need_key, need_value, need_mask))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, seed, *settings, _keep_weights, heads, rows = inputs
+    ctx.save_for_backward(query, key, value, mask, seed, output[1])
+    ctx.settings = (*settings, heads, rows)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad_output: Tensor, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    grads = _attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs)
+    wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return (*wanted, *[None] * (len(ctx.settings) + 2))
+
+
+_attention.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+@_constant_in_graph
+def _decide(
+    settings: tuple[Any, ...], sizes: tuple[Any, ...], device: str, training: bool, fused_obstacle: str | None
+) -> SlicePlan:
+    """The plan of a call; while a graph is traced this runs outside of it, and its answer is a constant in there."""
+    slicing = SliceConfig(*settings)
+    shape = attention_shape(sizes)
+    return slicing.plan(shape, torch.device(device), training=training, fused_obstacle=fused_obstacle)
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    obstacle: str | None,
+    slicing: SliceConfig,
+) -> SlicePlan:
+    """The plan for 4-D inputs, of which only sizes and types are looked at."""
+    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
+    needs_grad = needs_grad or (mask is not None and mask.requires_grad)
+    # Half precision has no matrix product of float32 accuracy on a CPU; the tiles are float32 there.
+    upcast = slicing.upcast or (query.device.type == "cpu" and query.element_size() < 4)
+    sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
+    settings = (
+        slicing.budget,
+        slicing.policy,
+        slicing.kernel,
+        slicing.steps,
+        slicing.checkpoint,
+        slicing.upcast,
+    )
+    return _decide(settings, sizes, str(query.device), needs_grad and torch.is_grad_enabled(), obstacle)
+
+
+def sliced_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    slicing: SliceConfig | Mapping[str, Any] | None = None,
+    plan: SlicePlan | None = None,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, computed in slices that fit a memory budget.
+
+    `softmax(scale * query key^T + attn_mask) value`, with `attn_mask` -inf where a bool mask is False. The result
+    is that of full attention, whatever the number of slices.
+
+    Args:
+        query: `(..., H, N, D)`, float32, bfloat16, float16 or float64; `(N, D)` and `(H, N, D)` do as well.
+        key: `(..., H, M, D)`, same dtype and device.
+        value: `(..., H, M, Dv)`, same dtype and device.
+        attn_mask: broadcastable to `(..., H, N, M)`; bool, True where a query may look, or floating point, added to
+            the scores. A row without any key gives zeros. A floating-point mask may need a gradient.
+        dropout_p: probability of dropping an attention weight. Applied whenever it is above 0, as in SDPA.
+        is_causal: query `i` sees keys `0..i`. Not together with `attn_mask`.
+        scale: factor of the scores, `1 / sqrt(D)` when left out.
+        enable_gqa: key and value may have fewer heads than query, a divisor of `H`.
+        slicing: a `SliceConfig`, or a dict of its fields.
+        plan: follow this plan instead of making one.
+
+    Under autocast query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. Half
+    precision is computed in float32 tiles on the CPU, and on other devices with `upcast`.
+
+    Returns:
+        `(..., H, N, Dv)` in the dtype of `query`, laid out as `(..., N, H, Dv)` where it is 4-D.
+
+    Raises:
+        NotEnoughMemoryError: no plan fits the budget.
+        ValueError: sizes, dtypes, devices or settings that do not go together.
+
+    >>> query, key, value = torch.randn(3, 2, 5, 7, 4).unbind()
+    >>> sliced_attention(query, key, value, slicing={"kernel": "math", "steps": 3}).shape
+    torch.Size([2, 5, 7, 4])
+    """
+    return planned_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, slicing=slicing, plan=plan
+    )[0]
+
+
+def planned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    slicing: SliceConfig | Mapping[str, Any] | None = None,
+    plan: SlicePlan | None = None,
+) -> tuple[Tensor, SlicePlan | None]:
+    """`sliced_attention` and the plan it followed; None where there was nothing to attend to."""
+    slicing = SliceConfig.of(slicing)
+    _check(query, key, value, attn_mask, dropout_p, is_causal)
+    query, key, value, attn_mask = (_autocast(tensor) for tensor in (query, key, value, attn_mask))
+    # Asked of the inputs as they came: where SDPA would not fuse, its accuracy is that of the unfused kernel.
+    obstacle = fused_obstacle(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    lead = query.shape[:-2]
+    query, key, value, mask = _as_four_dims(query, key, value, attn_mask, enable_gqa)
+    batch, heads, queries, head_dim = query.shape
+    if 0 in (batch, heads, queries, key.shape[2]):
+        output = (query @ key.new_zeros(1, 1, head_dim, 1)) * value.new_zeros(value.shape[3])  # (B, H, N, Dv)
+        return output.reshape(*lead, queries, value.shape[3]), None
+    if plan is None:
+        plan = _plan(query, key, value, mask, dropout_p, is_causal, obstacle, slicing)
+    if plan.kernel == "fused":
+        output = fused_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+    else:
+        seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
+        scale = 1 / math.sqrt(max(head_dim, 1)) if scale is None else scale
+        keep_weights = not plan.checkpoint
+        output, _ = _attention(
+            query,
+            key,
+            value,
+            mask,
+            seed,
+            dropout_p,
+            is_causal,
+            scale,
+            plan.upcast,
+            keep_weights,
+            plan.heads,
+            plan.rows,
+        )
+    return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
+) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name}: expected (..., tokens, width), at least 2 dimensions; got {tuple(tensor.shape)}. "
+                "Add the token dimension."
+            )
+        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name}: expected a floating-point dtype, the same for query, key and value; got {tensor.dtype} "
+                f"(query is {query.dtype}). Cast them to one dtype."
+            )
+        if tensor.device != query.device or tensor.dim() != query.dim():
+            raise ValueError(
+                f"{name}: expected as many dimensions as query, on its device; got {tensor.dim()} on "
+                f"{tensor.device} (query has {query.dim()} on {query.device}). Move or reshape it."
+            )
+    if key.shape[-1] != query.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            "query, key, value: expected query (..., N, D), key (..., M, D), value (..., M, Dv); got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}. Check D of key and M of value."
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1; got {dropout_p}. Pass for example 0.1.")
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError(
+            "is_causal: expected no attn_mask together with is_causal=True; got both. Put the causal mask into "
+            "attn_mask."
+        )
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
+        raise ValueError(
+            f"attn_mask: expected bool or a floating-point dtype; got {attn_mask.dtype}. Use mask.bool() to keep "
+            "where it is not 0."
+        )
+
+
+def _autocast(tensor: Any) -> Any:
+    """As the autocast of SDPA: every floating-point tensor but float64 takes the autocast dtype."""
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    if tensor.dtype in (torch.bool, torch.float64):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _as_four_dims(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Views as `(B, H, N, D)`, `(B, Hk, M, D)`, `(B, Hk, M, Dv)` and a mask with 4 dimensions."""
+    lead, heads = query.shape[:-3], query.shape[-3:-2]
+    key_heads = key.shape[-3:-2] if enable_gqa else heads
+    try:
+        key = key.expand(*lead, *key_heads, *key.shape[-2:])
+        value = value.expand(*lead, *key_heads, *value.shape[-2:])
+    except RuntimeError as error:
+        raise ValueError(
+            f"key, value: expected heads and batch of query {tuple(query.shape)}; got {tuple(key.shape)} and "
+            f"{tuple(value.shape)}. Pass enable_gqa=True where key and value share heads."
+        ) from error
+    if enable_gqa and heads and (not key_heads or heads[0] % key_heads[0]):
+        raise ValueError(
+            f"key: expected a number of heads that divides query's {heads[0]}; got {key.shape[-3]}. "
+            "Grouped-query attention shares each key head among as many query heads."
+        )
+    if attn_mask is not None:
+        scores = (*query.shape[:-1], key.shape[-2])
+        try:
+            attn_mask.expand(scores)
+        except RuntimeError as error:
+            raise ValueError(
+                f"attn_mask: expected a shape broadcastable to {tuple(scores)}; got {tuple(attn_mask.shape)}. "
+                "Its last two dimensions are queries and keys."
+            ) from error
+        attn_mask = attn_mask.reshape(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
+        if len(lead) > 1:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+    return _four_dims(query), _four_dims(key), _four_dims(value), attn_mask
+
+
+def _four_dims(tensor: Tensor) -> Tensor:
+    if tensor.dim() > 4:
+        return tensor.flatten(0, -4)
+    return tensor.reshape(*[1] * (4 - tensor.dim()), *tensor.shape) if tensor.dim() < 4 else tensor

@@ -1,0 +1,190 @@
+"""Reading checkpoints safely and writing files whole or not at all.
+
+Nothing here unpickles code: ``.ckpt`` files are read with ``weights_only=True`` and ``.safetensors`` files hold
+tensors only. Whatever is wrong with a file ends as a ``CheckpointError`` that names it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from slicemod.training.errors import UserError
+
+NAMES_SHOWN = 3  # of a list of wrong keys, so that the error stays a paragraph
+
+
+class CheckpointError(UserError):
+    """A checkpoint file that is missing, damaged, unsafe or of another model."""
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a Lightning checkpoint without running any code that it may contain.
+
+    Returns:
+        Lightning's dictionary, its tensors on the CPU; ``"state_dict"`` is in it.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, needs code to be unpickled or has no state dict.
+    """
+    _require_file(path)
+    try:
+        with warnings.catch_warnings():
+            # torch asks for a report where a file is no checkpoint of its own; the refusal below says more
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: a checkpoint is read as tensors and plain values only, and this file holds other"
+            " pickled objects (code that would run on loading) or is no checkpoint at all."
+            " Use a checkpoint that `slicemod fit` wrote."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: expected a whole file written by torch.save, got"
+            f" {os.path.getsize(path):,} bytes that end too early or are damaged. Copy the file again or use an"
+            " earlier checkpoint."
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(
+            f"{path} is no Lightning checkpoint: expected a dictionary with a `state_dict`, got"
+            f" {_describe(content)}. Use a checkpoint that `slicemod fit` wrote."
+        )
+    return content
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, cut short or in another format.
+    """
+    _require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}): expected a whole safetensors file, got"
+            f" {os.path.getsize(path):,} bytes that are not one. Copy the file again, or remove it and let"
+            " `slicemod fit` write a new one."
+        ) from error
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes tensors as safetensors: the file appears whole under its name or not at all.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    whole = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    with replacing(path) as temporary:
+        temporary.write_bytes(whole)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the name of a temporary file beside ``path`` that takes ``path``'s place when the block ends well.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    target = Path(path)
+    ensure_writable_folder(target.parent)
+    if target.is_dir():
+        raise UserError(f"{target} cannot be written: expected the name of a file, got a folder. Name a file in it.")
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}. Choose another place or make room.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def ensure_writable_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes the folder where it is missing and checks that files can be made in it.
+
+    Raises:
+        UserError: the folder cannot be made, or no file can be made in it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder} cannot be written: {error.strerror or error}. Choose a folder that you may write to,"
+            " or change its permissions."
+        ) from error
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Loads a state dict whose keys and shapes are exactly the module's.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected, or of another shape; nothing is loaded then.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    reshaped = [
+        f"{name} (expected {tuple(own[name].shape)}, got {tuple(tensor.shape)})"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {_shortened(names)}"
+        for names, what in (
+            (missing, "keys are missing"),
+            (unexpected, "keys are unexpected"),
+            (reshaped, "tensors have another shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit this {type(module).__name__}: expected its {len(own)} tensors by name and shape, but"
+            f" {'; '.join(problems)}. Use the configuration that the file was trained with, or another file."
+        )
+    module.load_state_dict(state)
+
+
+def _require_file(path: str | os.PathLike[str]) -> None:
+    if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "nothing of that name"
+        raise CheckpointError(f"The checkpoint {path} cannot be read: expected a file, found {found}. Check the path.")
+
+
+def _describe(content: object) -> str:
+    if isinstance(content, dict):
+        return f"one with the keys {_shortened([str(key) for key in content])}" if content else "an empty one"
+    return f"a {type(content).__name__}"
+
+
+def _shortened(names: list[str]) -> str:
+    rest = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

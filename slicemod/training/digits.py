@@ -1,0 +1,172 @@
+"""The 1,797 handwritten digits that ship inside scikit-learn, as images for a diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, TypedDict
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from slicemod.training.errors import UserError
+
+SplitName = Literal["train", "val", "test"]
+NUM_CLASSES = 10
+PIXEL_LEVELS = 16  # scikit-learn's digits are 8x8 integers from 0 to 16
+
+
+class DigitSplit(NamedTuple):
+    """One split: ``images`` (N, 1, S, S) float32 in [-1, 1] and ``labels`` (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class DigitBatch(TypedDict):
+    """``image`` (B, 1, S, S), ``label`` (B,) and ``index`` (B,): the images' places in their split."""
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+
+
+def digit_splits(
+    image_size: int = 32, val_fraction: float = 0.1, test_fraction: float = 0.1, split_seed: int = 0
+) -> dict[SplitName, DigitSplit]:
+    """Loads the digits, upsamples them bicubically and splits them, stratified by digit.
+
+    Args:
+        image_size: edge S of the square images, in pixels.
+        val_fraction: share of all digits that goes to validation.
+        test_fraction: share of all digits that is kept for testing.
+        split_seed: the same seed gives the same three splits.
+    """
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / PIXEL_LEVELS
+    images = F.interpolate(images, size=(image_size, image_size), mode="bicubic", align_corners=False)
+    images = images.clamp(0, 1) * 2 - 1  # bicubic overshoots beside strong edges
+    targets = torch.as_tensor(labels, dtype=torch.int64)
+    rest, test = train_test_split(
+        range(len(targets)), test_size=test_fraction, stratify=targets, random_state=split_seed
+    )
+    train, val = train_test_split(
+        rest, test_size=val_fraction / (1 - test_fraction), stratify=targets[rest], random_state=split_seed
+    )
+    chosen: dict[SplitName, list[int]] = {"train": train, "val": val, "test": test}
+    return {name: DigitSplit(images[rows], targets[rows]) for name, rows in chosen.items()}
+
+
+class DigitBatches:
+    """Iterates over a split in batches; a run that stopped in the middle of an epoch continues where it stopped.
+
+    Lightning stores ``state_dict()`` in its checkpoints. The order of an epoch depends on the seed and on the epoch's
+    number alone, so that a continued run sees the batches that an uninterrupted one sees.
+
+    Args:
+        split: what to iterate over.
+        batch_size: images a batch; the last, smaller batch of a shuffled epoch is left out.
+        shuffle_seed: None keeps the order of the split and every image of it.
+    """
+
+    def __init__(self, split: DigitSplit, batch_size: int, shuffle_seed: int | None = None) -> None:
+        self.split = split
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self._epoch = 0
+        self._next_batch = 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.split.labels), self.batch_size)
+        return full if self.shuffle_seed is not None or rest == 0 else full + 1
+
+    def __iter__(self) -> Iterator[DigitBatch]:
+        if self._next_batch >= len(self):
+            self._epoch, self._next_batch = self._epoch + 1, 0
+        order = self._order()  # (N,)
+        while self._next_batch < len(self):
+            start = self._next_batch * self.batch_size
+            self._next_batch += 1
+            yield self._batch(order[start : start + self.batch_size])
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: the epoch and the number of its next batch."""
+        return {"epoch": self._epoch, "next_batch": self._next_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues from a position that ``state_dict()`` gave."""
+        self._epoch, self._next_batch = state["epoch"], state["next_batch"]
+
+    def _order(self) -> Tensor:
+        count = len(self.split.labels)
+        if self.shuffle_seed is None:
+            return torch.arange(count)
+        generator = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + self._epoch)
+        return torch.randperm(count, generator=generator)
+
+    def _batch(self, index: Tensor) -> DigitBatch:
+        return {"image": self.split.images[index], "label": self.split.labels[index], "index": index}
+
+
+class DigitsDataModule(pl.LightningDataModule):
+    """The digits of scikit-learn at ``image_size`` pixels, values in [-1, 1], in a fixed stratified split.
+
+    Args:
+        batch_size: images a batch.
+        image_size: edge of the square images, in pixels.
+        val_fraction: share of the 1,797 digits used for validation.
+        test_fraction: share of the 1,797 digits that training never sees.
+        split_seed: chooses which digits go to which split.
+        shuffle_seed: chooses the order of the training batches.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        image_size: int = 32,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        split_seed: int = 0,
+        shuffle_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("image_size", image_size)):
+            if size < 1:
+                raise UserError(f"data.{name} must be at least 1, got {size}: give a positive whole number.")
+        if not (0 < val_fraction and 0 < test_fraction and val_fraction + test_fraction < 1):
+            raise UserError(
+                "data.val_fraction and data.test_fraction must be above 0 and leave digits to train on (a sum below"
+                f" 1), got {val_fraction} and {test_fraction}: give smaller shares."
+            )
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.split_seed = split_seed
+        self.shuffle_seed = shuffle_seed
+        self._splits: dict[SplitName, DigitSplit] | None = None
+
+    def split(self, name: SplitName) -> DigitSplit:
+        """One of the splits ``train``, ``val`` and ``test``."""
+        if self._splits is None:
+            self._splits = digit_splits(
+                self.image_size, self.val_fraction, self.test_fraction, self.split_seed
+            )
+        return self._splits[name]
+
+    def train_dataloader(self) -> DigitBatches:
+        """The training digits, shuffled anew each epoch."""
+        split = self.split("train")
+        if len(split.labels) < self.batch_size:
+            raise UserError(
+                f"data.batch_size must be at most {len(split.labels)}, the number of training digits,"
+                f" got {self.batch_size}: give a smaller batch."
+            )
+        return DigitBatches(split, self.batch_size, self.shuffle_seed)
+
+    def val_dataloader(self) -> DigitBatches:
+        """The validation digits, in a fixed order."""
+        return DigitBatches(self.split("val"), self.batch_size)

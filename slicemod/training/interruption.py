@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM end a training run between two steps, where its state is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingInterruptedError(Exception):
+    """Training was stopped by a signal; ``signum`` is its number, ``checkpoint`` what the run continues from."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.step = 0
+        self.checkpoint: str | None = None
+
+
+class StopBetweenSteps(pl.Callback):
+    """Turns the first SIGINT or SIGTERM into a ``TrainingInterruptedError`` at the end of the running step.
+
+    A signal's handler runs anywhere, also halfway through an optimizer's step; a checkpoint taken there would hold
+    half of it. At the end of a step, ``ModelCheckpoint(save_on_exception=True, save_last=True)`` then writes one that
+    `--ckpt_path last` continues from. A second signal acts as if this callback were not there.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python takes handlers from no other thread
+            self._received = None
+            self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._received is not None:
+            raise TrainingInterruptedError(self._received)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+        if isinstance(exception, TrainingInterruptedError):
+            exception.step = trainer.global_step
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        self._received = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def last_checkpoint(trainer: pl.Trainer) -> str | None:
+    """The file that the run's ``ModelCheckpoint(save_last=True)`` wrote last, or None."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
+            return str(callback.last_model_path)
+    return None
