@@ -60,7 +60,7 @@ def _mask_obstacle(attn_mask: Tensor, query: Tensor) -> str | None:
         return f"fused kernels want a mask of 2 or 4 dimensions, got {attn_mask.dim()}"
     if attn_mask.dtype not in (torch.bool, query.dtype):
         return f"fused kernels want a mask of bool or {query.dtype}, got {attn_mask.dtype}"
-    if attn_mask.requires_grad and torch.is_grad_enabled():
+    if attn_mask.requires_grad:  # PyTorch declines under no_grad too
         return "fused kernels give the mask no gradient"
     return None
 

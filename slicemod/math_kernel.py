@@ -168,10 +168,11 @@ class _Kernel:
 
     def _additive(self, mask: Tensor, item: int, heads: slice, rows: slice) -> Tensor:
         part = _mask_part(mask, item, heads, rows)
-        if part.dtype != torch.bool:
+        if part.dtype == self.dtype:
             return part
+        tile = self.space.tile("mask", *part.shape)
         # Adding -inf, rather than writing it, sends NaN and inf of the scores where SDPA sends them.
-        return self.space.tile("mask", *part.shape).fill_(-math.inf).masked_fill_(part, 0)
+        return tile.fill_(-math.inf).masked_fill_(part, 0) if part.dtype == torch.bool else tile.copy_(part)
 
     def draw(self, weights: Tensor) -> Tensor:
         """Dropout's factor for each weight: 0, or 1 / (1 - p)."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 _FLASH_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 _FLASH_KEY_BLOCK = 512
 
+# PyTorch makes a tensor of a Python number, such as the scale, once in float64 and once in the other operand's dtype.
+_SCALAR_BYTES = 16
+
 
 @dataclass(frozen=True)
 class MaskShape:
@@ -203,7 +206,7 @@ class Tiles:
         if self.shape.causal:
             return self.rows * self.shape.keys
         mask = self.shape.mask
-        if mask is None or not (mask.is_bool or mask.has_grad):
+        if mask is None or not (mask.is_bool or mask.has_grad or self.converts):
             return 0
         return (self.heads if mask.heads > 1 else 1) * (self.rows if mask.queries > 1 else 1) * mask.keys
 
@@ -245,14 +248,14 @@ class Tiles:
         `training` counts the backward pass; without `checkpoint` the weights of all slices live on between the two.
         """
         itemsize = self.shape.score_itemsize
-        dead_rows = self.row_maximum  # a bool each
+        rest = self.row_maximum + _SCALAR_BYTES  # the rows without a key are marked by a bool each
         if not training:
-            return sum(self.forward.values()) * itemsize + dead_rows
+            return sum(self.forward.values()) * itemsize + rest
         kept = 0 if checkpoint else self.shape.scores_bytes
         mask = self.shape.mask
         if self.converts and mask is not None and mask.has_grad:
             kept += mask.elements * itemsize  # its gradient is summed in the dtype of the scores
-        return kept + sum(self.backward.values()) * itemsize + dead_rows
+        return kept + sum(self.backward.values()) * itemsize + rest
 
 
 def _aligned(elements: int) -> int:

@@ -94,6 +94,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(query, key, value, mask, seed, output[1])
     ctx.settings = (*settings, heads, rows)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the kept weights would get a gradient of zeros, as large as they are
 
 
 def _gradients(ctx: Any, grad_output: Tensor, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -127,8 +128,6 @@ def _plan(
     slicing: SliceConfig,
 ) -> SlicePlan:
     """The plan for 4-D inputs, of which only sizes and types are looked at."""
-    needs_grad = query.requires_grad or key.requires_grad or value.requires_grad
-    needs_grad = needs_grad or (mask is not None and mask.requires_grad)
     # Half precision has no matrix product of float32 accuracy on a CPU; the tiles are float32 there.
     upcast = slicing.upcast or (query.device.type == "cpu" and query.element_size() < 4)
     sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
@@ -140,7 +139,12 @@ def _plan(
         slicing.checkpoint,
         slicing.upcast,
     )
-    return _decide(settings, sizes, str(query.device), needs_grad and torch.is_grad_enabled(), obstacle)
+    return _decide(settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle)
+
+
+def _needs_grad(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    any_of_them = query.requires_grad or key.requires_grad or value.requires_grad
+    return torch.is_grad_enabled() and (any_of_them or (mask is not None and mask.requires_grad))
 
 
 def sliced_attention(
@@ -225,7 +229,7 @@ def planned_attention(
     else:
         seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
         scale = 1 / math.sqrt(max(head_dim, 1)) if scale is None else scale
-        keep_weights = not plan.checkpoint
+        keep_weights = not plan.checkpoint and _needs_grad(query, key, value, mask)
         output, _ = _attention(
             query,
             key,
