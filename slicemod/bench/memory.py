@@ -4,6 +4,7 @@ RSS does not tell: glibc keeps freed pages, so a second call looks free of charg
 allocation of PyTorch's CPU allocator, those inside operators included; their running sum has the true peak.
 """
 
+import os
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +19,9 @@ def peak_memory(call: Callable[[], object]) -> int:
     >>> peak_memory(lambda: torch.zeros(1000))
     4000
     """
+    # Kineto reads this at its first use; below 6 it writes a line at every start and stop, and an error where a CUDA
+    # build of PyTorch finds no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # acc_events: without it the profiler warns that it would clear its events on a second cycle.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         result = call()

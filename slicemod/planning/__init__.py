@@ -1,0 +1,1 @@
+"""Ahead of time: what attention a UNet computes, and the plans it would get, without its weights or its device."""
