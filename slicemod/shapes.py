@@ -12,6 +12,9 @@ from dataclasses import dataclass
 _FLASH_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 _FLASH_KEY_BLOCK = 512
 
+# CUDA launches batched matrix products on a grid whose third dimension has 16 bits.
+_MOST_PRODUCTS = 65_535
+
 # PyTorch makes a tensor of a Python number, such as the scale, once in float64 and once in the other operand's dtype.
 _SCALAR_BYTES = 16
 
@@ -124,7 +127,7 @@ class AttentionShape:
         A turn stays within one batch item, since the heads of two items share no stride in a layer's layout. It
         takes whole groups of heads that share a key head, or stays within one group.
         """
-        most = max(1, min(heads, self.heads))
+        most = max(1, min(heads, self.heads, _MOST_PRODUCTS))
         return most if most <= self.group else most - most % self.group
 
     def flash_peak(self, threads: int, *, training: bool) -> int:

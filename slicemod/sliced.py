@@ -6,12 +6,13 @@ order stays ours.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slicemod.double_backward import differentiable_gradients
 from slicemod.fused import fused_attention, fused_obstacle
 from slicemod.math_kernel import (
     Call,
@@ -97,9 +98,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)  # or the kept weights would get a gradient of zeros, as large as they are
 
 
-def _gradients(ctx: Any, grad_output: Tensor, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:4])
-    grads = _attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, needs)
+def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:4]
+    grads: Sequence[Tensor | None] = [None] * 4
+    if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
+        query, key, value, mask, seed, _ = ctx.saved_tensors
+        grads = differentiable_gradients(grad_output, query, key, value, mask, Call(*ctx.settings, seed), needs)
+    elif grad_output is not None:
+        grads = _attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
     wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return (*wanted, *[None] * (len(ctx.settings) + 2))
 
