@@ -24,6 +24,7 @@ from slicemod.math_kernel import (
     math_backward,
     math_forward,
 )
+from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
 
@@ -50,7 +51,12 @@ def _attention(
     rows: int,
 ) -> tuple[Tensor, Tensor]:
     call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed)
-    return math_forward(query, key, value, mask, call, keep_weights=keep_weights)
+    return with_smaller_slices(
+        lambda call: math_forward(query, key, value, mask, call, keep_weights=keep_weights),
+        call,
+        query.shape[2],
+        query.device,
+    )
 
 
 @_attention.register_fake
@@ -79,7 +85,13 @@ def _attention_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed)
-    return math_backward(grad_output, query, key, value, mask, kept, call, (needs[0], needs[1], needs[2], needs[3]))
+    wanted = (needs[0], needs[1], needs[2], needs[3])
+    return with_smaller_slices(
+        lambda call: math_backward(grad_output, query, key, value, mask, kept, call, wanted),
+        call,
+        query.shape[2],
+        query.device,
+    )
 
 
 @_attention_backward.register_fake
