@@ -3,8 +3,9 @@
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -123,6 +124,15 @@ def _macos_available() -> int:
     return int(page[1]) * sum(map(int, pages))
 
 
+class _Cgroup(NamedTuple):
+    """The files that tell a cgroup's memory, and what its cache that the kernel can drop is called."""
+
+    limit: Path
+    usage: Path
+    stat: Path
+    cache: str
+
+
 def cgroup_headrooms(membership: Path, mount: Path) -> list[int]:
     """Bytes left under the memory limit of every cgroup v1 and v2 ancestor that has one.
 
@@ -133,27 +143,40 @@ def cgroup_headrooms(membership: Path, mount: Path) -> list[int]:
     Page cache that the kernel can drop (`inactive_file`) counts as free.
     """
     headrooms: list[int] = []
+    for group in _memory_cgroups(membership, mount):
+        most = group.limit.read_text().strip()
+        if most != "max" and int(most) < _CGROUP_V1_UNLIMITED:
+            used = int(group.usage.read_text()) - _cgroup_stat(group.stat, group.cache)
+            headrooms.append(int(most) - used)
+    return headrooms
+
+
+@cache
+def _memory_cgroups(membership: Path, mount: Path) -> tuple[_Cgroup, ...]:
+    """The cgroups that account the process's memory; looked up once, as they stay while it runs."""
     if not membership.exists():
-        return headrooms
+        return ()
+    found: list[_Cgroup] = []
     for line in membership.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage, cache = mount, "memory.max", "memory.current", "inactive_file"
+        if controllers == "":  # v2, at the mount itself or beside v1
+            for root in (mount, mount / "unified"):
+                found += _ancestors(root, path, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        group = root / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            if root not in (folder, *folder.parents):
-                break
-            if (folder / limit).exists() and (folder / usage).exists():
-                most = (folder / limit).read_text().strip()
-                if most != "max" and int(most) < _CGROUP_V1_UNLIMITED:
-                    used = int((folder / usage).read_text()) - _cgroup_stat(folder / "memory.stat", cache)
-                    headrooms.append(int(most) - used)
-    return headrooms
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            found += _ancestors(mount / "memory", path, *names)
+    return tuple(found)
+
+
+def _ancestors(root: Path, path: str, limit: str, usage: str, cache: str) -> list[_Cgroup]:
+    """The group at `path` and those above it up to `root` that have a limit; a container sees only some of them."""
+    group = root / path.lstrip("/")
+    folders = [folder for folder in (group, *group.parents) if root in (folder, *folder.parents)]
+    return [
+        _Cgroup(folder / limit, folder / usage, folder / "memory.stat", cache)
+        for folder in folders
+        if (folder / limit).exists() and (folder / usage).exists()
+    ]
 
 
 def _cgroup_stat(stat: Path, key: str) -> int:
