@@ -6,6 +6,7 @@ They are rare enough to be taken unsliced: a second derivative keeps the memory 
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from slicemod.math_kernel import Call
@@ -31,16 +32,16 @@ def differentiable_gradients(
             "out, or the dropout."
         )
     output = _attention(query, key, value, mask, call)
-    inputs = [tensor for tensor, needed in zip((query, key, value, mask), needs, strict=True) if needed]
+    tensors = zip((query, key, value, mask), needs, strict=True)
+    inputs = [tensor for tensor, needed in tensors if needed and tensor is not None]
     found = iter(torch.autograd.grad(output, inputs, grad_output, create_graph=True))
     return [next(found) if needed else None for needed in needs]
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> Tensor:
     dtype = torch.float32 if call.upcast and query.dtype.itemsize < 4 else query.dtype
-    grouped = query.to(dtype).unflatten(1, (key.shape[1], -1))  # (B, Hk, H / Hk, N, D)
-    scores = call.scale * grouped @ key.to(dtype).unsqueeze(2).transpose(-1, -2)  # (B, Hk, H / Hk, N, M)
-    scores = scores.flatten(1, 2)
+    query_of_key = rearrange(query.to(dtype), "b (k g) n d -> b k g n d", k=key.shape[1])
+    scores = torch.einsum("bkgnd, bkmd -> bkgnm", call.scale * query_of_key, key.to(dtype)).flatten(1, 2)
     if call.is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:
@@ -49,5 +50,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
         scores = scores + mask
     dead_rows = (scores == -math.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(dead_rows, 0), -1).masked_fill(dead_rows, 0)
-    output = weights.unflatten(1, (key.shape[1], -1)) @ value.to(dtype).unsqueeze(2)
+    weights = rearrange(weights, "b (k g) n m -> b k g n m", k=key.shape[1])
+    output = torch.einsum("bkgnm, bkmd -> bkgnd", weights, value.to(dtype))
     return output.flatten(1, 2).to(query.dtype)

@@ -115,7 +115,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) 
     grads: Sequence[Tensor | None] = [None] * 4
     if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
         query, key, value, mask, seed, _ = ctx.saved_tensors
-        grads = differentiable_gradients(grad_output, query, key, value, mask, Call(*ctx.settings, seed), needs)
+        call = Call(*(*ctx.settings, seed))
+        grads = differentiable_gradients(grad_output, query, key, value, mask, call, needs)
     elif grad_output is not None:
         grads = _attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
     wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))

@@ -16,7 +16,8 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from slicemod.training.checkpoints import load_strictly, read_safetensors, write_safetensors
 from slicemod.training.digits import DigitBatch, DigitsDataModule
-from slicemod.training.errors import UserError
+from slicemod.training.interruption import StopBetweenSteps
+from slicemod.user_error import UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class AutoencoderModule(pl.LightningModule):
         noise = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
         restored = self.autoencoder.decode(posterior.sample(generator=noise)).sample
         kl = posterior.kl().mean() / images[0].numel()
-        loss = F.mse_loss(restored, images) + self.recipe.kl_weight * kl
+        loss: Tensor = F.mse_loss(restored, images) + self.recipe.kl_weight * kl
         self.log("autoencoder/loss", loss, prog_bar=True)
         return loss
 
@@ -80,9 +81,7 @@ class AutoencoderModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train_autoencoder(
-    autoencoder: AutoencoderKL, data: DigitsDataModule, training: AutoencoderTraining
-) -> float:
+def train_autoencoder(autoencoder: AutoencoderKL, data: DigitsDataModule, training: AutoencoderTraining) -> float:
     """Trains ``autoencoder`` in place and writes its weights to ``training.weights``.
 
     The latents' scale, one over their standard deviation over the training images, becomes the autoencoder's
@@ -107,7 +106,7 @@ def train_autoencoder(
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[TQDMProgressBar(refresh_rate=10)],
+        callbacks=[TQDMProgressBar(refresh_rate=10), StopBetweenSteps()],
     )
     autoencoder.requires_grad_(True)
     trainer.fit(module, datamodule=batches)
@@ -139,11 +138,11 @@ def load_autoencoder(autoencoder: AutoencoderKL, path: str | os.PathLike[str]) -
 @torch.no_grad()
 def encode_all(autoencoder: AutoencoderKL, images: Tensor, batch_size: int = 128) -> Tensor:
     """Posterior means of all images, unscaled: (N, 1, S, S) to (N, c, S/f, S/f)."""
-    return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in images.split(batch_size)])
+    return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in torch.split(images, batch_size)])
 
 
 @torch.no_grad()
 def decode_all(autoencoder: AutoencoderKL, latents: Tensor, batch_size: int = 64) -> Tensor:
     """Images in [-1, 1] of all unscaled latents: (N, c, h, w) to (N, 1, f*h, f*w)."""
-    images = torch.cat([cast(Tensor, autoencoder.decode(part).sample) for part in latents.split(batch_size)])
+    images = torch.cat([cast(Tensor, autoencoder.decode(part).sample) for part in torch.split(latents, batch_size)])
     return images.clamp(-1, 1)

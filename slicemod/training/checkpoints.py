@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from slicemod.training.errors import UserError
+from slicemod.user_error import UserError
 
 NAMES_SHOWN = 3  # of a list of wrong keys, so that the error stays a paragraph
 
@@ -53,7 +53,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: expected a whole file written by torch.save, got"
-            f" {os.path.getsize(path):,} bytes that end too early or are damaged. Copy the file again or use an"
+            f" {Path(path).stat().st_size:,} bytes that end too early or are damaged. Copy the file again or use an"
             " earlier checkpoint."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
@@ -77,14 +77,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}): expected a whole safetensors file, got"
-            f" {os.path.getsize(path):,} bytes that are not one. Copy the file again, or remove it and let"
+            f" {Path(path).stat().st_size:,} bytes that are not one. Copy the file again, or remove it and let"
             " `slicemod fit` write a new one."
         ) from error
 
 
-def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes tensors as safetensors: the file appears whole under its name or not at all.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from torch import Tensor
 from slicemod import NotEnoughMemoryError, SliceConfig, SwapReport
 from slicemod.training.conditional_accuracy import DigitReader
 from slicemod.training.digits import DigitsDataModule
-from slicemod.training.errors import UserError
 from slicemod.training.fit_command import SlicemodCLI, fit
-from slicemod.training.interruption import TrainingInterruptedError, last_checkpoint
+from slicemod.training.interruption import TrainingInterruptedError
+from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.latent_diffusion import LatentDiffusion, load_latent_diffusion
 from slicemod.training.pictures import read_metric, save_digit_grid, save_loss_curve
 from slicemod.training.sampling import Sampling, sample_images
 from slicemod.training.step_memory import StepMemory, measure_training_steps
+from slicemod.user_error import UserError
 
 BASE = ["fit", "--config", "configs/digits.yaml", "--attention", "null"]
 FINETUNE = ["fit", "--config", "configs/digits.yaml", "--config", "configs/digits_finetune.yaml"]
@@ -76,9 +78,7 @@ def _run() -> None:
         "fine-tuned": load_latent_diffusion(tuned_file, attention=slicing),
     }
     labels = torch.arange(10).repeat_interleave(PER_DIGIT)  # (500,)
-    samples = timed(
-        "sampling", lambda: {name: _sample(name, model, labels, console) for name, model in models.items()}
-    )
+    samples = timed("sampling", lambda: {name: _sample(name, model, labels, console) for name, model in models.items()})
     _draw(samples, {"base": _log(base), "fine-tuned": _log(tuned)})
     measured = timed("memory of a training step", lambda: _measure(base_file, slicing, console))
     console.rule("[bold]results")
@@ -96,8 +96,8 @@ def _run() -> None:
 def _finished(run: SlicemodCLI) -> str:
     path = last_checkpoint(run.trainer)
     if path is None:
-        raise DemoError("the training wrote no checkpoint: expected ModelCheckpoint with save_last in its config.")
-    return path
+        raise DemoError("the training wrote no checkpoint: expected LastCheckpoint in its config.")
+    return os.path.relpath(path)
 
 
 def _log(run: SlicemodCLI) -> Path:
@@ -124,22 +124,20 @@ def _compare_first_losses(tuned: SlicemodCLI, base_file: str) -> str:
 
 
 def _sample(name: str, model: LatentDiffusion, labels: Tensor, console: Console) -> Tensor:
-    console.print(f"{len(labels)} digits, {name}, {SAMPLING}")
+    console.print(f"{len(labels)} digits, {name}: {SAMPLING.steps} DDIM steps, guidance {SAMPLING.guidance:g}")
     return sample_images(model, labels, SAMPLING)
 
 
 def _draw(samples: dict[str, Tensor], logs: dict[str, Path]) -> None:
     panels = {
-        title: images.unflatten(0, (10, PER_DIGIT))[:, :SHOWN_PER_DIGIT]  # (10, C, 1, S, S)
+        title: images.reshape(10, PER_DIGIT, *images.shape[1:])[:, :SHOWN_PER_DIGIT]  # (10, C, 1, S, S)
         for title, images in samples.items()
     }
     save_digit_grid(panels, OUT / "samples.png")
     save_loss_curve(logs, OUT / "loss.png")
 
 
-def _measure(
-    base_file: str, slicing: SliceConfig, console: Console
-) -> dict[int, tuple[list[StepMemory], SwapReport]]:
+def _measure(base_file: str, slicing: SliceConfig, console: Console) -> dict[int, tuple[list[StepMemory], SwapReport]]:
     measured = {}
     for resolution, batch in SIZES:
         console.print(f"{resolution}x{resolution} pixels, batch {batch}")
@@ -156,7 +154,7 @@ def _plan_table(report: SwapReport, resolution: int) -> Table:
         plan = layer.plan
         if plan is None:
             raise DemoError(f"the layer {layer.name} has no plan: expected one after a forward pass.")
-        table.add_row(layer.name, plan.axis, str(plan.steps), plan.kernel, _mebibytes(plan.peak_bytes))
+        table.add_row(layer.name, plan.axis, str(plan.steps), plan.kernel, _readable_bytes(plan.peak_bytes))
     return table
 
 
@@ -166,15 +164,11 @@ def _memory_table(measured: list[StepMemory]) -> Table:
         table.add_column(column, justify="left" if column == "attention" else "right")
     for step in measured:
         size = f"{step.resolution}x{step.resolution}"
-        table.add_row(
-            step.attention, size, str(step.batch), _mebibytes(step.peak_bytes), f"{step.seconds:.2f} s"
-        )
+        table.add_row(step.attention, size, str(step.batch), _readable_bytes(step.peak_bytes), f"{step.seconds:.2f} s")
     return table
 
 
-def _print_accuracies(
-    samples: dict[str, Tensor], labels: Tensor, data: DigitsDataModule, console: Console
-) -> None:
+def _print_accuracies(samples: dict[str, Tensor], labels: Tensor, data: DigitsDataModule, console: Console) -> None:
     reader = DigitReader(data.split("train"))
     real = reader.accuracy(*data.split("test"))
     console.print(f"the classifier reads {real:.3f} of the real test digits correctly")
@@ -182,8 +176,8 @@ def _print_accuracies(
         console.print(f"conditional accuracy: {reader.accuracy(images, labels):.3f} ({name})")
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _readable_bytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 if __name__ == "__main__":

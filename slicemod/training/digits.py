@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from slicemod.training.errors import UserError
+from slicemod.user_error import UserError
 
 SplitName = Literal["train", "val", "test"]
 NUM_CLASSES = 10
@@ -136,7 +136,7 @@ class DigitsDataModule(pl.LightningDataModule):
         for name, size in (("batch_size", batch_size), ("image_size", image_size)):
             if size < 1:
                 raise UserError(f"data.{name} must be at least 1, got {size}: give a positive whole number.")
-        if not (0 < val_fraction and 0 < test_fraction and val_fraction + test_fraction < 1):
+        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
             raise UserError(
                 "data.val_fraction and data.test_fraction must be above 0 and leave digits to train on (a sum below"
                 f" 1), got {val_fraction} and {test_fraction}: give smaller shares."
@@ -152,9 +152,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def split(self, name: SplitName) -> DigitSplit:
         """One of the splits ``train``, ``val`` and ``test``."""
         if self._splits is None:
-            self._splits = digit_splits(
-                self.image_size, self.val_fraction, self.test_fraction, self.split_seed
-            )
+            self._splits = digit_splits(self.image_size, self.val_fraction, self.test_fraction, self.split_seed)
         return self._splits[name]
 
     def train_dataloader(self) -> DigitBatches:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from slicemod.training.arguments import ArgumentParser
+from slicemod.arguments import ArgumentParser
 from slicemod.training.checkpoints import ensure_writable_folder
-from slicemod.training.errors import UserError
 from slicemod.training.latent_diffusion import load_latent_diffusion
+from slicemod.user_error import UserError
 
 
 def run(arguments: Sequence[str]) -> int:

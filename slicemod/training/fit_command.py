@@ -9,21 +9,22 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from diffusers import AutoencoderKL
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from slicemod import SliceConfig
-from slicemod.training.autoencoder import AutoencoderTraining, train_autoencoder
+from slicemod.training.autoencoder import AutoencoderTraining, load_autoencoder, train_autoencoder
 from slicemod.training.checkpoints import ensure_writable_folder, load_strictly, read_checkpoint
 from slicemod.training.digits import DigitsDataModule
-from slicemod.training.errors import UserError
-from slicemod.training.interruption import StopBetweenSteps, TrainingInterruptedError, last_checkpoint
+from slicemod.training.interruption import StopBetweenSteps, TrainingInterruptedError
+from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.latent_diffusion import LatentDiffusion
+from slicemod.user_error import UserError
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -58,7 +59,8 @@ def fit(arguments: Sequence[str]) -> SlicemodCLI:
             args=list(arguments),
         )
     except (ArgumentError, argparse.ArgumentError) as error:
-        raise UserError(str(error)) from error
+        files = ", ".join(_config_files(arguments)) or "no file"
+        raise UserError(f"{error} (configuration from {files} and the command line)") from error
     except MisconfigurationException as error:
         raise UserError(f"Lightning cannot run this configuration: {error}") from error
 
@@ -93,7 +95,7 @@ class SlicemodCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses ``args`` alone: Lightning's own method warns where ``sys.argv`` holds anything besides."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(cast("Sequence[str]", args))
 
     def _parse_ckpt_path(self) -> None:
         """Replaces Lightning's, which reads hyperparameters that these checkpoints do not have, errors unhandled."""
@@ -103,7 +105,8 @@ class SlicemodCLI(LightningCLI):
         block = self._get(self.config, "attention")
         if block is not None:
             try:
-                SliceConfig(**block.as_dict())
+                given = block.as_dict()
+                SliceConfig(**given.get("init_args", given))
             except ValueError as error:
                 raise UserError(f"The configuration's block attention cannot be used: {error}") from error
 
@@ -126,10 +129,13 @@ class SlicemodCLI(LightningCLI):
             options["ckpt_path"] = self._readable_checkpoint(options["ckpt_path"])
         elif self.model.init_from is not None:
             self.model.load_weights(self.model.init_from)
-        self._require_writable_folders()
         training: AutoencoderTraining = options["autoencoder_training"]
+        trained = Path(training.weights).exists()
+        if trained:
+            load_autoencoder(self.model.autoencoder, training.weights)
+        self._require_writable_folders()
         continued = options.get("ckpt_path") is not None or self.model.init_from is not None
-        if not continued and not Path(training.weights).exists():
+        if not continued and not trained:
             print(f"{training.weights} does not exist yet: training the autoencoder first.")
             psnr = train_autoencoder(self.model.autoencoder, self.datamodule, training)
             self.model.autoencoder.eval().requires_grad_(False)
@@ -162,12 +168,13 @@ class SlicemodCLI(LightningCLI):
         if self.datamodule.image_size != self.model.trained_resolution:
             raise UserError(
                 f"data.image_size must be {self.model.trained_resolution}, model.unet.init_args.sample_size"
-                f" ({self.model.unet.config.sample_size} latents) times the autoencoder's {self.model.pixels_per_latent}"
-                f" pixels a latent, got {self.datamodule.image_size}: change one of the two."
+                f" ({self.model.unet.config.sample_size} latents) times the autoencoder's"
+                f" {self.model.pixels_per_latent} pixels a latent, got {self.datamodule.image_size}:"
+                " change one of the two."
             )
 
     def _require_writable_folders(self) -> None:
-        folders = [logger.save_dir for logger in self.trainer.loggers]
+        folders: list[str | Path | None] = [logger.save_dir for logger in self.trainer.loggers]
         folders += [callback.dirpath for callback in self._model_checkpoints()]
         if self.subcommand == "fit":
             folders.append(str(Path(self.config_init["fit"]["autoencoder_training"].weights).parent))
@@ -204,11 +211,18 @@ class SlicemodCLI(LightningCLI):
 def _how_to_continue(stop: TrainingInterruptedError, arguments: Sequence[str]) -> str:
     if stop.checkpoint is None:
         return (
-            f"{stop} after step {stop.step}; no checkpoint was written: trainer.callbacks has no"
-            " ModelCheckpoint with save_last and save_on_exception."
+            f"{stop} after step {stop.step}; no checkpoint was written: the autoencoder keeps none while it trains, and"
+            " the UNet's come from slicemod.training.last_checkpoint.LastCheckpoint in trainer.callbacks."
+            " Start the same command again."
         )
     again = shlex.join([*_without_checkpoint(arguments), "--ckpt_path", "last"])
     return f"{stop} after step {stop.step}. {stop.checkpoint} holds its state; continue with: slicemod {again}"
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [after for option, after in pairs if option in ("-c", "--config")]
+    return named + [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
 
 
 def _without_checkpoint(arguments: Sequence[str]) -> list[str]:
@@ -223,8 +237,10 @@ def _without_checkpoint(arguments: Sequence[str]) -> list[str]:
 
 def _silence_known_warnings() -> None:
     for message in (
-        r"[\s\S]*instantiate_classes",  # Lightning 2.6 calls jsonargparse's method by its old name
+        r"\s*(``instantiate_classes``|skip_none parameter) was deprecated",  # old names that Lightning 2.6 uses
+        r"\s*By default only one JsonargparseDeprecationWarning",  # and what jsonargparse adds to that
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # so does its use of torch's pytrees
+        r"The \.grad attribute of a Tensor that is not a leaf",  # torch.compile looks at every input's
         r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen autoencoder, on purpose
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -8,7 +8,6 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -27,7 +26,7 @@ class StopBetweenSteps(pl.Callback):
     """Turns the first SIGINT or SIGTERM into a ``TrainingInterruptedError`` at the end of the running step.
 
     A signal's handler runs anywhere, also halfway through an optimizer's step; a checkpoint taken there would hold
-    half of it. At the end of a step, ``ModelCheckpoint(save_on_exception=True, save_last=True)`` then writes one that
+    half of it. At the end of a step, ``LastCheckpoint`` then writes one that
     `--ckpt_path last` continues from. A second signal acts as if this callback were not there.
     """
 
@@ -60,11 +59,3 @@ class StopBetweenSteps(pl.Callback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-
-def last_checkpoint(trainer: pl.Trainer) -> str | None:
-    """The file that the run's ``ModelCheckpoint(save_last=True)`` wrote last, or None."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
-            return str(callback.last_model_path)
-    return None

@@ -15,6 +15,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import (
+    LRSchedulerConfigType,
+    OptimizerLRScheduler,
+    OptimizerLRSchedulerConfig,
+)
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -24,7 +29,7 @@ from slicemod.training.autoencoder import decode_all, encode_all, load_autoencod
 from slicemod.training.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from slicemod.training.class_embedder import ClassEmbedder
 from slicemod.training.digits import DigitBatch
-from slicemod.training.errors import UserError
+from slicemod.user_error import UserError
 
 COMPONENTS = "slicemod_components"  # where a checkpoint keeps what rebuilds the model
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -65,7 +70,7 @@ class LatentDiffusion(pl.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         attention: SliceConfig | None = None,
-        compile: bool = False,
+        compile: bool = False,  # noqa: A002  (the name of the option, `--model.compile`)
         label_dropout: float = 0.1,
         seed: int = 0,
         autoencoder_weights: str | None = None,
@@ -177,19 +182,21 @@ class LatentDiffusion(pl.LightningModule):
         images = cast(Any, self.trainer).datamodule.split("train").images
         self._train_latents = self.encode(images.to(self.device))  # (N, c, h, w)
 
-    def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         trained = [*self.unet.parameters(), *self.class_embedder.parameters()]
         optimizer = self.make_optimizer(trained)
         if self.make_lr_scheduler is None:
             return optimizer
         schedule = self.make_lr_scheduler(optimizer)
         planned = self.trainer.estimated_stepping_batches
-        if getattr(schedule, "total_steps", planned) < planned:
+        total = getattr(schedule, "total_steps", planned)
+        if total < planned:
             raise UserError(
                 f"model.lr_scheduler.init_args.total_steps must be at least the run's {planned} steps, got"
-                f" {schedule.total_steps}: raise it, or lower trainer.max_steps."
+                f" {total}: raise it, or lower trainer.max_steps."
             )
-        return cast(Any, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
+        stepped = LRSchedulerConfigType(scheduler=schedule, interval="step")
+        return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=stepped)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the model: plain values, so that ``weights_only=True`` reads them."""
@@ -238,7 +245,10 @@ class LatentDiffusion(pl.LightningModule):
         kind = self.scheduler.config.prediction_type
         if kind == "sample":
             return predicted
-        return (noisy - sigma * predicted) / signal if kind == "epsilon" else signal * noisy - sigma * predicted
+        clean: Tensor = (
+            (noisy - sigma * predicted) / signal if kind == "epsilon" else signal * noisy - sigma * predicted
+        )
+        return clean
 
     def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.scheduler.alphas_cumprod.to(self.device)[timesteps].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
@@ -246,7 +256,10 @@ class LatentDiffusion(pl.LightningModule):
 
 
 def load_latent_diffusion(
-    path: str | os.PathLike[str], *, attention: SliceConfig | None, compile: bool = False
+    path: str | os.PathLike[str],
+    *,
+    attention: SliceConfig | None,
+    compile: bool = False,  # noqa: A002
 ) -> LatentDiffusion:
     """Rebuilds a trained model from its checkpoint alone, in evaluation mode.
 

@@ -41,9 +41,7 @@ def save_digit_grid(panels: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     """
     columns = next(iter(panels.values())).shape[1]
     figure = Figure(figsize=(len(panels) * columns * 0.42 + 0.4, 10 * 0.42 + 0.5), dpi=160, layout="constrained")
-    for axes, (title, images) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         digits, count, _, height, width = images.shape
         tiles = images[:, :, 0].permute(0, 2, 1, 3).reshape(digits * height, count * width)
         axes.imshow(tiles.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
@@ -90,7 +88,7 @@ def read_metric(log: str | os.PathLike[str], name: str) -> list[tuple[int, float
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
 
 
-def _smoothed(values: list[float], decay: float = 0.95) -> list[float]:
+def _smoothed(values: list[float], decay: float = 0.85) -> list[float]:
     smooth, mean = [], values[0]
     for value in values:
         mean = decay * mean + (1 - decay) * value

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from slicemod.training.arguments import ArgumentParser
+from slicemod.arguments import ArgumentParser
 from slicemod.training.checkpoints import ensure_writable_folder
-from slicemod.training.errors import UserError
 from slicemod.training.latent_diffusion import checkpoint_attention, load_latent_diffusion
 from slicemod.training.pictures import save_tiles
 from slicemod.training.sampling import Sampling, sample_images
+from slicemod.user_error import UserError
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -52,7 +52,5 @@ def _parser() -> ArgumentParser:
         "--guidance", type=float, default=3.0, help="weight of the class, 1 is no guidance (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
-    parser.add_argument(
-        "--compile", action="store_true", help="run the UNet under torch.compile(fullgraph=True)"
-    )
+    parser.add_argument("--compile", action="store_true", help="run the UNet under torch.compile(fullgraph=True)")
     return parser

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
-from slicemod.training.errors import UserError
 from slicemod.training.latent_diffusion import LatentDiffusion
+from slicemod.user_error import UserError
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def sample_images(
     draw = torch.Generator().manual_seed(how.seed)
     channels = model.unet.config.in_channels
     noise, more = (torch.randn(len(labels), channels, edge, edge, generator=draw) for edge in edges)  # (B, c, h, w)
-    groups = [part.split(how.batch_size) for part in (noise, more, labels)]
+    groups = [torch.split(part, how.batch_size) for part in (noise, more, labels)]
     images = []
     with Progress(disable=not progress) as bar:
         task = bar.add_task("sampling", total=len(groups[0]) * (how.steps + again))
@@ -108,7 +108,8 @@ class _Denoiser:
             predicted = self._predict(scheduler.scale_model_input(latents, timestep), timestep)
             latents = scheduler.step(predicted, timestep, latents).prev_sample
             self.tick()
-        return latents
+        denoised: Tensor = latents
+        return denoised
 
     def _predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         if not self.guided:
@@ -116,12 +117,13 @@ class _Denoiser:
             return plain
         both: Tensor = self.model.unet(torch.cat([latents, latents]), timestep, self.context).sample
         none, labelled = both.chunk(2)
-        return none + self.how.guidance * (labelled - none)
+        guided: Tensor = none + self.how.guidance * (labelled - none)
+        return guided
 
 
 def _require_valid(model: LatentDiffusion, labels: Tensor, resolution: int, how: Sampling) -> None:
     highest = model.class_embedder.num_classes - 1
-    if labels.numel() == 0 or not (0 <= int(labels.min()) and int(labels.max()) <= highest):
+    if labels.numel() == 0 or not (int(labels.min()) >= 0 and int(labels.max()) <= highest):
         wrong = sorted({int(label) for label in labels if not 0 <= int(label) <= highest})
         raise UserError(
             f"The class must be a whole number from 0 to {highest}, got {', '.join(map(str, wrong)) or 'none'}:"

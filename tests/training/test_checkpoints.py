@@ -17,7 +17,7 @@ from slicemod.training.checkpoints import (
     replacing,
     write_safetensors,
 )
-from slicemod.training.errors import UserError
+from slicemod.user_error import UserError
 
 
 class Intruder:
@@ -94,19 +94,23 @@ def test_strict_loading_names_missing_unexpected_and_reshaped_tensors_and_loads_
     assert torch.equal(module.weight, before)
 
 
+def fail_halfway(path: Path) -> None:
+    path.write_text("half of")
+    raise OSError("no space left")
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     path.write_text("old")
     with pytest.raises(UserError, match=r"picture\.png cannot be written"), replacing(path) as temporary:
-        temporary.write_text("half of")
-        raise OSError("no space left")
+        fail_halfway(temporary)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="The folder .*file/inside cannot be written"):
+    with pytest.raises(UserError, match=r"The folder .*file/inside cannot be written"):
         ensure_writable_folder(tmp_path / "file" / "inside")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slicemod.training.digits import DigitBatches, DigitsDataModule, DigitSplit, digit_splits
-from slicemod.training.errors import UserError
+from slicemod.user_error import UserError
 
 
 def test_splits_are_disjoint_stratified_and_fixed() -> None:

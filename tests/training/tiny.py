@@ -25,6 +25,7 @@ def tiny_config(**model: Any) -> dict[str, Any]:
     config["model"]["autoencoder"]["init_args"].update(block_out_channels=[4, 4, 4], norm_num_groups=2)
     config["model"].update(model)
     config["trainer"].update(max_steps=STEPS, val_check_interval=3, check_val_every_n_epoch=None)
+    config["trainer"]["callbacks"][0]["init_args"].update(every_n_train_steps=3)
     config["trainer"]["callbacks"] = [
         callback for callback in config["trainer"]["callbacks"] if "ProgressBar" not in callback["class_path"]
     ]

@@ -1,0 +1,40 @@
+"""The checkpoint that a run continues from."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps one ``last.ckpt``, also where a signal or an exception ends the run.
+
+    ``ModelCheckpoint(save_last=True)`` by itself leaves out the steps after its last regular save.
+
+    Args:
+        dirpath: folder of the checkpoints; a new run beside an old one writes ``last-v1.ckpt`` and so on.
+        every_n_train_steps: steps between two saves.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int = 100) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="{step}",
+            save_top_k=0,
+            save_last=True,
+            save_on_exception=True,
+            every_n_train_steps=every_n_train_steps,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.last_model_path:
+            trainer.save_checkpoint(self.last_model_path, weights_only=False)  # the optimizer's state too
+
+
+def last_checkpoint(trainer: pl.Trainer) -> str | None:
+    """The last.ckpt that the run wrote, or None where it wrote none."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
+            return str(callback.last_model_path)
+    return None

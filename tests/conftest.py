@@ -1,0 +1,32 @@
+"""What all tests share: one thread, a seed, and which tests a plain run leaves out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--run-slow` runs the tests marked slow as well."""
+    parser.addoption("--run-slow", action="store_true", help="run the tests that take longer than a minute")
+
+
+def pytest_configure() -> None:
+    """One thread: plans of the fused kernel count threads, and parallel workers share the cores."""
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this run or this machine cannot do."""
+    slow = pytest.mark.skip(reason="slow: pass --run-slow")
+    cuda = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
+            item.add_marker(slow)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(cuda)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from slicemod.cli import BAD_INPUT, COMMANDS, main
+from tests.training.tiny import tiny_config, train_tiny, write_config
+
+
+class Intruder:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch intruded",)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished tiny run, swapped attention, and files that are not what they say."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        checkpoint = train_tiny(folder)
+    checkpoint.rename(folder / "good.ckpt")
+    whole = (folder / "good.ckpt").read_bytes()
+    (folder / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (folder / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Intruder()}))
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, folder / "other.ckpt")
+    (folder / "file").write_text("")
+    return folder
+
+
+@pytest.fixture
+def here(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``run`` as the current folder."""
+    monkeypatch.chdir(run)
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
+    """Runs a command that must fail: its one paragraph, after checking that nothing was written or overwritten."""
+    before = contents(folder)
+    assert main(arguments) == BAD_INPUT
+    assert contents(folder) == before
+    paragraph = capsys.readouterr().err.strip().splitlines()[-1]
+    assert paragraph.startswith(f"slicemod {arguments[0]}: ")
+    assert "Traceback" not in paragraph
+    return paragraph
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
+def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name}" in listed for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "sample", "export"])
+def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "'fitt'" in refused(capsys, tmp_path, "fitt")
+
+
+def test_the_command_runs_as_a_module_without_loading_training_code() -> None:
+    code = "import sys, slicemod.cli; sys.exit(any(name in sys.modules for name in ('lightning', 'diffusers')))"
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": root})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--data.colour", "3"], "colour"),
+        (["--data.batch_size", "many"], "batch_size"),
+        (["--data.batch_size", "0"], "batch_size"),
+        (["--data.image_size", "48"], "image_size"),
+        (["--model.unet.class_path", "diffusers.UNet9DModel"], "UNet9DModel"),
+        (["--model.unet.class_path", "torch.nn.Linear"], "torch.nn.Linear"),
+        (["--model.unet.norm_num_groups", "3"], "3"),
+        (["--model.optimizer.class_path", "torch.optim.Nothing"], "Nothing"),
+        (["--attention.budget", "a lot"], "a lot"),
+        (["--attention.policy", "best"], "best"),
+        (["--attention.colour", "3"], "colour"),
+        (["--autoencoder_training.max_steps", "0"], "max_steps"),
+        (["--trainer.max_steps", "1.5"], "max_steps"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--model.init_from", "cut.ckpt"], "cut.ckpt"),
+        (["--model.init_from", "evil.ckpt"], "evil.ckpt"),
+        (["--model.init_from", "other.ckpt"], "other.ckpt"),
+        (["--model.init_from", "missing.ckpt"], "missing.ckpt"),
+        (["--ckpt_path", "cut.ckpt"], "cut.ckpt"),
+        (["--ckpt_path", "evil.ckpt"], "evil.ckpt"),
+        (["--ckpt_path", "other.ckpt"], "other.ckpt"),
+        (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+        (["--ckpt_path", "last"], "--ckpt_path last finds no checkpoint"),
+        (["--autoencoder_training.weights", "file/weights.safetensors"], "file"),
+    ],
+    ids=" ".join,
+)
+def test_fit_names_what_it_cannot_use(
+    options: list[str], named: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(here, tiny_config())
+    assert named in refused(capsys, here, "fit", "--config", config, *options)
+    assert not (here / "intruded").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        ("attention", {"budget": "64MiB", "polcy": "exact"}, "polcy"),
+        ("colour", 3, "colour"),
+        ("model", "a string", "model"),
+        ("attention", {"budget": "64 parsecs"}, "64 parsecs"),
+    ],
+)
+def test_a_yaml_file_that_is_wrong_is_named(
+    place: str, value: object, named: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config: dict[str, Any] = tiny_config() | {place: value}
+    assert named in refused(capsys, here, "fit", "--config", write_config(here, config))
+
+
+def test_a_file_that_is_no_yaml_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "broken.yaml").write_text("data: [1, 2")
+    assert "broken.yaml" in refused(capsys, here, "fit", "--config", "broken.yaml")
+
+
+def test_folders_that_cannot_be_written_are_named_before_training(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config()
+    config["trainer"]["callbacks"][0]["init_args"]["dirpath"] = "file/checkpoints"
+    assert "file/checkpoints" in refused(capsys, here, "fit", "--config", write_config(here, config))
+
+
+def test_an_autoencoder_that_does_not_fit_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "cut.safetensors").write_bytes((here / "runs/digits/autoencoder.safetensors").read_bytes()[:900])
+    for weights in ("cut.safetensors", "file"):
+        options = ["--autoencoder_training.weights", weights]
+        config = write_config(here, tiny_config())
+        assert weights in refused(capsys, here, "fit", "--config", config, *options)
+
+
+def test_validate_measures_a_checkpoint_and_needs_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(here, tiny_config())
+    assert "--ckpt_path is missing" in refused(capsys, here, "validate", "--config", config)
+    assert main(["validate", "--config", config, "--ckpt_path", "good.ckpt"]) == 0
+    assert "val/psnr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"--class": "10"}, "from 0 to 9, got 10"),
+        ({"--class": "-1"}, "got -1"),
+        ({"--class": "seven"}, "seven"),
+        ({"--checkpoint": "cut.ckpt"}, "cut.ckpt"),
+        ({"--checkpoint": "evil.ckpt"}, "evil.ckpt"),
+        ({"--checkpoint": "other.ckpt"}, "other.ckpt"),
+        ({"--checkpoint": "missing.ckpt"}, "missing.ckpt"),
+        ({"--out": "seven.txt"}, "seven.txt"),
+        ({"--out": "file/seven.png"}, "file"),
+        ({"--count": "0"}, "--count"),
+        ({"--resolution": "33"}, "33"),
+        ({"--steps": "0"}, "steps"),
+        ({"--colour": "red"}, "--colour"),
+    ],
+    ids=str,
+)
+def test_sample_names_what_it_cannot_use(
+    options: dict[str, str], named: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"--checkpoint": "good.ckpt", "--class": "7", "--out": "seven.png", "--steps": "2"}
+    arguments = [word for pair in (good | options).items() for word in pair]
+    assert named in refused(capsys, here, "sample", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "edge"), [([], 32), (["--resolution", "64"], 64), (["--resolution", "128"], 128)]
+)
+def test_sample_writes_a_picture_at_one_two_and_four_times_the_trained_resolution(
+    resolution: list[str], edge: int, here: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "seven.png"
+    options = ["--checkpoint", "good.ckpt", "--class", "7", "--count", "4", "--steps", "5", "--out", str(out)]
+    assert main(["sample", *options, *resolution]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (2 * edge + 2, 2 * edge + 2)
+
+
+def test_export_writes_diffusers_folders_into_an_empty_folder(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "exported"
+    assert main(["export", "--checkpoint", "good.ckpt", "--out", str(out)]) == 0
+    saved = {str(file.relative_to(out)) for file in out.rglob("*.*")}
+    assert {"unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"} <= saved
+    assert {"unet/diffusion_pytorch_model.safetensors", "class_embedder.safetensors"} <= saved
+    assert json.loads((out / "vae" / "config.json").read_text())["scaling_factor"] != 0.18215
+    assert "missing or empty" in refused(capsys, out, "export", "--checkpoint", "good.ckpt", "--out", str(out))
+
+
+def test_the_saved_config_is_resolved_and_can_be_used_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = here / "runs" / "digits" / "csv" / "version_0" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["attention"]["kernel"] == "auto"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(saved), "--print_config"])
+    assert stop.value.code == 0

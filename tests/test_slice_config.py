@@ -1,0 +1,199 @@
+"""SliceConfig: its fields, and the plan that it answers a call with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from slicemod import budget as memory
+from slicemod.plan import NotEnoughMemoryError, SlicePlan, fused_peak, plan_slices
+from slicemod.shapes import AttentionShape
+from slicemod.slice_config import SliceConfig
+
+CPU = torch.device("cpu")
+SHAPE = AttentionShape(2, 3, 1031, 1013, 11, 4)
+
+
+def plan(slicing: SliceConfig, shape: AttentionShape = SHAPE, **more: Any) -> SlicePlan:
+    settings: dict[str, Any] = {"training": False, "fused_obstacle": None} | more
+    return slicing.plan(shape, CPU, **settings)
+
+
+@pytest.fixture
+def free_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the probe answers: the last of these."""
+    answers = [2**30]
+    monkeypatch.setattr(memory, "free_memory", lambda device: answers[-1])
+    return answers
+
+
+def test_the_default_is_the_heuristic_on_free_memory_with_recomputed_slices() -> None:
+    expected = {
+        "budget": "auto",
+        "policy": "heuristic",
+        "kernel": "auto",
+        "steps": None,
+        "checkpoint": True,
+        "upcast": False,
+    }
+    assert SliceConfig().as_dict() == expected
+    assert [field.name for field in dataclasses.fields(SliceConfig)] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("budget", "a lot", '"512MiB"'),
+        ("budget", 0, '"512MiB"'),
+        ("budget", 1.5, "a fraction"),
+        ("policy", "greedy", "heuristic, doggettx, invokeai, mps, exact"),
+        ("kernel", "flash", "auto, fused, math"),
+        ("steps", 0, "1 or more, or None"),
+        ("steps", -3, "1 or more, or None"),
+        ("steps", 2.0, "a whole number"),
+        ("steps", True, "a whole number"),
+        ("steps", "4", "a whole number"),
+        ("checkpoint", 1, "true or false"),
+        ("checkpoint", None, "true or false"),
+        ("upcast", "yes", "true or false"),
+    ],
+)
+def test_a_field_out_of_range_is_named_with_what_was_expected_and_what_came(
+    field: str, value: object, expected: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        SliceConfig.of({field: value})
+    message = str(caught.value)
+    assert message.startswith(f"{field}: expected")
+    assert expected in message
+    assert f"got {value!r}" in message
+
+
+@pytest.mark.parametrize("value", [[], {}, ["heuristic"]])
+@pytest.mark.parametrize("field", ["policy", "kernel", "budget"])
+def test_a_list_or_a_table_in_the_place_of_a_word_is_refused_alike(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field}: expected"):
+        SliceConfig.of({field: value})
+
+
+def test_steps_cannot_be_pinned_for_a_fused_kernel() -> None:
+    with pytest.raises(ValueError, match='got steps=3 with kernel="fused"'):
+        SliceConfig(steps=3, kernel="fused")
+
+
+def test_of_takes_a_config_a_dict_or_nothing() -> None:
+    slicing = SliceConfig(budget="64MiB", policy="exact")
+    assert SliceConfig.of(slicing) is slicing
+    assert SliceConfig.of({"budget": "64MiB", "policy": "exact"}) == slicing
+    assert SliceConfig.of(slicing.as_dict()) == slicing
+    assert SliceConfig.of(None) == SliceConfig.of({}) == SliceConfig()
+
+
+def test_of_names_an_unknown_key_and_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"budget, policy, kernel, steps, checkpoint, upcast; got 'chunks'"):
+        SliceConfig.of({"budget": "64MiB", "chunks": 4})
+
+
+@pytest.mark.parametrize("slicing", ["exact", 4, ["exact"]])
+def test_of_refuses_what_is_no_mapping(slicing: Any) -> None:
+    with pytest.raises(TypeError, match=f"got {type(slicing).__name__}"):
+        SliceConfig.of(slicing)
+
+
+def test_a_config_cannot_be_changed_and_can_be_a_key() -> None:
+    slicing = SliceConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        slicing.steps = 2  # type: ignore[misc]
+    assert hash(slicing) == hash(SliceConfig())
+
+
+def test_a_config_reads_as_its_main_fields_and_what_differs_from_the_default() -> None:
+    assert str(SliceConfig()) == "budget='auto', policy='heuristic', kernel='auto'"
+    assert str(SliceConfig(steps=3, upcast=True)).endswith("kernel='auto', steps=3, upcast=True")
+
+
+def test_auto_takes_the_fused_kernel_where_one_runs() -> None:
+    assert plan(SliceConfig(budget="64MiB")).kernel == "fused"
+
+
+def test_auto_slices_where_no_fused_kernel_runs() -> None:
+    assert plan(SliceConfig(budget="64MiB", policy="exact"), fused_obstacle="dropout").kernel == "math"
+
+
+def test_auto_slices_where_the_fused_kernel_does_not_fit() -> None:
+    fused = fused_peak(SHAPE, "cpu", training=False)
+    assert plan(SliceConfig(budget=fused, policy="exact")).kernel == "fused"
+    sliced = plan(SliceConfig(budget=fused - 1, policy="exact"))
+    assert sliced.kernel == "math"
+    assert sliced.peak_bytes < fused
+
+
+def test_math_slices_even_where_a_fused_kernel_runs() -> None:
+    assert plan(SliceConfig(budget="64MiB", policy="exact", kernel="math")).kernel == "math"
+
+
+def test_pinned_steps_are_computed_by_the_sliced_kernel() -> None:
+    pinned = plan(SliceConfig(budget="64MiB", steps=5))
+    assert (pinned.kernel, pinned.steps, pinned.policy) == ("math", 5, "pinned")
+
+
+def test_fused_raises_where_none_runs_and_says_why() -> None:
+    with pytest.raises(ValueError, match='kernel="fused"; it has dropout') as caught:
+        plan(SliceConfig(budget="64MiB", kernel="fused"), fused_obstacle="it has dropout")
+    assert 'Take kernel="auto"' in str(caught.value)
+
+
+def test_fused_raises_where_it_does_not_fit() -> None:
+    fused = fused_peak(SHAPE, "cpu", training=False)
+    with pytest.raises(NotEnoughMemoryError, match=f"allows {fused - 1:,} bytes and the plan needs {fused:,}"):
+        plan(SliceConfig(budget=fused - 1, kernel="fused"))
+
+
+@pytest.mark.parametrize("slicing", [SliceConfig(policy="mps"), SliceConfig(policy="invokeai"), SliceConfig(steps=2)])
+def test_a_named_budget_is_a_promise_also_for_policies_that_do_not_look_at_it(
+    slicing: SliceConfig, free_bytes: list[int]
+) -> None:
+    free_bytes.append(9999)
+    obstacle = "none runs here"
+    assert plan(slicing, fused_obstacle=obstacle).peak_bytes > 9999  # free memory is no promise
+    named = dataclasses.replace(slicing, budget=9999)
+    with pytest.raises(NotEnoughMemoryError, match="budget: 9999 allows 9,999 bytes and the plan needs"):
+        plan(named, fused_obstacle=obstacle)
+
+
+def test_a_fraction_is_of_the_free_memory(free_bytes: list[int]) -> None:
+    slicing = SliceConfig(budget=0.5, policy="exact", kernel="math")
+    free_bytes.append(2 * 10**6)
+    assert plan(slicing) == plan(SliceConfig(budget=10**6, policy="exact", kernel="math"))
+
+
+def test_free_memory_is_read_anew_for_every_plan(free_bytes: list[int]) -> None:
+    slicing = SliceConfig(policy="exact", kernel="math")
+    free_bytes.append(10**6)
+    tight = plan(slicing)
+    free_bytes.append(3 * 10**5)
+    assert plan(slicing).steps > tight.steps
+
+
+def test_upcast_widens_the_scores_of_the_plan() -> None:
+    shape = dataclasses.replace(SHAPE, itemsize=2)
+    settings: dict[str, Any] = {"budget": "64MiB", "kernel": "math", "steps": 4}
+    plain, upcast = plan(SliceConfig(**settings), shape), plan(SliceConfig(**settings, upcast=True), shape)
+    assert (plain.upcast, upcast.upcast) == (False, True)
+    assert upcast.peak_bytes > plain.peak_bytes
+
+
+def test_checkpoint_reaches_the_plan() -> None:
+    settings: dict[str, Any] = {"budget": "1GiB", "kernel": "math", "steps": 4}
+    kept = plan(SliceConfig(**settings, checkpoint=False), training=True)
+    recomputed = plan(SliceConfig(**settings), training=True)
+    assert (kept.checkpoint, recomputed.checkpoint) == (False, True)
+    assert kept.peak_bytes - recomputed.peak_bytes == SHAPE.scores_bytes
+
+
+def test_the_plan_is_that_of_plan_slices() -> None:
+    asked = plan(SliceConfig(budget="1MiB", policy="exact", kernel="math"), training=True)
+    assert asked == plan_slices(SHAPE, 2**20, policy="exact", device_type="cpu", training=True)

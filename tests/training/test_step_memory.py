@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from slicemod import SliceConfig
+from slicemod.training.latent_diffusion import load_latent_diffusion
+from slicemod.training.step_memory import measure_training_steps
+
+
+def test_a_sliced_training_step_takes_less_than_one_with_materialised_scores(base_checkpoint: Path) -> None:
+    model = load_latent_diffusion(base_checkpoint, attention=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = dict(model.unet.attn_processors)
+    slicing = SliceConfig(budget="1MiB", policy="exact")
+    measured, report = measure_training_steps(model, slicing, resolution=256, batch=1)
+    plain, _, sliced = (step.peak_bytes for step in measured)
+    assert sliced < plain / 2
+    assert len(report.layers) == 8
+    assert all(layer.plan is not None and layer.plan.steps >= 1 for layer in report.layers)
+    assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
+    assert {type(kind) for kind in model.unet.attn_processors.values()} == {type(kind) for kind in own.values()}
+    assert all(parameter.grad is None for parameter in model.parameters())
