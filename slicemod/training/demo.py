@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from slicemod import NotEnoughMemoryError, SliceConfig, SwapReport
+from slicemod import NotEnoughMemoryError, SliceConfig, SlicePlan
 from slicemod.training.conditional_accuracy import DigitReader
 from slicemod.training.digits import DigitsDataModule
 from slicemod.training.fit_command import SlicemodCLI, fit
@@ -82,9 +83,10 @@ def _run() -> None:
     _draw(samples, {"base": _log(base), "fine-tuned": _log(tuned)})
     measured = timed("memory of a training step", lambda: _measure(base_file, slicing, console))
     console.rule("[bold]results")
-    for resolution, (_, report) in measured.items():
-        console.print(_plan_table(report, resolution))
-    console.print(_memory_table([step for steps, _ in measured.values() for step in steps]))
+    for steps in measured:
+        console.print(_plan_table([step for step in steps if step.plans]))
+    for steps in measured:
+        console.print(_memory_table(steps))
     console.print(f"autoencoder: {base.config.fit.autoencoder_training.weights}")
     console.print(f"checkpoints: {base_file} (base), {tuned_file} (fine-tuned)")
     console.print(f"pictures: {OUT / 'samples.png'}, {OUT / 'loss.png'}")
@@ -137,34 +139,39 @@ def _draw(samples: dict[str, Tensor], logs: dict[str, Path]) -> None:
     save_loss_curve(logs, OUT / "loss.png")
 
 
-def _measure(base_file: str, slicing: SliceConfig, console: Console) -> dict[int, tuple[list[StepMemory], SwapReport]]:
-    measured = {}
+def _measure(base_file: str, slicing: SliceConfig, console: Console) -> list[list[StepMemory]]:
+    measured = []
     for resolution, batch in SIZES:
         console.print(f"{resolution}x{resolution} pixels, batch {batch}")
         model = load_latent_diffusion(base_file, attention=None).train()
-        measured[resolution] = measure_training_steps(model, slicing, resolution, batch)
+        measured.append(measure_training_steps(model, slicing, resolution, batch))
     return measured
 
 
-def _plan_table(report: SwapReport, resolution: int) -> Table:
-    table = Table(title=f"plans of a training step at {resolution}x{resolution} pixels", title_justify="left")
-    for column in ("attention layer", "axis", "steps", "kernel", "planned peak"):
-        table.add_column(column, justify="left" if column in ("attention layer", "axis", "kernel") else "right")
-    for layer in report.layers:
-        plan = layer.plan
-        if plan is None:
-            raise DemoError(f"the layer {layer.name} has no plan: expected one after a forward pass.")
-        table.add_row(layer.name, plan.axis, str(plan.steps), plan.kernel, _readable_bytes(plan.peak_bytes))
+def _plan_table(steps: list[StepMemory]) -> Table:
+    """Every layer's plan, the measured ways to slice side by side."""
+    size = f"{steps[0].resolution}x{steps[0].resolution}"
+    table = Table(title=f"plans of a training step at {size} pixels", title_justify="left", box=SIMPLE)
+    table.add_column("attention layer")
+    for step in steps:
+        table.add_column(step.attention.replace("(", "\n("), no_wrap=True)
+    for layer in steps[0].plans:
+        table.add_row(layer, *(_plan(step.plans[layer]) for step in steps))
     return table
 
 
-def _memory_table(measured: list[StepMemory]) -> Table:
-    table = Table(title="measured peak memory of one training step", title_justify="left")
-    for column in ("attention", "pixels", "batch", "peak", "step (one noisy run)"):
+def _plan(plan: SlicePlan) -> str:
+    steps = f"{plan.steps} step{'s' if plan.steps > 1 else ''}"
+    return f"{plan.kernel}, {plan.axis}, {steps}, {_readable_bytes(plan.peak_bytes)}"
+
+
+def _memory_table(steps: list[StepMemory]) -> Table:
+    size = f"{steps[0].resolution}x{steps[0].resolution} pixels, batch {steps[0].batch}"
+    table = Table(title=f"measured peak memory of a training step, {size}", title_justify="left", box=SIMPLE)
+    for column in ("attention", "peak", "one noisy time"):
         table.add_column(column, justify="left" if column == "attention" else "right")
-    for step in measured:
-        size = f"{step.resolution}x{step.resolution}"
-        table.add_row(step.attention, size, str(step.batch), _readable_bytes(step.peak_bytes), f"{step.seconds:.2f} s")
+    for step in steps:
+        table.add_row(step.attention, _readable_bytes(step.peak_bytes), f"{step.seconds:.2f} s")
     return table
 
 
