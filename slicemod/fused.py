@@ -31,12 +31,14 @@ def fused_obstacle(
     device = query.device.type
     if device not in _FUSED_BACKENDS:
         return f"it is not known whether PyTorch runs a fused kernel on {device!r}"
-    if query.dim() != 4:
-        return f"fused kernels want 4 dimensions (B, H, N, D), and query has {query.dim()}"
-    if key.shape[0] != query.shape[0] or value.shape[0] != query.shape[0]:
+    if query.dim() not in (3, 4):
+        return f"fused kernels want (B, H, N, D) or (H, N, D), and query has {query.dim()} dimensions"
+    if query.dim() == 4 and (key.shape[0] != query.shape[0] or value.shape[0] != query.shape[0]):
         return "fused kernels want the same batch for query, key and value"
-    if not enable_gqa and (key.shape[1] != query.shape[1] or value.shape[1] != query.shape[1]):
+    if not enable_gqa and (key.shape[-3] != query.shape[-3] or value.shape[-3] != query.shape[-3]):
         return "fused kernels want the same heads for query, key and value"
+    if key.shape[-2] == 1 and torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return "fused kernels give query and key noise for a gradient, which is zero where there is one key"
     if query.shape[-1] != value.shape[-1]:
         return f"fused kernels want values as wide as queries, got {value.shape[-1]} and {query.shape[-1]}"
     if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
@@ -56,7 +58,7 @@ def fused_obstacle(
 
 
 def _mask_obstacle(attn_mask: Tensor, query: Tensor) -> str | None:
-    if attn_mask.dim() not in (2, 4):
+    if query.dim() == 4 and attn_mask.dim() not in (2, 4):
         return f"fused kernels want a mask of 2 or 4 dimensions, got {attn_mask.dim()}"
     if attn_mask.dtype not in (torch.bool, query.dtype):
         return f"fused kernels want a mask of bool or {query.dtype}, got {attn_mask.dtype}"

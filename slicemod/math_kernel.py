@@ -50,7 +50,6 @@ def attention_sizes(
     Plain ints and bools, also while a graph is traced: there a symbolic size becomes a constant, as the number of
     slices depends on it. The mask, 4-D, comes as the arguments of `MaskShape`.
     """
-    has_grad = mask is not None and mask.requires_grad and torch.is_grad_enabled()
     return (
         *(index(size) for size in query.shape[:3]),
         index(key.shape[2]),
@@ -62,8 +61,13 @@ def attention_sizes(
         is_causal,
         dropout_p > 0,
         not (_product_reads(key) and _product_reads(value)),
-        None if mask is None else (*(index(size) for size in mask.shape), mask.dtype == torch.bool, has_grad),
+        None if mask is None else _mask_sizes(mask, query),
     )
+
+
+def _mask_sizes(mask: Tensor, query: Tensor) -> tuple[Any, ...]:
+    has_grad = mask.requires_grad and torch.is_grad_enabled()
+    return (*(index(size) for size in mask.shape), mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype)
 
 
 def attention_shape(sizes: tuple[Any, ...]) -> AttentionShape:
@@ -156,6 +160,7 @@ class _Kernel:
         scores = self.space.tile("scores", query.shape[0], query.shape[1], key.shape[1])
         torch.bmm(_grouped(query, key), key.transpose(1, 2), out=_grouped(scores, key))
         if self.call.is_causal:
+            # Also the blocks that no query sees: SDPA multiplies their values by zero, which carries NaN on.
             future = self.space.tile("mask", *scores.shape[1:])
             scores.add_(future.fill_(-math.inf).triu_(rows.start + 1))
         if self.mask is None:
@@ -179,10 +184,6 @@ class _Kernel:
         factor = self.space.tile("dropout", *weights.shape)
         keep = 1 - self.call.dropout_p
         return factor.bernoulli_(keep, generator=self.generator).div_(keep) if keep > 0 else factor.zero_()
-
-    def keys_seen(self, rows: slice) -> int:
-        """Keys that any of these rows may look at."""
-        return min(self.shape.keys, rows.stop) if self.call.is_causal else self.shape.keys
 
 
 def _grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
@@ -221,16 +222,15 @@ def math_forward(
         values = kernel.load("value", value, item, key_heads)
         for heads in head_ranges:
             for rows in kernel.row_turns():
-                seen = kernel.keys_seen(rows)
                 part = kernel.scaled_query(item, heads, rows)
-                weights = kernel.weights(part, keys[:, :seen], item, heads, rows)
+                weights = kernel.weights(part, keys, item, heads, rows)
                 if keep_weights:
-                    kept[item, heads, rows, :seen].copy_(weights)
+                    kept[item, heads, rows].copy_(weights)
                 if call.dropout_p > 0:
                     weights.mul_(kernel.draw(weights))
                 place = output[item, heads, rows]  # (h, r, Dv)
                 tile = kernel.space.tile("output", *place.shape) if kernel.tiles.stages else place
-                torch.bmm(_grouped(weights, keys), values[:, :seen], out=_grouped(tile, keys))
+                torch.bmm(_grouped(weights, keys), values, out=_grouped(tile, keys))
                 if kernel.tiles.stages:
                     place.copy_(tile)
     return output, kept
@@ -271,25 +271,24 @@ def math_backward(
         value_sum = _accumulator(kernel, "grad_value", grad_value, item, key_heads) if need_value else None
         for heads in head_ranges:
             for rows in kernel.row_turns():
-                seen = kernel.keys_seen(rows)
                 part = kernel.scaled_query(item, heads, rows)
                 source = grad_output[item, heads, rows]
                 grad_part = kernel.space.tile("output", *source.shape).copy_(source)
                 if kept.numel():
-                    stored = kept[item, heads, rows, :seen]
+                    stored = kept[item, heads, rows]
                     weights = kernel.space.tile("scores", *stored.shape).copy_(stored)
                 else:
-                    weights = kernel.weights(part, keys[:, :seen], item, heads, rows)
+                    weights = kernel.weights(part, keys, item, heads, rows)
                 grad_weights = kernel.space.tile("grad_scores", *weights.shape)
                 factor = kernel.draw(weights) if call.dropout_p > 0 else None
                 if value_sum is not None:
                     dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
-                    value_sum[:, :seen].baddbmm_(_grouped(dropped, keys).transpose(1, 2), _grouped(grad_part, keys))
+                    value_sum.baddbmm_(_grouped(dropped, keys).transpose(1, 2), _grouped(grad_part, keys))
                 if not (need_query or need_key or need_mask):
                     continue
                 torch.bmm(
                     _grouped(grad_part, keys),
-                    values[:, :seen].transpose(1, 2),
+                    values.transpose(1, 2),
                     out=_grouped(grad_weights, keys),
                 )
                 if factor is not None:
@@ -300,12 +299,12 @@ def math_backward(
                 if need_query:
                     place = grad_query[item, heads, rows]  # (h, r, D)
                     tile = kernel.space.tile("grad_query", *place.shape) if kernel.tiles.stages else place
-                    torch.bmm(_grouped(grad_scores, keys), keys[:, :seen], out=_grouped(tile, keys))
+                    torch.bmm(_grouped(grad_scores, keys), keys, out=_grouped(tile, keys))
                     tile.mul_(call.scale)
                     if kernel.tiles.stages:
                         place.copy_(tile)
                 if key_sum is not None:
-                    key_sum[:, :seen].baddbmm_(_grouped(grad_scores, keys).transpose(1, 2), _grouped(part, keys))
+                    key_sum.baddbmm_(_grouped(grad_scores, keys).transpose(1, 2), _grouped(part, keys))
                 if need_mask and mask is not None:
                     _add_mask_gradient(kernel, grad_mask, grad_scores, item, heads, rows)
         if kernel.tiles.converts and key_sum is not None:

@@ -185,10 +185,10 @@ def exact(shape: AttentionShape, given: Conditions) -> Slices:
     else:  # a wide device wants every head in each launch
         rows = _most(shape.queries, lambda rows: fits(shape.batch_heads, rows))
         if rows:
-            return Slices("query", shape.batch_heads, _aligned(rows))
+            return Slices("query", shape.batch_heads, _aligned(rows, shape.queries))
     rows = _most(shape.queries, lambda rows: fits(1, rows))
     if rows:
-        return Slices("query", 1, _aligned(rows))
+        return Slices("query", 1, _aligned(rows, shape.queries))
     raise _too_small_for_a_row(shape, given)
 
 
@@ -201,9 +201,10 @@ def _most(size: int, fits: Callable[[int], bool]) -> int:
     return least
 
 
-def _aligned(rows: int) -> int:
-    """Whole vector registers of rows, where that costs little of the budget."""
-    return rows - rows % 16 if rows >= 128 else rows
+def _aligned(rows: int, queries: int) -> int:
+    """Whole vector registers of rows, where that takes no further slice."""
+    fewer = rows - rows % 16
+    return fewer if fewer and ceil_div(queries, fewer) == ceil_div(queries, rows) else rows
 
 
 def _too_small_for_a_row(shape: AttentionShape, given: Conditions) -> NotEnoughMemoryError:

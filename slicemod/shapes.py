@@ -23,7 +23,8 @@ _SCALAR_BYTES = 16
 class MaskShape:
     """Sizes of an attention mask as it was given, before broadcasting, each 1 or the size of the scores.
 
-    `is_bool` masks are laid out as an additive tile per slice. A mask that `has_grad` gets a gradient, summed over
+    A mask that `is_bool` or has `other_dtype` than the query is laid out anew, a slice at a time by the sliced kernel
+    and whole by a fused one. A mask that `has_grad` gets a gradient, summed over
     the dimensions it is broadcast along.
     """
 
@@ -33,6 +34,7 @@ class MaskShape:
     keys: int
     is_bool: bool = False
     has_grad: bool = False
+    other_dtype: bool = False
 
     @property
     def elements(self) -> int:
@@ -209,7 +211,7 @@ class Tiles:
         if self.shape.causal:
             return self.rows * self.shape.keys
         mask = self.shape.mask
-        if mask is None or not (mask.is_bool or mask.has_grad or self.converts):
+        if mask is None or not (mask.is_bool or mask.other_dtype or mask.has_grad or self.converts):
             return 0
         return (self.heads if mask.heads > 1 else 1) * (self.rows if mask.queries > 1 else 1) * mask.keys
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -42,7 +42,7 @@ class SliceConfig:
 
     def __post_init__(self) -> None:
         memory.parse_budget(self.budget)
-        if self.policy not in POLICIES:
+        if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ValueError(
                 f"policy: expected one of {', '.join(POLICIES)}; got {self.policy!r}. Choose one of these."
             )
@@ -82,7 +82,7 @@ class SliceConfig:
                 f"slicing: expected a SliceConfig, a dict of its fields or None; got {type(slicing).__name__}. "
                 'Pass for example {"budget": "64MiB", "policy": "exact"}.'
             )
-        names = [field.name for field in fields(cls)]
+        names = list(cls.__dataclass_fields__)
         if unknown := [key for key in slicing if key not in names]:
             raise ValueError(
                 f"slicing: expected keys out of {', '.join(names)}; got {', '.join(map(repr, unknown))}. "
@@ -92,9 +92,9 @@ class SliceConfig:
 
     def __str__(self) -> str:
         changed = (
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
-            if field.name in ("budget", "policy", "kernel") or getattr(self, field.name) != field.default
+            f"{name}={getattr(self, name)!r}"
+            for name, field in self.__dataclass_fields__.items()
+            if name in ("budget", "policy", "kernel") or getattr(self, name) != field.default
         )
         return ", ".join(changed)
 

@@ -7,11 +7,12 @@ order stays ours.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from slicemod.attention_inputs import as_four_dims, autocast_input, check_inputs
 from slicemod.double_backward import differentiable_gradients
 from slicemod.fused import fused_attention, fused_obstacle
 from slicemod.math_kernel import (
@@ -28,11 +29,9 @@ from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 # PyTorch leaves this decorator without types.
-_constant_in_graph: Callable[[Callable[..., SlicePlan]], Callable[..., SlicePlan]] = (
-    torch.compiler.assume_constant_result
-)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_constant_in_graph: Callable[[Function], Function] = torch.compiler.assume_constant_result
 
 
 @torch.library.custom_op("slicemod::attention", mutates_args=())
@@ -144,21 +143,26 @@ def _plan(
     dropout_p: float,
     is_causal: bool,
     obstacle: str | None,
-    slicing: SliceConfig,
+    settings: tuple[Any, ...],
 ) -> SlicePlan:
     """The plan for 4-D inputs, of which only sizes and types are looked at."""
     # Half precision has no matrix product of float32 accuracy on a CPU; the tiles are float32 there.
-    upcast = slicing.upcast or (query.device.type == "cpu" and query.element_size() < 4)
+    upcast = query.device.type == "cpu" and query.element_size() < 4
     sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
-    settings = (
-        slicing.budget,
-        slicing.policy,
-        slicing.kernel,
-        slicing.steps,
-        slicing.checkpoint,
-        slicing.upcast,
-    )
     return _decide(settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle)
+
+
+def _settings(slicing: SliceConfig | Mapping[str, Any] | None) -> tuple[Any, ...]:
+    """The fields of a config one by one, which a traced graph takes as constants, where it would not take a dict."""
+    if isinstance(slicing, Mapping):
+        return _settings_of_items(tuple(slicing.items()))
+    slicing = SliceConfig.of(slicing)
+    return slicing.budget, slicing.policy, slicing.kernel, slicing.steps, slicing.checkpoint, slicing.upcast
+
+
+@_constant_in_graph
+def _settings_of_items(items: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
+    return _settings(SliceConfig.of(dict(items)))
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -230,19 +234,20 @@ def planned_attention(
     plan: SlicePlan | None = None,
 ) -> tuple[Tensor, SlicePlan | None]:
     """`sliced_attention` and the plan it followed; None where there was nothing to attend to."""
-    slicing = SliceConfig.of(slicing)
-    _check(query, key, value, attn_mask, dropout_p, is_causal)
-    query, key, value, attn_mask = (_autocast(tensor) for tensor in (query, key, value, attn_mask))
+    settings = _settings(slicing)
+    query, key, value = autocast_input(query), autocast_input(key), autocast_input(value)
+    attn_mask = autocast_input(attn_mask)
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
     # Asked of the inputs as they came: where SDPA would not fuse, its accuracy is that of the unfused kernel.
     obstacle = fused_obstacle(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     lead = query.shape[:-2]
-    query, key, value, mask = _as_four_dims(query, key, value, attn_mask, enable_gqa)
+    query, key, value, mask = as_four_dims(query, key, value, attn_mask, enable_gqa)
     batch, heads, queries, head_dim = query.shape
     if 0 in (batch, heads, queries, key.shape[2]):
         output = (query @ key.new_zeros(1, 1, head_dim, 1)) * value.new_zeros(value.shape[3])  # (B, H, N, Dv)
         return output.reshape(*lead, queries, value.shape[3]), None
     if plan is None:
-        plan = _plan(query, key, value, mask, dropout_p, is_causal, obstacle, slicing)
+        plan = _plan(query, key, value, mask, dropout_p, is_causal, obstacle, settings)
     if plan.kernel == "fused":
         output = fused_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
     else:
@@ -264,93 +269,3 @@ def planned_attention(
             plan.rows,
         )
     return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan
-
-
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
-) -> None:
-    named = {"query": query, "key": key, "value": value}
-    for name, tensor in named.items():
-        if tensor.dim() < 2:
-            raise ValueError(
-                f"{name}: expected (..., tokens, width), at least 2 dimensions; got {tuple(tensor.shape)}. "
-                "Add the token dimension."
-            )
-        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name}: expected a floating-point dtype, the same for query, key and value; got {tensor.dtype} "
-                f"(query is {query.dtype}). Cast them to one dtype."
-            )
-        if tensor.device != query.device or tensor.dim() != query.dim():
-            raise ValueError(
-                f"{name}: expected as many dimensions as query, on its device; got {tensor.dim()} on "
-                f"{tensor.device} (query has {query.dim()} on {query.device}). Move or reshape it."
-            )
-    if key.shape[-1] != query.shape[-1] or key.shape[-2] != value.shape[-2]:
-        raise ValueError(
-            "query, key, value: expected query (..., N, D), key (..., M, D), value (..., M, Dv); got "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}. Check D of key and M of value."
-        )
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability from 0 to 1; got {dropout_p}. Pass for example 0.1.")
-    if attn_mask is None:
-        return
-    if is_causal:
-        raise ValueError(
-            "is_causal: expected no attn_mask together with is_causal=True; got both. Put the causal mask into "
-            "attn_mask."
-        )
-    if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
-        raise ValueError(
-            f"attn_mask: expected bool or a floating-point dtype; got {attn_mask.dtype}. Use mask.bool() to keep "
-            "where it is not 0."
-        )
-
-
-def _autocast(tensor: Any) -> Any:
-    """As the autocast of SDPA: every floating-point tensor but float64 takes the autocast dtype."""
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    if tensor.dtype in (torch.bool, torch.float64):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _as_four_dims(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Views as `(B, H, N, D)`, `(B, Hk, M, D)`, `(B, Hk, M, Dv)` and a mask with 4 dimensions."""
-    lead, heads = query.shape[:-3], query.shape[-3:-2]
-    key_heads = key.shape[-3:-2] if enable_gqa else heads
-    try:
-        key = key.expand(*lead, *key_heads, *key.shape[-2:])
-        value = value.expand(*lead, *key_heads, *value.shape[-2:])
-    except RuntimeError as error:
-        raise ValueError(
-            f"key, value: expected heads and batch of query {tuple(query.shape)}; got {tuple(key.shape)} and "
-            f"{tuple(value.shape)}. Pass enable_gqa=True where key and value share heads."
-        ) from error
-    if enable_gqa and heads and (not key_heads or heads[0] % key_heads[0]):
-        raise ValueError(
-            f"key: expected a number of heads that divides query's {heads[0]}; got {key.shape[-3]}. "
-            "Grouped-query attention shares each key head among as many query heads."
-        )
-    if attn_mask is not None:
-        scores = (*query.shape[:-1], key.shape[-2])
-        try:
-            attn_mask.expand(scores)
-        except RuntimeError as error:
-            raise ValueError(
-                f"attn_mask: expected a shape broadcastable to {tuple(scores)}; got {tuple(attn_mask.shape)}. "
-                "Its last two dimensions are queries and keys."
-            ) from error
-        attn_mask = attn_mask.reshape(*[1] * (4 - attn_mask.dim()), *attn_mask.shape)
-        if len(lead) > 1:
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
-    return _four_dims(query), _four_dims(key), _four_dims(value), attn_mask
-
-
-def _four_dims(tensor: Tensor) -> Tensor:
-    if tensor.dim() > 4:
-        return tensor.flatten(0, -4)
-    return tensor.reshape(*[1] * (4 - tensor.dim()), *tensor.shape) if tensor.dim() < 4 else tensor

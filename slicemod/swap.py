@@ -119,7 +119,7 @@ def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]
     return [
         (f"{path}.{child}" if path else child, parent, child, host)
         for path, parent in model.named_modules()
-        for child, module in parent.named_children()
+        for child, module in vars(parent)["_modules"].items()  # named_children leaves out what occurs twice
         for host in HOSTS
-        if host.recognises(module)
+        if module is not None and host.recognises(module)
     ]

@@ -106,7 +106,7 @@ QUERY = layer_like(2, 6, 67, 11)
         ({"attn_mask": torch.zeros(67, 67, dtype=torch.float64)}, "got torch.float64"),
         ({"value": layer_like(2, 6, 67, 13)}, "values as wide as queries, got 13 and 11"),
         ({"key": QUERY.mT.contiguous().mT}, "the last dimension contiguous"),
-        ({"query": QUERY[0]}, "4 dimensions"),
+        ({"query": QUERY[None]}, "query has 5 dimensions"),
         ({"key": QUERY[:1]}, "the same batch"),
         ({"key": QUERY[:, :1], "value": QUERY[:, :1]}, "the same heads"),
         ({"query": QUERY.to("meta")}, "not known .* 'meta'"),

@@ -6,6 +6,8 @@ import sys
 # Threads that wait for others then sleep instead of spinning. On two cores that something else uses too, spinning
 # was measured 20 times slower; OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Measuring memory frees tensors that were there before, which PyTorch's allocator would warn of every time.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from slicemod.training.demo import main
 

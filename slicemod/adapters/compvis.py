@@ -44,7 +44,9 @@ class CompVisHost:
         module = parent.get_submodule(child)
         if not isinstance(module, MemoryAwareCrossAttention):
             return False
-        setattr(parent, child, module.__dict__[_ORIGINAL])
+        original: nn.Module = module.__dict__[_ORIGINAL]
+        original.training = module.training
+        setattr(parent, child, original)
         return True
 
 

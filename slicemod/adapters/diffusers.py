@@ -72,7 +72,7 @@ class SlicemodAttnProcessor:
         batch, keys, _ = encoder_hidden_states.shape
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, keys, batch)
-            attention_mask = rearrange(attention_mask, "(b h) n m -> b h n m", b=batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])  # (B, H, 1 or N, M)
         query, key, value = (
             rearrange(tensor, "b n (h d) -> b h n d", h=attn.heads)
             for tensor in (

@@ -31,7 +31,7 @@ BASE = ["fit", "--config", "configs/digits.yaml", "--attention", "null"]
 FINETUNE = ["fit", "--config", "configs/digits.yaml", "--config", "configs/digits_finetune.yaml"]
 OUT = Path("runs/demo")
 PER_DIGIT, SHOWN_PER_DIGIT = 50, 10  # generated to be read by the classifier; drawn in the grid
-SAMPLING = Sampling(steps=20, guidance=3.0, batch_size=125)
+SAMPLING = Sampling(steps=20, guidance=2.0, batch_size=125)
 SIZES = ((32, 64), (512, 1))  # pixels and batch of the measured training steps
 ROUNDING = 1e-5  # relative: some hundred float32 roundings of 6e-8 between two orders of summation
 Result = TypeVar("Result")

@@ -49,7 +49,7 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     parser.add_argument(
-        "--guidance", type=float, default=3.0, help="weight of the class, 1 is no guidance (default: %(default)s)"
+        "--guidance", type=float, default=2.0, help="weight of the class, 1 is no guidance (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="run the UNet under torch.compile(fullgraph=True)")

@@ -21,7 +21,7 @@ class Sampling:
 
     steps: int = 50
     """Denoising steps, at most the scheduler's training steps."""
-    guidance: float = 3.0
+    guidance: float = 2.0
     """Weight w of the label: the prediction is ``none + w * (label - none)``, so 1 is no guidance (Ho and Salimans
     2022, arXiv:2207.12598, whose w is one less)."""
     seed: int = 0

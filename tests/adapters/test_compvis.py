@@ -1,0 +1,211 @@
+"""A small LDM UNet, with the original CompVis code, swapped and restored."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from ldm.modules.attention import CrossAttention
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.swap import restore_attention, swap_attention
+
+SLICINGS: dict[str, dict[str, Any]] = {
+    "auto": {"budget": "1GiB"},
+    "rows": {"kernel": "math", "steps": 7},
+    "exact": {"kernel": "math", "budget": "64KiB", "policy": "exact"},
+}
+every_slicing = pytest.mark.parametrize("slicing", SLICINGS.values(), ids=SLICINGS.keys())
+
+
+@pytest.fixture(autouse=True)
+def _omegaconf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LDM's UNet asks whether its `context_dim` is an omegaconf list; ours is a number."""
+    lists = types.ModuleType("omegaconf.listconfig")
+    vars(lists)["ListConfig"] = type("ListConfig", (list,), {})
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, "omegaconf.listconfig", lists)
+
+
+def unet(use_checkpoint: bool = False) -> nn.Module:
+    """Random weights throughout: the original starts with zeros in the last layer of each block."""
+    model: nn.Module = UNetModel(
+        image_size=8,
+        in_channels=3,
+        model_channels=32,
+        out_channels=3,
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        channel_mult=(1, 2),
+        num_head_channels=16,
+        use_spatial_transformer=True,
+        context_dim=23,
+        legacy=False,
+        use_checkpoint=use_checkpoint,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def model(_omegaconf: None) -> nn.Module:
+    return unet()
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, 3, 8, 8), torch.tensor([3, 500])[:batch], torch.randn(batch, 5, 23)
+
+
+def results(model: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    """The output, and the gradients of all parameters."""
+    x, steps, context = given
+    output = model(x, steps, context=context)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), list(model.parameters()))]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Some gradients are zero but for rounding, so that the largest of all sets the scale."""
+    scale = max(float(tensor.abs().max()) for tensor in theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * scale)
+
+
+@every_slicing
+def test_a_swapped_unet_computes_the_same_and_has_the_same_gradients(model: nn.Module, slicing: dict[str, Any]) -> None:
+    given = inputs()
+    expected = results(model, given)
+    assert len(swap_attention(model, slicing).layers) == 14
+    assert_same(results(model, given), expected)
+
+
+def test_the_plans_of_all_layers_are_in_the_report(model: nn.Module) -> None:
+    report = swap_attention(model, SLICINGS["rows"])
+    model(*inputs()[:2], context=inputs()[2])
+    assert all(layer.plan is not None and layer.plan.steps > 1 for layer in report.layers)
+
+
+def test_restored_outputs_are_bit_identical_and_modules_the_same_objects(model: nn.Module) -> None:
+    given = inputs()
+    expected, before = results(model, given), list(model.named_modules())
+    swap_attention(model, SLICINGS["rows"])
+    assert restore_attention(model) == 14
+    assert list(model.named_modules()) == before
+    for ours, theirs in zip(results(model, given), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_state_dict_keys_and_parameter_objects_stay(model: nn.Module) -> None:
+    keys, parameters = list(model.state_dict()), dict(model.named_parameters())
+    swap_attention(model, SLICINGS["rows"])
+    assert list(model.state_dict()) == keys
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_a_checkpoint_of_either_loads_into_the_other(model: nn.Module) -> None:
+    other = unet()
+    swap_attention(other, SLICINGS["rows"])
+    other.load_state_dict(model.state_dict())
+    given = inputs()
+    torch.testing.assert_close(results(other, given)[0], results(model, given)[0], rtol=1e-3, atol=1e-4)
+    model.load_state_dict(other.state_dict())
+
+
+def test_an_optimizer_made_before_the_swap_trains_the_swapped_model(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    swap_attention(model, SLICINGS["rows"])
+    weight = model.get_parameter("middle_block.1.transformer_blocks.0.attn1.to_q.weight")
+    before = weight.detach().clone()
+    x, steps, context = inputs()
+    model(x, steps, context=context).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+def test_training_mode_and_frozen_parameters_stay(model: nn.Module) -> None:
+    attention = [module for module in model.modules() if isinstance(module, CrossAttention)]
+    attention[0].eval()
+    attention[1].requires_grad_(False)
+    names = [name for name, module in model.named_modules() if isinstance(module, CrossAttention)]
+    swap_attention(model, SLICINGS["rows"])
+    assert [model.get_submodule(name).training for name in names] == [False, *[True] * 13]
+    assert not any(parameter.requires_grad for parameter in model.get_submodule(names[1]).parameters())
+    assert all(parameter.requires_grad for parameter in model.get_submodule(names[2]).parameters())
+
+
+def test_the_mode_of_a_swapped_model_reaches_the_restored_one(model: nn.Module) -> None:
+    swap_attention(model, SLICINGS["rows"])
+    model.eval()
+    restore_attention(model)
+    assert not any(module.training for module in model.modules())
+
+
+def test_hooks_on_a_layer_and_its_projections_still_run_and_can_be_removed(model: nn.Module) -> None:
+    name = "middle_block.1.transformer_blocks.0.attn1"
+    calls: list[str] = []
+    layer = model.get_submodule(name)
+    handles = [
+        layer.register_forward_hook(lambda module, given, output: calls.append("layer")),
+        layer.register_forward_pre_hook(lambda module, given: calls.append("before")),
+        layer.get_submodule("to_q").register_forward_hook(lambda module, given, output: calls.append("query")),
+    ]
+    swap_attention(model, SLICINGS["rows"])
+    x, steps, context = inputs()
+    model(x, steps, context=context)
+    assert calls == ["before", "query", "layer"]
+    for handle in handles:
+        handle.remove()
+    model(x, steps, context=context)
+    assert len(calls) == 3
+
+
+# LDM's own checkpointing uses autocast functions that have new names since.
+@pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.cuda.amp.autocast:FutureWarning")
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+@every_slicing
+def test_the_hosts_own_checkpointing_works(slicing: dict[str, Any]) -> None:
+    model, given = unet(use_checkpoint=True), inputs()
+    expected = results(model, given)
+    swap_attention(model, slicing)
+    assert_same(results(model, given), expected)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_swapped_model_is_a_model_of_its_own(model: nn.Module, duplicate: Any) -> None:
+    swap_attention(model, SLICINGS["rows"])
+    given = inputs()
+    expected = results(model, given)[0]
+    other = duplicate(model)
+    torch.testing.assert_close(results(other, given)[0], expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(results(model, given)[0], expected)
+    assert restore_attention(other) == 14
+    restored = other.get_submodule("middle_block.1.transformer_blocks.0.attn1")
+    assert isinstance(restored, CrossAttention)
+    assert all((parameter == 0).all() for parameter in restored.parameters())
+    assert isinstance(model.get_submodule("middle_block.1.transformer_blocks.0.attn1"), MemoryAwareCrossAttention)
+
+
+def test_dropout_of_the_host_is_kept() -> None:
+    model = nn.Sequential(CrossAttention(32, dropout=0.5))
+    swap_attention(model, SLICINGS["rows"])
+    assert abs(float((model(torch.randn(2, 61, 32)) == 0).double().mean()) - 0.5) < 0.05
+
+
+def test_moving_a_swapped_model_moves_the_original_too() -> None:
+    model = nn.Sequential(CrossAttention(32))
+    swap_attention(model, SLICINGS["rows"])
+    model.double()
+    restore_attention(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}

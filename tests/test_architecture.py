@@ -1,0 +1,181 @@
+"""The order of the files in ARCHITECTURE.md holds, and importing the package stays cheap."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "slicemod"
+
+# A file imports only from files above it; a folder counts as one. `slicemod` itself, the public names, comes where
+# the last file that it imports has come.
+ORDER = (
+    "shapes.py",
+    "budget.py",
+    "plan.py",
+    "slice_config.py",
+    "reference.py",
+    "attention_inputs.py",
+    "fused.py",
+    "math_kernel.py",
+    "out_of_memory.py",
+    "double_backward.py",
+    "sliced.py",
+    "attention.py",
+    "swap.py",
+    "adapters/",
+    "__init__.py",
+    "user_error.py",
+    "arguments.py",
+    "bench/",
+    "planning/",
+    "training/",
+    "cli.py",
+)
+CORE = ORDER[: ORDER.index("__init__.py") + 1]  # what `import slicemod` runs
+NEEDED = {"torch", "einops"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def layer(path: Path) -> str:
+    """The entry of `ORDER` for a file."""
+    first, *rest = path.relative_to(PACKAGE).parts
+    return f"{first}/" if rest else first
+
+
+def resolve(module: str) -> Path:
+    """The file of a dotted name under slicemod; `slicemod.name` that is no file is a public name."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    if path.with_suffix(".py").exists() and path != PACKAGE:
+        return path.with_suffix(".py")
+    return path / "__init__.py" if path.is_dir() else resolve(module.rpartition(".")[0])
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            assert node.level == 0, f"{path.name}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> set[Path]:
+    return {resolve(name) for name in imports(path) if name.split(".")[0] == "slicemod"} - {path}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_only_from_files_above_it(path: Path) -> None:
+    below = [
+        name_of(imported)
+        for imported in own_imports(path)
+        if layer(imported) != layer(path) and ORDER.index(layer(imported)) > ORDER.index(layer(path))
+    ]
+    assert below == []
+
+
+def test_no_folder_imports_in_circles() -> None:
+    remaining = {path: {other for other in own_imports(path) if layer(other) == layer(path)} for path in FILES}
+    while free := [path for path, needs in remaining.items() if not needs]:
+        for path in free:
+            del remaining[path]
+        for needs in remaining.values():
+            needs.difference_update(free)
+    assert sorted(map(name_of, remaining)) == []
+
+
+def test_every_file_has_its_place_in_the_order() -> None:
+    assert {layer(path) for path in FILES} == set(ORDER)
+
+
+def test_the_order_is_that_of_architecture_md() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([a-z_]+(?:\.py|/))`", text, flags=re.MULTILINE)
+    assert table == [entry for entry in ORDER if entry != "__init__.py"]
+
+
+def test_optimised_code_never_imports_the_reference() -> None:
+    users = {layer(path) for path in FILES if PACKAGE / "reference.py" in own_imports(path)}
+    assert users <= {"bench/"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if layer(path) in CORE], ids=name_of)
+def test_the_engine_needs_torch_and_einops_alone(path: Path) -> None:
+    foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"slicemod"}
+    assert foreign <= NEEDED
+
+
+def test_importing_the_package_brings_in_no_framework() -> None:
+    program = "import json, sys, slicemod; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(ran.stdout))
+    assert loaded >= NEEDED
+    unwanted = {"diffusers", "lightning", "sklearn", "matplotlib", "torchmetrics", "jsonargparse", "PIL", "rich", "ldm"}
+    assert loaded & unwanted == set()
+    assert ran.stderr == ""
+
+
+def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """The module, and the classes, functions and methods without a leading underscore."""
+    yield "module", tree
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            for member in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and not member.name.startswith("_"):
+                    yield f"{node.name}.{member.name}", member
+
+
+# Documented where PyTorch and Lightning call them.
+INHERITED = re.compile(r"(.*\.)?(extra_repr|(training|validation)_step|configure_optimizers|on_\w+)")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_whatever_is_public_has_a_docstring(path: Path) -> None:
+    bare = [
+        name
+        for name, node in public_definitions(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and not ast.get_docstring(node)
+        and not INHERITED.fullmatch(name)
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize("folder", ["slicemod", "tests", "train_scripts"])
+def test_no_file_is_a_dumping_ground(folder: str) -> None:
+    names = {path.stem for path in (ROOT / folder).rglob("*.py")}
+    assert names
+    assert names & {"utils", "util", "helpers", "helper", "common", "misc", "shared", "tools"} == set()
+
+
+def test_all_public_names_exist_and_are_all_that_design_promises() -> None:
+    import slicemod
+
+    assert all(hasattr(slicemod, name) for name in slicemod.__all__)
+    assert set(slicemod.__all__) >= {
+        "AttentionShape",
+        "MemoryAwareCrossAttention",
+        "NotEnoughMemoryError",
+        "SliceConfig",
+        "SlicePlan",
+        "SwapReport",
+        "free_memory",
+        "plan_slices",
+        "restore_attention",
+        "sliced_attention",
+        "swap_attention",
+    }

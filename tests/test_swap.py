@@ -1,0 +1,170 @@
+"""swap_attention and restore_attention on any model; the hosts' own tests are under adapters/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention
+from torch import Tensor, nn
+
+import slicemod
+from slicemod import swap
+from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.slice_config import SliceConfig
+from slicemod.swap import restore_attention, swap_attention
+
+MATH = {"kernel": "math", "steps": 3}
+
+
+def blocks() -> nn.Sequential:
+    """Two transformer blocks: layers 0.attn1, 0.attn2, 1.attn1 and 1.attn2."""
+    return nn.Sequential(*(BasicTransformerBlock(32, 2, 16, context_dim=None, checkpoint=False) for _ in range(2)))
+
+
+def names(report: slicemod.SwapReport) -> list[str]:
+    return [layer.name for layer in report.layers]
+
+
+ALL = ["0.attn1", "0.attn2", "1.attn1", "1.attn2"]
+
+
+def test_every_layer_is_swapped_and_reported_by_its_path() -> None:
+    model = blocks()
+    report = swap_attention(model, MATH)
+    assert names(report) == ALL
+    assert report.skipped == ()
+    for layer in report.layers:
+        assert isinstance(model.get_submodule(layer.name), MemoryAwareCrossAttention)
+        assert (layer.host, layer.slicing) == ("CompVis LDM", SliceConfig(kernel="math", steps=3))
+
+
+@pytest.mark.parametrize("slicing", [None, MATH, SliceConfig(**MATH)], ids=["none", "dict", "config"])  # type: ignore[arg-type]
+def test_settings_come_in_any_form(slicing: Any) -> None:
+    assert {layer.slicing for layer in swap_attention(blocks(), slicing).layers} == {SliceConfig.of(slicing)}
+
+
+def test_unknown_settings_leave_the_model_alone() -> None:
+    model = blocks()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="'chunks'"):
+        swap_attention(model, {"chunks": 3})
+    assert list(model.modules()) == before
+
+
+def test_filter_fn_chooses_by_path_and_module() -> None:
+    model = blocks()
+    asked: list[tuple[str, nn.Module]] = []
+
+    def only_self_attention(name: str, module: nn.Module) -> bool:
+        asked.append((name, module))
+        return name.endswith("attn1")
+
+    before = dict(model.named_modules())
+    report = swap_attention(model, MATH, filter_fn=only_self_attention)
+    assert asked == [(name, before[name]) for name in ALL]
+    assert names(report) == ["0.attn1", "1.attn1"]
+    assert report.skipped == (("0.attn2", "filter_fn said no"), ("1.attn2", "filter_fn said no"))
+    assert model.get_submodule("0.attn2") is before["0.attn2"]
+
+
+def test_a_second_swap_changes_the_settings_and_nothing_else() -> None:
+    model = blocks()
+    swap_attention(model, MATH)
+    before = list(model.modules())
+    report = swap_attention(model, {"kernel": "math", "steps": 5})
+    assert list(model.modules()) == before
+    assert names(report) == ALL
+    model(torch.randn(2, 61, 32))
+    assert {layer.plan.steps for layer in report.layers if layer.plan} == {5}
+
+
+def test_restore_gives_back_the_same_objects_and_says_how_many() -> None:
+    model = blocks()
+    before = list(model.named_modules())
+    swap_attention(model, MATH)
+    swap_attention(model, {"steps": 5})
+    assert restore_attention(model) == 4
+    assert list(model.named_modules()) == before
+    assert restore_attention(model) == 0
+
+
+def test_swap_after_restore_is_a_first_swap() -> None:
+    model, x = blocks(), torch.randn(2, 61, 32)
+    expected = model(x)
+    for _ in range(3):
+        swap_attention(model, MATH)
+        torch.testing.assert_close(model(x), expected)
+        restore_attention(model)
+        assert torch.equal(model(x), expected)
+
+
+def test_a_layer_that_was_ours_from_the_start_is_no_swapped_one() -> None:
+    model = nn.Sequential(MemoryAwareCrossAttention(32), CrossAttention(32))
+    report = swap_attention(model, MATH)
+    assert names(report) == ["1"]
+    assert restore_attention(model) == 1
+    assert isinstance(model[0], MemoryAwareCrossAttention)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 5), nn.Sequential(nn.Linear(3, 5), nn.ReLU())], ids=["leaf", "tree"])
+def test_nothing_to_swap_is_an_error_that_names_the_model(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"found none in {type(model).__name__}") as caught:
+        swap_attention(model)
+    assert "CompVis LDM, diffusers" in str(caught.value)
+
+
+def test_a_filter_that_leaves_nothing_is_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="only such as cannot be swapped") as caught:
+        swap_attention(blocks(), filter_fn=lambda name, module: False)
+    assert "0.attn1: filter_fn said no." in str(caught.value)
+
+
+def test_the_report_reads_as_a_list_with_the_plans_of_the_last_calls() -> None:
+    model = blocks()
+    report = swap_attention(model, MATH, filter_fn=lambda name, module: name != "1.attn2")
+    assert str(report) == (
+        "swapped 3 attention layers, skipped 1\n"
+        "  0.attn1 (CompVis LDM): budget='auto', policy='heuristic', kernel='math', steps=3\n"
+        "  0.attn2 (CompVis LDM): budget='auto', policy='heuristic', kernel='math', steps=3\n"
+        "  1.attn1 (CompVis LDM): budget='auto', policy='heuristic', kernel='math', steps=3\n"
+        "  1.attn2: skipped, filter_fn said no"
+    )
+    model(torch.randn(2, 61, 32))
+    assert str(report).count("; last plan: 3 x 21 rows, ") == 3
+
+
+def test_a_module_with_the_name_alone_is_not_mistaken_for_attention() -> None:
+    class CrossAttention(nn.Module):  # no projections
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(ValueError, match="found none"):
+        swap_attention(nn.Sequential(CrossAttention()))
+
+
+def test_projections_that_were_replaced_are_an_error_rather_than_lost() -> None:
+    layer = CrossAttention(32)
+    layer.to_q = nn.Sequential(layer.to_q)
+    model = nn.Sequential(layer)
+    with pytest.raises((ValueError, TypeError), match="to_q"):
+        swap_attention(model)
+    assert isinstance(model.get_submodule("0"), CrossAttention)
+
+
+@pytest.mark.parametrize("places", [("one", "two"), ("a.0", "b.0")], ids=["one parent", "two parents"])
+def test_a_layer_in_two_places_is_swapped_in_both(places: tuple[str, str]) -> None:
+    layer = CrossAttention(32)
+    if places == ("one", "two"):
+        model = nn.ModuleDict({"one": layer, "two": layer})
+    else:
+        model = nn.ModuleDict({"a": nn.Sequential(layer), "b": nn.Sequential(layer)})
+    swap_attention(model, MATH)
+    assert [type(model.get_submodule(place)) for place in places] == [MemoryAwareCrossAttention] * 2
+    restore_attention(model)
+    assert [model.get_submodule(place) for place in places] == [layer] * 2
+
+
+def test_hosts_are_registered_by_importing_the_package() -> None:
+    assert [host.name for host in swap.HOSTS] == ["CompVis LDM", "diffusers"]
