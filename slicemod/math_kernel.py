@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from slicemod.shapes import AttentionShape, MaskShape, Tiles
 class Call:
     """What one call of the kernel computes besides its tensors, and in what slices.
 
-    `heads` and `rows` are those of a slice of the plan; `seed` draws the dropout of every pass anew.
+    `heads` and `rows` are those of a slice of the plan, `items` the batch items that it computes together; `seed`
+    draws the dropout of every pass anew.
     """
 
     dropout_p: float
@@ -33,6 +34,7 @@ class Call:
     heads: int
     rows: int
     seed: Tensor | None
+    items: int = 1
 
 
 def attention_sizes(
@@ -102,6 +104,14 @@ class _Workspace:
         return self._tiles[name][: math.prod(sizes)].view(sizes)
 
 
+class _Turn(NamedTuple):
+    """What one turn of the loop covers: batch items, heads and query rows."""
+
+    items: slice
+    heads: slice
+    rows: slice
+
+
 class _Kernel:
     """The parts that both passes share: which turns there are, and the weights of one."""
 
@@ -122,7 +132,7 @@ class _Kernel:
         self.shape = attention_shape(sizes)
         if self.shape.mask is not None:
             self.shape = replace(self.shape, mask=replace(self.shape.mask, has_grad=mask_grad))
-        self.tiles = Tiles(self.shape, self.shape.heads_at_once(call.heads), max(1, min(call.rows, query.shape[2])))
+        self.tiles = Tiles.of_slice(self.shape, call.heads, call.rows, call.items)
         self.dtype = torch.float32 if self.tiles.converts else query.dtype
         self.space: _Workspace
         self.generator: torch.Generator | None = None
@@ -132,47 +142,59 @@ class _Kernel:
         if self.call.seed is not None:
             self.generator = torch.Generator(self.query.device).manual_seed(int(self.call.seed))
 
-    def key_turns(self) -> Iterator[tuple[int, slice, list[slice]]]:
-        """Batch item, key heads, and the ranges of query heads that read these: what shares loaded keys."""
+    def key_turns(self) -> Iterator[tuple[slice, slice, list[_Turn]]]:
+        """Batch items, key heads, and the turns that read these: what shares loaded keys."""
         group, at_once = self.shape.group, self.tiles.heads
         width = max(group, at_once)
-        for item in range(self.shape.batch):
-            for first in range(0, self.shape.heads, width):
-                last = min(first + width, self.shape.heads)
-                heads = [slice(start, min(start + at_once, last)) for start in range(first, last, at_once)]
-                yield item, slice(first // group, last // group), heads
+        row_ranges = _ranges(0, self.shape.queries, self.tiles.rows)
+        for items in _ranges(0, self.shape.batch, self.tiles.items):
+            for shared in _ranges(0, self.shape.heads, width):
+                head_ranges = _ranges(shared.start, shared.stop, at_once)
+                turns = [_Turn(items, heads, rows) for heads in head_ranges for rows in row_ranges]
+                yield items, slice(shared.start // group, shared.stop // group), turns
 
-    def row_turns(self) -> Iterator[slice]:
-        for first in range(0, self.shape.queries, self.tiles.rows):
-            yield slice(first, min(first + self.tiles.rows, self.shape.queries))
+    def load(self, name: str, matrices: Tensor, items: slice, key_heads: slice) -> Tensor:
+        """Key or value of some heads, `(items * key heads, M, D)`, in the dtype of the scores."""
+        source = matrices[items, key_heads]
+        return self.copied(name, source) if name in self.space else source.flatten(0, 1)
 
-    def load(self, name: str, matrices: Tensor, item: int, key_heads: slice) -> Tensor:
-        """Key or value of some heads, `(key heads, M, D)`, in the dtype of the scores."""
-        source = matrices[item, key_heads]
-        return self.space.tile(name, *source.shape).copy_(source) if name in self.space else source
+    def copied(self, name: str, source: Tensor) -> Tensor:
+        """`(items, heads, ., .)` copied into a tile, `(items * heads, ., .)`."""
+        return self.space.tile(name, *source.shape).copy_(source).flatten(0, 1)
 
-    def scaled_query(self, item: int, heads: slice, rows: slice) -> Tensor:
-        source = self.query[item, heads, rows]
-        return self.space.tile("query", *source.shape).copy_(source).mul_(self.call.scale)  # (h, r, D)
+    def place(self, name: str, target: Tensor, turn: _Turn) -> Tensor:
+        """Where a product of a turn is written, `(items * heads, r, .)`: in its place, or in a tile for `settle`."""
+        part = target[turn]
+        return (self.space.tile(name, *part.shape) if self.tiles.stages else part).flatten(0, 1)
 
-    def weights(self, query: Tensor, key: Tensor, item: int, heads: slice, rows: slice) -> Tensor:
-        """Softmax of the scores of one turn, `(h, r, keys)`, before dropout."""
+    def settle(self, written: Tensor, target: Tensor, turn: _Turn) -> None:
+        """Copy what was written into a tile to its place."""
+        if self.tiles.stages:
+            part = target[turn]
+            part.copy_(written.view(part.shape))
+
+    def scaled_query(self, turn: _Turn) -> Tensor:
+        """`(items * heads, r, D)`."""
+        return self.copied("query", self.query[turn]).mul_(self.call.scale)
+
+    def weights(self, query: Tensor, key: Tensor, turn: _Turn) -> Tensor:
+        """Softmax of the scores of one turn, `(items * heads, r, M)`, before dropout."""
         scores = self.space.tile("scores", query.shape[0], query.shape[1], key.shape[1])
         torch.bmm(_grouped(query, key), key.transpose(1, 2), out=_grouped(scores, key))
         if self.call.is_causal:
             # Also the blocks that no query sees: SDPA multiplies their values by zero, which carries NaN on.
             future = self.space.tile("mask", *scores.shape[1:])
-            scores.add_(future.fill_(-math.inf).triu_(rows.start + 1))
+            scores.add_(future.fill_(-math.inf).triu_(turn.rows.start + 1))
         if self.mask is None:
             return torch.softmax(scores, -1, out=scores)
-        scores.add_(self._additive(self.mask, item, heads, rows))
+        by_item = scores.view(turn.items.stop - turn.items.start, -1, *scores.shape[1:])
+        by_item.add_(self._additive(_mask_part(self.mask, turn)))
         maximum = self.space.tile("row_maximum", *scores.shape[:2], 1)
         dead_rows = torch.amax(scores, -1, keepdim=True, out=maximum) == -math.inf
         # A row without a key has no weights, as in PyTorch's SDPA; its softmax is 0 / 0.
         return torch.softmax(scores, -1, out=scores).masked_fill_(dead_rows, 0)
 
-    def _additive(self, mask: Tensor, item: int, heads: slice, rows: slice) -> Tensor:
-        part = _mask_part(mask, item, heads, rows)
+    def _additive(self, part: Tensor) -> Tensor:
         if part.dtype == self.dtype:
             return part
         tile = self.space.tile("mask", *part.shape)
@@ -186,6 +208,10 @@ class _Kernel:
         return factor.bernoulli_(keep, generator=self.generator).div_(keep) if keep > 0 else factor.zero_()
 
 
+def _ranges(start: int, stop: int, width: int) -> list[slice]:
+    return [slice(first, min(first + width, stop)) for first in range(start, stop, width)]
+
+
 def _grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
     """`(heads, r, .)` of a tile as `(key heads, heads per key head * r, .)`: one product per key head."""
     heads, rows, width = per_query_head.shape
@@ -194,14 +220,9 @@ def _grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
     return per_query_head.view(key.shape[0], heads // key.shape[0] * rows, width)
 
 
-def _mask_part(mask: Tensor, item: int, heads: slice, rows: slice) -> Tensor:
-    """The part of a 4-D mask that concerns a turn, `(h or 1, r or 1, M or 1)`."""
-    whole = slice(None)
-    return mask[
-        item if mask.shape[0] > 1 else 0,
-        heads if mask.shape[1] > 1 else whole,
-        rows if mask.shape[2] > 1 else whole,
-    ]
+def _mask_part(mask: Tensor, turn: _Turn) -> Tensor:
+    """The part of a 4-D mask that concerns a turn: its own sizes, or 1 where the mask is broadcast."""
+    return mask[tuple(part if size > 1 else slice(None) for part, size in zip(turn, mask.shape, strict=False))]
 
 
 def math_forward(
@@ -217,22 +238,19 @@ def math_forward(
     kernel.allocate(kernel.tiles.forward)
     output = empty_heads(query, value.shape[3])
     kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=kernel.dtype)
-    for item, key_heads, head_ranges in kernel.key_turns():
-        keys = kernel.load("key", key, item, key_heads)
-        values = kernel.load("value", value, item, key_heads)
-        for heads in head_ranges:
-            for rows in kernel.row_turns():
-                part = kernel.scaled_query(item, heads, rows)
-                weights = kernel.weights(part, keys, item, heads, rows)
-                if keep_weights:
-                    kept[item, heads, rows].copy_(weights)
-                if call.dropout_p > 0:
-                    weights.mul_(kernel.draw(weights))
-                place = output[item, heads, rows]  # (h, r, Dv)
-                tile = kernel.space.tile("output", *place.shape) if kernel.tiles.stages else place
-                torch.bmm(_grouped(weights, keys), values, out=_grouped(tile, keys))
-                if kernel.tiles.stages:
-                    place.copy_(tile)
+    for items, key_heads, turns in kernel.key_turns():
+        keys = kernel.load("key", key, items, key_heads)
+        values = kernel.load("value", value, items, key_heads)
+        for turn in turns:
+            weights = kernel.weights(kernel.scaled_query(turn), keys, turn)
+            if keep_weights:
+                part = kept[turn]
+                part.copy_(weights.view(part.shape))
+            if call.dropout_p > 0:
+                weights.mul_(kernel.draw(weights))
+            written = kernel.place("output", output, turn)  # (items * heads, r, Dv)
+            torch.bmm(_grouped(weights, keys), values, out=_grouped(written, keys))
+            kernel.settle(written, output, turn)
     return output, kept
 
 
@@ -260,63 +278,46 @@ def math_backward(
     need_query, need_key, need_value, need_mask = needs
     kernel = _Kernel(query, key, value, mask, call, mask_grad=need_mask)
     kernel.allocate(kernel.tiles.backward)
-    grad_query, grad_key, grad_value, grad_mask = empty_gradients(query, key, value, mask, needs)
-    if need_mask and kernel.tiles.converts:
-        grad_mask = grad_mask.to(kernel.dtype)
-    grad_mask.zero_()
-    for item, key_heads, head_ranges in kernel.key_turns():
-        keys = kernel.load("key", key, item, key_heads)
-        values = kernel.load("value", value, item, key_heads)
-        key_sum = _accumulator(kernel, "grad_key", grad_key, item, key_heads) if need_key else None
-        value_sum = _accumulator(kernel, "grad_value", grad_value, item, key_heads) if need_value else None
-        for heads in head_ranges:
-            for rows in kernel.row_turns():
-                part = kernel.scaled_query(item, heads, rows)
-                source = grad_output[item, heads, rows]
-                grad_part = kernel.space.tile("output", *source.shape).copy_(source)
-                if kept.numel():
-                    stored = kept[item, heads, rows]
-                    weights = kernel.space.tile("scores", *stored.shape).copy_(stored)
-                else:
-                    weights = kernel.weights(part, keys, item, heads, rows)
-                grad_weights = kernel.space.tile("grad_scores", *weights.shape)
-                factor = kernel.draw(weights) if call.dropout_p > 0 else None
-                if value_sum is not None:
-                    dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
-                    value_sum.baddbmm_(_grouped(dropped, keys).transpose(1, 2), _grouped(grad_part, keys))
-                if not (need_query or need_key or need_mask):
-                    continue
-                torch.bmm(
-                    _grouped(grad_part, keys),
-                    values.transpose(1, 2),
-                    out=_grouped(grad_weights, keys),
-                )
-                if factor is not None:
-                    grad_weights.mul_(factor)
-                grad_scores = torch.ops.aten._softmax_backward_data.out(
-                    grad_weights, weights, -1, kernel.dtype, grad_input=grad_weights
-                )
-                if need_query:
-                    place = grad_query[item, heads, rows]  # (h, r, D)
-                    tile = kernel.space.tile("grad_query", *place.shape) if kernel.tiles.stages else place
-                    torch.bmm(_grouped(grad_scores, keys), keys, out=_grouped(tile, keys))
-                    tile.mul_(call.scale)
-                    if kernel.tiles.stages:
-                        place.copy_(tile)
-                if key_sum is not None:
-                    key_sum.baddbmm_(_grouped(grad_scores, keys).transpose(1, 2), _grouped(part, keys))
-                if need_mask and mask is not None:
-                    _add_mask_gradient(kernel, grad_mask, grad_scores, item, heads, rows)
-        if kernel.tiles.converts and key_sum is not None:
-            grad_key[item, key_heads].copy_(key_sum)
-        if kernel.tiles.converts and value_sum is not None:
-            grad_value[item, key_heads].copy_(value_sum)
-    return (
-        grad_query,
-        grad_key,
-        grad_value,
-        grad_mask.to(mask.dtype) if need_mask and mask is not None else grad_mask,
-    )
+    grad_query, grad_key, grad_value, mask_sum = empty_gradients(query, key, value, None, needs)
+    if need_mask and mask is not None:
+        mask_sum = mask.new_zeros(mask.shape, dtype=kernel.dtype)
+    for items, key_heads, turns in kernel.key_turns():
+        keys = kernel.load("key", key, items, key_heads)
+        values = kernel.load("value", value, items, key_heads)
+        key_sum = _accumulator(kernel, "grad_key", grad_key[items, key_heads]) if need_key else None
+        value_sum = _accumulator(kernel, "grad_value", grad_value[items, key_heads]) if need_value else None
+        for turn in turns:
+            part = kernel.scaled_query(turn)
+            grad_part = kernel.copied("output", grad_output[turn])
+            weights = kernel.copied("scores", kept[turn]) if kept.numel() else kernel.weights(part, keys, turn)
+            grad_weights = kernel.space.tile("grad_scores", *weights.shape)
+            factor = kernel.draw(weights) if call.dropout_p > 0 else None
+            if value_sum is not None:
+                dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
+                value_sum.baddbmm_(_grouped(dropped, keys).transpose(1, 2), _grouped(grad_part, keys))
+            if not (need_query or need_key or need_mask):
+                continue
+            torch.bmm(_grouped(grad_part, keys), values.transpose(1, 2), out=_grouped(grad_weights, keys))
+            if factor is not None:
+                grad_weights.mul_(factor)
+            grad_scores = torch.ops.aten._softmax_backward_data.out(
+                grad_weights, weights, -1, kernel.dtype, grad_input=grad_weights
+            )
+            if need_query:
+                written = kernel.place("grad_query", grad_query, turn)  # (items * heads, r, D)
+                torch.bmm(_grouped(grad_scores, keys), keys, out=_grouped(written, keys))
+                written.mul_(call.scale)
+                kernel.settle(written, grad_query, turn)
+            if key_sum is not None:
+                key_sum.baddbmm_(_grouped(grad_scores, keys).transpose(1, 2), _grouped(part, keys))
+            if need_mask:
+                _add_mask_gradient(kernel, mask_sum, grad_scores, turn)
+        for target, summed in ((grad_key, key_sum), (grad_value, value_sum)):
+            if kernel.tiles.accumulates and summed is not None:
+                place = target[items, key_heads]
+                place.copy_(summed.view(place.shape))
+    grad_mask = mask_sum.to(mask.dtype) if need_mask and mask is not None else mask_sum
+    return grad_query, grad_key, grad_value, grad_mask
 
 
 def empty_gradients(
@@ -331,18 +332,16 @@ def empty_gradients(
     return grads[0], grads[1], grads[2], grad_mask
 
 
-def _accumulator(kernel: _Kernel, name: str, gradient: Tensor, item: int, key_heads: slice) -> Tensor:
-    """Where the slices sum the gradient of some key heads: its place, or a tile in the dtype of the scores."""
-    place = gradient[item, key_heads]
-    return (kernel.space.tile(name, *place.shape) if kernel.tiles.converts else place).zero_()
+def _accumulator(kernel: _Kernel, name: str, place: Tensor) -> Tensor:
+    """Where the turns sum the gradient of some key heads, `(items * key heads, M, .)`: its place, or a tile."""
+    return (kernel.space.tile(name, *place.shape) if kernel.tiles.accumulates else place).zero_().flatten(0, 1)
 
 
-def _add_mask_gradient(
-    kernel: _Kernel, grad_mask: Tensor, grad_scores: Tensor, item: int, heads: slice, rows: slice
-) -> None:
-    part = _mask_part(grad_mask, item, heads, rows)
-    broadcast = [axis for axis in range(3) if part.shape[axis] != grad_scores.shape[axis]]
+def _add_mask_gradient(kernel: _Kernel, mask_sum: Tensor, grad_scores: Tensor, turn: _Turn) -> None:
+    part = _mask_part(mask_sum, turn)
+    gradient = grad_scores.view(turn.items.stop - turn.items.start, -1, *grad_scores.shape[1:])
+    broadcast = [axis for axis in range(4) if part.shape[axis] != gradient.shape[axis]]
     if broadcast:
         summed = kernel.space.tile("mask", *part.shape)
-        grad_scores = torch.sum(grad_scores, broadcast, keepdim=True, out=summed)
-    part.add_(grad_scores)
+        gradient = torch.sum(gradient, broadcast, keepdim=True, out=summed)
+    part.add_(gradient)

@@ -56,8 +56,8 @@ def _ran_out(error: RuntimeError) -> bool:
 
 def _halved(call: Call) -> Call:
     if call.rows > 1:
-        return replace(call, rows=(call.rows + 1) // 2)
-    return replace(call, heads=(call.heads + 1) // 2)
+        return replace(call, rows=(call.rows + 1) // 2, items=1)
+    return replace(call, heads=(call.heads + 1) // 2, items=1)
 
 
 def _say_once(call: Call, smaller: Call, device: torch.device, reason: str) -> None:

@@ -50,6 +50,7 @@ class SlicePlan:
         rows: query rows of a slice.
         checkpoint: the backward pass recomputes each slice; otherwise the weights of all slices are kept for it.
         upcast: the tiles of the sliced kernel are float32 where the inputs have half precision.
+        items: batch items that are computed together; more than one where they are small.
     """
 
     axis: Axis
@@ -62,6 +63,7 @@ class SlicePlan:
     rows: int
     checkpoint: bool = True
     upcast: bool = False
+    items: int = 1
 
     def __str__(self) -> str:
         if self.kernel == "fused":
@@ -168,7 +170,7 @@ def exact(shape: AttentionShape, given: Conditions) -> Slices:
     """The fewest slices whose true peak fits; on a CPU, slices that stay in its cache."""
 
     def fits(heads: int, rows: int) -> bool:
-        tiles = Tiles(shape, shape.heads_at_once(heads), rows)
+        tiles = Tiles.of_slice(shape, heads, rows)
         if tiles.peak(training=given.training, checkpoint=given.checkpoint) > given.free_bytes:
             return False
         scores = tiles.scores * shape.score_itemsize
@@ -280,7 +282,10 @@ def plan_slices(
     else:
         chosen = POLICIES[policy](shape, Conditions(free_bytes, device_type, training, checkpoint))
     axis, heads, rows = chosen
-    tiles = Tiles(shape, shape.heads_at_once(heads), max(1, min(rows, shape.queries)))
+    items = shape.items_at_once(heads, rows)
+    tiles = Tiles.of_slice(shape, heads, rows, items)
+    if items > 1 and tiles.peak(training=training, checkpoint=checkpoint) > free_bytes:
+        tiles = Tiles.of_slice(shape, heads, rows)
     turns = ceil_div(shape.batch_heads, max(1, heads)) * ceil_div(shape.queries, max(1, rows))
     return SlicePlan(
         axis=axis,
@@ -291,6 +296,7 @@ def plan_slices(
         policy=policy,
         heads=heads,
         rows=rows,
+        items=tiles.items,
         checkpoint=checkpoint,
         upcast=shape.upcast,
     )

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 _FLASH_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 _FLASH_KEY_BLOCK = 512
 
+# Scores of batch items that are computed together; an item with more is a turn of its own. A turn costs some 100
+# microseconds of dispatch, which this many scores take as well.
+_SMALL_SCORES = 2**18
+
 # CUDA launches batched matrix products on a grid whose third dimension has 16 bits.
 _MOST_PRODUCTS = 65_535
 
@@ -126,11 +130,22 @@ class AttentionShape:
     def heads_at_once(self, heads: int) -> int:
         """Most heads that one turn of the loop covers when a slice has `heads` of the `B*H`.
 
-        A turn stays within one batch item, since the heads of two items share no stride in a layer's layout. It
-        takes whole groups of heads that share a key head, or stays within one group.
+        Heads of one batch item, since those of two share no stride in a layer's layout. A turn takes whole groups of
+        heads that share a key head, or stays within one group.
         """
         most = max(1, min(heads, self.heads, _MOST_PRODUCTS))
         return most if most <= self.group else most - most % self.group
+
+    def items_at_once(self, heads: int, rows: int) -> int:
+        """Batch items that one turn of the loop had better cover, memory allowing.
+
+        One, but for small ones that lie in a slice whole: their keys and values are gathered then, which costs less
+        than a turn for each.
+        """
+        if heads < 2 * max(1, self.heads) or rows < self.queries or self.heads_at_once(heads) < self.heads:
+            return 1
+        together = max(1, _SMALL_SCORES // max(1, self.heads * self.queries * self.keys))
+        return min(heads // self.heads, self.batch, together)
 
     def flash_peak(self, threads: int, *, training: bool) -> int:
         """Peak bytes of PyTorch's CPU flash kernel beyond inputs, output and input gradients, on `threads` threads.
@@ -152,18 +167,29 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The workspace of the sliced kernel: elements of each tile, for one turn of `heads` heads by `rows` rows.
+    """The workspace of the sliced kernel: elements of each tile, for one turn of the loop.
 
-    The tiles have the dtype of the scores; a tile of 0 elements is not used.
+    A turn covers `items` batch items by `heads` heads by `rows` rows. The tiles have the dtype of the scores; a tile
+    of 0 elements is not used.
     """
 
     shape: AttentionShape
     heads: int
     rows: int
+    items: int = 1
+
+    @classmethod
+    def of_slice(cls, shape: AttentionShape, heads: int, rows: int, items: int = 1) -> "Tiles":
+        """The tiles of a slice of `heads` of the `B*H` by `rows` rows that computes `items` batch items together."""
+        return cls(shape, shape.heads_at_once(heads), max(1, min(rows, shape.queries)), items)
 
     @property
-    def _key_heads(self) -> int:
-        return max(1, self.heads // self.shape.group)
+    def _all_heads(self) -> int:
+        return self.items * self.heads
+
+    @property
+    def _all_key_heads(self) -> int:
+        return self.items * max(1, self.heads // self.shape.group)
 
     @property
     def converts(self) -> bool:
@@ -172,38 +198,43 @@ class Tiles:
 
     @property
     def stages(self) -> bool:
-        """Products go through a tile, as a converted or a grouped one cannot be written where it belongs."""
-        return self.converts or self.shape.group > 1
+        """Products go through a tile: of another dtype, of a group or of several items, they have no one place."""
+        return self.converts or self.shape.group > 1 or self.items > 1
 
     @property
     def gathers(self) -> bool:
-        """Key and value go through a tile, in another dtype or because no matrix product reads their strides."""
-        return self.converts or self.shape.irregular
+        """Key and value go through a tile: of another dtype, of several items, or of strides no product reads."""
+        return self.converts or self.shape.irregular or self.items > 1
+
+    @property
+    def accumulates(self) -> bool:
+        """Gradients of key and value are summed in a tile rather than in their place."""
+        return self.converts or self.items > 1
 
     @property
     def scores(self) -> int:
-        """`(heads, rows, M)`: scores, then weights."""
-        return self.heads * self.rows * self.shape.keys
+        """`(items * heads, rows, M)`: scores, then weights."""
+        return self._all_heads * self.rows * self.shape.keys
 
     @property
     def query(self) -> int:
-        """`(heads, rows, D)`: the scaled query."""
-        return self.heads * self.rows * self.shape.head_dim
+        """`(items * heads, rows, D)`: the scaled query."""
+        return self._all_heads * self.rows * self.shape.head_dim
 
     @property
     def output(self) -> int:
-        """`(heads, rows, Dv)`."""
-        return self.heads * self.rows * self.shape.values
+        """`(items * heads, rows, Dv)`."""
+        return self._all_heads * self.rows * self.shape.values
 
     @property
     def key(self) -> int:
-        """`(key heads, M, D)`."""
-        return self._key_heads * self.shape.keys * self.shape.head_dim
+        """`(items * key heads, M, D)`."""
+        return self._all_key_heads * self.shape.keys * self.shape.head_dim
 
     @property
     def value(self) -> int:
-        """`(key heads, M, Dv)`."""
-        return self._key_heads * self.shape.keys * self.shape.values
+        """`(items * key heads, M, Dv)`."""
+        return self._all_key_heads * self.shape.keys * self.shape.values
 
     @property
     def mask(self) -> int:
@@ -213,12 +244,13 @@ class Tiles:
         mask = self.shape.mask
         if mask is None or not (mask.is_bool or mask.other_dtype or mask.has_grad or self.converts):
             return 0
-        return (self.heads if mask.heads > 1 else 1) * (self.rows if mask.queries > 1 else 1) * mask.keys
+        items, heads = (self.items if mask.batch > 1 else 1), (self.heads if mask.heads > 1 else 1)
+        return items * heads * (self.rows if mask.queries > 1 else 1) * mask.keys
 
     @property
     def row_maximum(self) -> int:
-        """`(heads, rows, 1)`: finds the rows that a mask leaves without a key."""
-        return self.heads * self.rows if self.shape.mask is not None else 0
+        """`(items * heads, rows, 1)`: finds the rows that a mask leaves without a key."""
+        return self._all_heads * self.rows if self.shape.mask is not None else 0
 
     @property
     def forward(self) -> dict[str, int]:
@@ -243,7 +275,7 @@ class Tiles:
         sizes = self.forward | {"output": _aligned(self.output), "grad_scores": _aligned(self.scores)}
         if self.stages:
             sizes["grad_query"] = _aligned(self.query)
-        if self.converts:
+        if self.accumulates:
             sizes |= {"grad_key": _aligned(self.key), "grad_value": _aligned(self.value)}
         return sizes
 

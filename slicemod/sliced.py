@@ -46,10 +46,11 @@ def _attention(
     scale: float,
     upcast: bool,
     keep_weights: bool,
+    items: int,
     heads: int,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed)
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
     return with_smaller_slices(
         lambda call: math_forward(query, key, value, mask, call, keep_weights=keep_weights),
         call,
@@ -60,7 +61,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-    *_, upcast, keep_weights, _heads, _rows = settings
+    *_, upcast, keep_weights, _items, _heads, _rows = settings
     dtype = torch.float32 if upcast and query.dtype.itemsize < 4 else query.dtype
     kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=dtype)
     return empty_heads(query, value.shape[3]), kept
@@ -79,11 +80,12 @@ def _attention_backward(
     is_causal: bool,
     scale: float,
     upcast: bool,
+    items: int,
     heads: int,
     rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed)
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
     wanted = (needs[0], needs[1], needs[2], needs[3])
     return with_smaller_slices(
         lambda call: math_backward(grad_output, query, key, value, mask, kept, call, wanted),
@@ -102,9 +104,9 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, *settings, _keep_weights, heads, rows = inputs
+    query, key, value, mask, seed, *settings, _keep_weights, items, heads, rows = inputs
     ctx.save_for_backward(query, key, value, mask, seed, output[1])
-    ctx.settings = (*settings, heads, rows)
+    ctx.settings = (*settings, items, heads, rows)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or the kept weights would get a gradient of zeros, as large as they are
 
@@ -114,7 +116,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) 
     grads: Sequence[Tensor | None] = [None] * 4
     if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
         query, key, value, mask, seed, _ = ctx.saved_tensors
-        call = Call(*(*ctx.settings, seed))
+        dropout_p, is_causal, scale, upcast, items, heads, rows = ctx.settings
+        call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
         grads = differentiable_gradients(grad_output, query, key, value, mask, call, needs)
     elif grad_output is not None:
         grads = _attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
@@ -265,6 +268,7 @@ def planned_attention(
             scale,
             plan.upcast,
             keep_weights,
+            plan.items,
             plan.heads,
             plan.rows,
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicemod.math_kernel import Call, attention_shape, attention_sizes, empty_heads, math_forward
+from slicemod.math_kernel import Call, attention_shape, attention_sizes, empty_heads, math_backward, math_forward
 from slicemod.reference import reference_attention
 from slicemod.shapes import MaskShape
 from slicemod.sliced import sliced_attention
@@ -165,7 +165,7 @@ def test_the_sizes_of_a_call_are_plain_and_complete() -> None:
     shape = attention_shape(sizes)
     assert (shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim) == (2, 6, 61, 53, 11)
     assert (shape.key_heads, shape.itemsize, shape.upcast, shape.dropout, shape.causal) == (2, 2, True, True, False)
-    assert shape.mask == MaskShape(1, 6, 61, 53, is_bool=True)
+    assert shape.mask == MaskShape(1, 6, 61, 53, is_bool=True, other_dtype=True)
 
 
 @pytest.mark.parametrize(
@@ -191,3 +191,25 @@ def test_outputs_have_a_layers_strides() -> None:
     output = empty_heads(torch.empty(2, 3, 61, 11), 13)
     assert output.shape == (2, 3, 61, 13)
     assert output.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("items", [1, 2, 3])
+@pytest.mark.parametrize("mask_sizes", [None, (3, 1, 1, 53), (1, 6, 61, 1)])
+@pytest.mark.parametrize("key_heads", [2, 6])
+def test_items_computed_together_give_the_same(items: int, mask_sizes: tuple[int, ...] | None, key_heads: int) -> None:
+    inputs = layer_inputs(torch.float64, batch=3, heads=6, key_heads=key_heads)
+    query, key, value = (tensor.detach().requires_grad_() for tensor in (inputs.query, inputs.key, inputs.value))
+    mask = None if mask_sizes is None else torch.randn(mask_sizes, dtype=torch.float64, requires_grad=True)
+    wanted = reference_attention(query, key, value, mask, enable_gqa=True, scale=0.3)
+    leaves = [tensor for tensor in (query, key, value, mask) if tensor is not None]
+    grad_output = torch.randn_like(wanted)
+    expected = torch.autograd.grad(wanted, leaves, grad_output)
+    call = Call(0.0, False, 0.3, False, heads=18, rows=61, seed=None, items=items)
+    with torch.no_grad():
+        output, kept = math_forward(query, key, value, mask, call, keep_weights=True)
+        torch.testing.assert_close(output, wanted)
+        for weights in (kept, kept.new_empty(0)):  # read again, or computed again
+            needs = (True, True, True, mask is not None)
+            found = math_backward(grad_output, query, key, value, mask, weights, call, needs)
+            for gradient, other in zip(found, expected, strict=False):
+                torch.testing.assert_close(gradient, other)

@@ -116,3 +116,11 @@ def test_ceil_div_rounds_up(size: int, parts: int, expected: int) -> None:
 )
 def test_square_resolution_is_that_of_the_webui(available: float, expected: int) -> None:
     assert square_resolution(available, 2.5) == expected
+
+
+def test_small_items_are_computed_together_and_large_ones_alone() -> None:
+    small, large = AttentionShape(64, 4, 16, 1, 16, 4), AttentionShape(2, 8, 4096, 4096, 40, 4)
+    assert small.items_at_once(heads=256, rows=16) == 64
+    assert small.items_at_once(heads=4, rows=16) == 1  # a slice of one item
+    assert small.items_at_once(heads=256, rows=15) == 1  # not whole
+    assert large.items_at_once(heads=16, rows=4096) == 1
