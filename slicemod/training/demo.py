@@ -156,7 +156,7 @@ def _plan_table(steps: list[StepMemory]) -> Table:
     for step in steps:
         table.add_column(step.attention.replace("(", "\n("), no_wrap=True)
     for layer in steps[0].plans:
-        table.add_row(layer, *(_plan(step.plans[layer]) for step in steps))
+        table.add_row(layer.replace("transformer_blocks.", ""), *(_plan(step.plans[layer]) for step in steps))
     return table
 
 
