@@ -9,6 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/python train_scripts/demo.py
 
 # All tests; those marked slow as well where CI is set.
+test: export OMP_WAIT_POLICY = PASSIVE  # two test processes on two cores: waiting threads sleep, not spin
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 $(if $(CI),--run-slow)
 
