@@ -16,6 +16,7 @@ def peak_memory(call: Callable[[], object]) -> int:
     What `call` returns counts while it lives; inputs made beforehand do not. Memory that libraries take outside
     PyTorch's allocator (MKL's packing buffers, Python objects) is not seen.
 
+    >>> import torch
     >>> peak_memory(lambda: torch.zeros(1000))
     4000
     """

@@ -134,8 +134,8 @@ def test_a_signal_leaves_a_checkpoint_that_last_continues_from(tmp_path: Path, s
 
 def test_a_schedule_shorter_than_the_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="total_steps must be at least the run's 451 steps, got 450"):
-        train_tiny(tmp_path, "--trainer.max_steps", "451")
+    with pytest.raises(UserError, match="total_steps must be at least the run's 801 steps, got 800"):
+        train_tiny(tmp_path, "--trainer.max_steps", "801")
 
 
 def test_a_swapped_run_keeps_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
