@@ -1,5 +1,6 @@
 """Memory budgets: "2GiB", a fraction or "auto" in bytes, and the one place that reads what a device has free."""
 
+import math
 import re
 import subprocess
 import sys
@@ -35,10 +36,10 @@ def parse_budget(budget: object, available: int | None = None) -> int | float:
         match = _SIZE.fullmatch(budget.strip())
         if match is None or ("." in match[1] and not match[2]):
             raise refusal
-        size = int(float(match[1]) * _UNITS[match[2]])
-        if size < 1:
+        size = float(match[1]) * _UNITS[match[2]]
+        if not 1 <= size < math.inf:
             raise refusal
-        return size
+        return int(size)
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise refusal
     if isinstance(budget, int):

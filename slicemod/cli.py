@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from slicemod import NotEnoughMemoryError
+from slicemod import NotEnoughMemoryError, __version__
 from slicemod.user_error import UserError
 
 
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if given else sys.stderr)
         return 0 if given else BAD_INPUT
+    if given[0] == "--version":
+        print(f"slicemod {__version__}")
+        return 0
     name = given[0]
     try:
         if name not in COMMANDS:
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"slicemod {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"slicemod {name}: interrupted, no checkpoint was written.", file=sys.stderr)
+        print(f"slicemod {name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -61,7 +64,7 @@ def _help() -> str:
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: slicemod COMMAND ...",
+            "usage: slicemod COMMAND ...    or: slicemod --version",
             "",
             "Attention in slices that fit a memory budget, for latent-diffusion UNets.",
             "",

@@ -271,7 +271,13 @@ def plan_slices(
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}. Choose one of these.")
     if kernel not in ("math", "fused"):
-        raise ValueError(f'plan_slices: kernel must be "math" or "fused", got {kernel!r}. Decide "auto" beforehand.')
+        raise ValueError(f'plan_slices: kernel must be "math" or "fused", got {kernel!r}. SliceConfig decides "auto".')
+    if isinstance(free_bytes, bool) or not isinstance(free_bytes, int | float):
+        raise TypeError(
+            f"free_bytes: expected a number of bytes; got {free_bytes!r}. slicemod.budget.parse_budget reads sizes "
+            'such as "1GiB".'
+        )
+    free_bytes = max(0, free_bytes)
     if steps is not None and steps < 1:
         raise ValueError(f"steps: expected a whole number of slices, 1 or more; got {steps}. Leave it out to plan.")
     if kernel == "fused":

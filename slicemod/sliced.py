@@ -202,7 +202,7 @@ def sliced_attention(
         scale: factor of the scores, `1 / sqrt(D)` when left out.
         enable_gqa: key and value may have fewer heads than query, a divisor of `H`.
         slicing: a `SliceConfig`, or a dict of its fields.
-        plan: follow this plan instead of making one.
+        plan: follow this plan, made for these sizes, instead of making one; not together with `slicing`.
 
     Under autocast query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. Half
     precision is computed in float32 tiles on the CPU, and on other devices with `upcast`.
@@ -237,6 +237,11 @@ def planned_attention(
     plan: SlicePlan | None = None,
 ) -> tuple[Tensor, SlicePlan | None]:
     """`sliced_attention` and the plan it followed; None where there was nothing to attend to."""
+    if plan is not None and (slicing is not None or not isinstance(plan, SlicePlan)):
+        raise ValueError(
+            f"plan: expected a SlicePlan and no slicing beside it; got {type(plan).__name__}"
+            f"{' and slicing' if slicing is not None else ''}. Pass the one or the other."
+        )
     settings = _settings(slicing)
     query, key, value = autocast_input(query), autocast_input(key), autocast_input(value)
     attn_mask = autocast_input(attn_mask)

@@ -10,6 +10,7 @@ from slicemod.slice_config import SliceConfig
 from slicemod.swap import HOSTS
 
 _CLASSES = ("CrossAttention", "MemoryEfficientCrossAttention")
+_PARTS = ("to_q", "to_k", "to_v", "to_out")
 _ORIGINAL = "_slicemod_original"
 
 
@@ -22,11 +23,20 @@ class CompVisHost:
         """A CrossAttention by name, with its projections."""
         if isinstance(module, MemoryAwareCrossAttention):
             return _ORIGINAL in module.__dict__
-        parts = ("to_q", "to_k", "to_v", "to_out")
-        return type(module).__name__ in _CLASSES and all(hasattr(module, part) for part in parts)
+        return type(module).__name__ in _CLASSES and all(hasattr(module, part) for part in _PARTS)
 
     def obstacle(self, module: nn.Module) -> str | None:
-        """All of its layers can be swapped."""
+        """A layer that holds more than the four projections computes something else, and is left alone."""
+        if isinstance(module, MemoryAwareCrossAttention):
+            return None
+        more = [name for name, _ in module.named_children() if name not in _PARTS]
+        more += [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        if more:
+            return f"it holds {', '.join(more)} besides {', '.join(_PARTS)}"
+        for part in ("to_q", "to_k", "to_v"):
+            kind = type(module.get_submodule(part))
+            if kind is not nn.Linear:
+                return f"its {part} is a {kind.__name__}, not nn.Linear"
         return None
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> MemoryAwareCrossAttention:
@@ -54,15 +64,13 @@ def _with_parts_of(module: nn.Module, slicing: SliceConfig) -> MemoryAwareCrossA
     heads = int(vars(module)["heads"])
     to_q, to_k = module.get_submodule("to_q"), module.get_submodule("to_k")
     if not isinstance(to_q, nn.Linear) or not isinstance(to_k, nn.Linear):
-        raise TypeError(
-            f"{type(module).__name__}: expected to_q and to_k to be nn.Linear; got {type(to_q).__name__} and "
-            f"{type(to_k).__name__}. Swap the attention before its projections are replaced."
-        )
+        raise TypeError(f"{type(module).__name__}: expected to_q and to_k to be nn.Linear, as `obstacle` asks for.")
     with torch.device("meta"):  # its own projections are never used
         swapped = MemoryAwareCrossAttention(
             to_q.in_features, to_k.in_features, heads, to_q.out_features // heads, slicing=slicing
         )
-    for part in ("to_q", "to_k", "to_v", "to_out"):
+    swapped.scale = float(vars(module).get("scale", swapped.scale))
+    for part in _PARTS:
         setattr(swapped, part, module.get_submodule(part))
     swapped.training = module.training
     hooks = [name for name in vars(swapped) if "_hooks" in name]

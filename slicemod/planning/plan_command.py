@@ -17,7 +17,7 @@ from slicemod.arguments import ArgumentParser
 from slicemod.budget import budget_bytes
 from slicemod.plan import POLICIES, NotEnoughMemoryError, SlicePlan, fused_peak, plan_slices
 from slicemod.planning.attention_calls import AttentionCall, at_resolution, record_attention_calls
-from slicemod.planning.unets import NAMED_UNETS
+from slicemod.planning.unets import NAMED_UNETS, find_unet
 from slicemod.shapes import AttentionShape
 from slicemod.user_error import UserError
 
@@ -29,9 +29,13 @@ def run(arguments: Sequence[str]) -> int:
     """Prints the plans; `arguments[0]` is the command's name."""
     options = _parser().parse_args(arguments[1:])
     memory = _memory(options.memory, options.device)
+    step = find_unet(options.model).resolution_step
     for pixels in options.resolution:
-        if pixels < _RESOLUTION_STEP or pixels % _RESOLUTION_STEP:
-            raise UserError(f"--resolution: expected multiples of {_RESOLUTION_STEP} pixels; got {pixels}.")
+        if pixels < step or pixels % step:
+            raise UserError(
+                f"--resolution: expected multiples of {step} pixels, which {options.model} halves down to whole"
+                f" latents; got {pixels}. Take {max(1, round(pixels / step)) * step}."
+            )
     if options.batch < 1:
         raise UserError(f"--batch: expected 1 or more items; got {options.batch}.")
     calls = record_attention_calls(options.model, batch=options.batch, itemsize=_ITEMSIZES[options.dtype])

@@ -39,6 +39,7 @@ NAMED_UNETS: dict[str, dict[str, Any]] = {
     },
 }
 _CLIP_TOKENS = 77
+_DEFAULT_LEVELS = (320, 640, 1280, 1280)  # UNet2DConditionModel's own block_out_channels
 
 
 class UnetSource(NamedTuple):
@@ -51,6 +52,12 @@ class UnetSource(NamedTuple):
     config: Mapping[str, Any]
     latent_pixels: int
     context_tokens: int
+
+    @property
+    def resolution_step(self) -> int:
+        """Edges in pixels that autoencoder and UNet halve down to whole latents are multiples of this."""
+        levels = len(self.config.get("block_out_channels", _DEFAULT_LEVELS))
+        return int(self.latent_pixels * 2 ** (levels - 1))
 
 
 def find_unet(source: str) -> UnetSource:

@@ -50,11 +50,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             " pickled objects (code that would run on loading) or is no checkpoint at all."
             " Use a checkpoint that `slicemod fit` wrote."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # on bytes that are no checkpoint torch's reader raises what it likes
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: expected a whole file written by torch.save, got"
-            f" {Path(path).stat().st_size:,} bytes that end too early or are damaged. Copy the file again or use an"
-            " earlier checkpoint."
+            f" {Path(path).stat().st_size:,} bytes that end too early, are damaged or are something else. Copy the"
+            " file again or use an earlier checkpoint."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(
@@ -123,6 +123,11 @@ def ensure_writable_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
         UserError: the folder cannot be made, or no file can be made in it.
     """
+    in_the_way = next((path for path in (Path(folder), *Path(folder).parents) if path.exists()), None)
+    if in_the_way is not None and not in_the_way.is_dir():
+        raise UserError(
+            f"The folder {folder} cannot be written: {in_the_way} is a file. Choose a folder that you may write to."
+        )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -144,9 +149,9 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     reshaped = [
-        f"{name} (expected {tuple(own[name].shape)}, got {tuple(tensor.shape)})"
+        f"{name} (expected {tuple(own[name].shape)}, got {_shape(tensor)})"
         for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
+        if name in own and (not isinstance(tensor, Tensor) or tensor.shape != own[name].shape)
     ]
     problems = [
         f"{len(names)} {what}: {_shortened(names)}"
@@ -163,6 +168,10 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os
             f" {'; '.join(problems)}. Use the configuration that the file was trained with, or another file."
         )
     module.load_state_dict(state)
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _require_file(path: str | os.PathLike[str]) -> None:

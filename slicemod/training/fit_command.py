@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import shlex
 import sys
 import warnings
@@ -11,19 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
+import lightning.pytorch as pl
 from diffusers import AutoencoderKL
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from slicemod import SliceConfig
+from slicemod.plan import POLICIES
+from slicemod.slice_config import KERNELS
 from slicemod.training.autoencoder import AutoencoderTraining, load_autoencoder, train_autoencoder
-from slicemod.training.checkpoints import ensure_writable_folder, load_strictly, read_checkpoint
+from slicemod.training.checkpoints import CheckpointError, ensure_writable_folder, load_strictly, read_checkpoint
 from slicemod.training.digits import DigitsDataModule
 from slicemod.training.interruption import StopBetweenSteps, TrainingInterruptedError
 from slicemod.training.last_checkpoint import last_checkpoint
-from slicemod.training.latent_diffusion import LatentDiffusion
+from slicemod.training.latent_diffusion import LatentDiffusion, stored_components
 from slicemod.user_error import UserError
 
 
@@ -54,15 +58,25 @@ def fit(arguments: Sequence[str]) -> SlicemodCLI:
             LatentDiffusion,
             DigitsDataModule,
             trainer_defaults={"callbacks": [StopBetweenSteps()]},
+            save_config_callback=SaveConfigBesideLogs,
             auto_configure_optimizers=False,  # they are arguments of the model, whose schedule steps every step
             load_from_checkpoint_support=False,  # LatentDiffusion stores its components itself
             args=list(arguments),
         )
     except (ArgumentError, argparse.ArgumentError) as error:
         files = ", ".join(_config_files(arguments)) or "no file"
-        raise UserError(f"{error} (configuration from {files} and the command line)") from error
+        raise UserError(f"{_readable(str(error))} (configuration from {files} and the command line)") from error
     except MisconfigurationException as error:
         raise UserError(f"Lightning cannot run this configuration: {error}") from error
+
+
+class SaveConfigBesideLogs(SaveConfigCallback):
+    """Saves the resolved configuration beside the logs, and none where there are none to be beside."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Saves it."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class SlicemodCLI(LightningCLI):
@@ -119,7 +133,21 @@ class SlicemodCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            raise UserError(f"The configuration cannot be built: {error}") from error
+            raise UserError(
+                f"The configuration cannot be built: {error}. Correct the init_args of model or trainer that this is"
+                " about; configs/digits.yaml is an example that works."
+            ) from error
+
+    def _set_seed(self) -> None:
+        """Seeds everything.
+
+        Raises:
+            UserError: the seed is out of range.
+        """
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: expected a whole number from 0 to 4294967295; {error}.") from error
 
     def before_fit(self) -> None:
         """Checks everything that can be wrong, then trains the autoencoder if its weights do not exist yet."""
@@ -182,7 +210,7 @@ class SlicemodCLI(LightningCLI):
             if folder is not None:
                 ensure_writable_folder(folder)
         saved = Path(self.trainer.log_dir or ".") / "config.yaml"
-        if saved.exists():
+        if self.trainer.loggers and saved.exists():
             raise UserError(
                 f"{saved} of an earlier run would be overwritten: expected a new folder of logs. Remove the file, or"
                 " use loggers without a fixed version."
@@ -190,7 +218,17 @@ class SlicemodCLI(LightningCLI):
 
     def _readable_checkpoint(self, wanted: str) -> str:
         path = self._newest_last_checkpoint() if wanted == "last" else wanted
-        load_strictly(self.model, read_checkpoint(path)["state_dict"], path)
+        checkpoint = read_checkpoint(path)
+        stored_components(checkpoint, path)
+        needed: tuple[str, ...] = ("pytorch-lightning_version", "global_step", "epoch", "loops")
+        if self.subcommand == "fit":
+            needed = (*needed, "optimizer_states", "lr_schedulers")
+        if missing := [key for key in needed if key not in checkpoint]:
+            raise CheckpointError(
+                f"{path} is no checkpoint to continue from: expected Lightning's {', '.join(needed)}, it lacks"
+                f" {', '.join(missing)}. Name a whole checkpoint, or start from its weights with --model.init_from."
+            )
+        load_strictly(self.model, checkpoint["state_dict"], path)
         return path
 
     def _newest_last_checkpoint(self) -> str:
@@ -206,6 +244,20 @@ class SlicemodCLI(LightningCLI):
 
     def _model_checkpoints(self) -> list[ModelCheckpoint]:
         return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _readable(error: str) -> str:
+    """The parser's message in words of the configuration, with what to do."""
+    advice = "`slicemod fit --help` lists what is accepted; configs/digits.yaml is an example that works."
+    if 'key "attention"' not in error:
+        return f"{error.rstrip('.')}. {advice}"
+    unknown = re.search(r"Option '([^']+)' is not accepted", error)
+    given = re.search(r"Given value: (.+)", error)
+    what = f"the unknown key {unknown[1]!r}" if unknown else (given[1].strip() if given else "something else")
+    return (
+        "attention: expected null or a block with keys out of budget (such as 64MiB), policy"
+        f" ({', '.join(POLICIES)}), kernel ({', '.join(KERNELS)}), steps, checkpoint and upcast; got {what}. {advice}"
+    )
 
 
 def _how_to_continue(stop: TrainingInterruptedError, arguments: Sequence[str]) -> str:

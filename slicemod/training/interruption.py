@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -54,6 +55,7 @@ class StopBetweenSteps(pl.Callback):
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self._received = signum
         self._restore()
+        print("\nstopping after this step; the same signal again stops at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

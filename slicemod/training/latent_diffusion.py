@@ -222,7 +222,7 @@ class LatentDiffusion(pl.LightningModule):
             CheckpointError: the file is missing, damaged or unsafe, or one key or shape differs.
         """
         checkpoint = read_checkpoint(path)
-        _components(checkpoint, path)
+        stored_components(checkpoint, path)
         load_strictly(self, checkpoint["state_dict"], path)
         self.on_load_checkpoint(checkpoint)
 
@@ -273,7 +273,7 @@ def load_latent_diffusion(
         CheckpointError: the file is missing, damaged, unsafe, or does not describe such a model.
     """
     checkpoint = read_checkpoint(path)
-    parts = _components(checkpoint, path)
+    parts = stored_components(checkpoint, path)
     try:
         model = LatentDiffusion(
             UNet2DConditionModel.from_config(parts["unet"]),
@@ -294,11 +294,21 @@ def load_latent_diffusion(
 
 def checkpoint_attention(path: str | os.PathLike[str]) -> SliceConfig | None:
     """The slicing that a checkpoint was trained with; None for the UNet's own attention."""
-    stored = _components(read_checkpoint(path), path)["attention"]
-    return None if stored is None else SliceConfig(**stored)
+    stored = stored_components(read_checkpoint(path), path)["attention"]
+    try:
+        return None if stored is None else SliceConfig.of(stored)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} stores an attention block that cannot be used: {error} Use a checkpoint of this version."
+        ) from error
 
 
-def _components(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+def stored_components(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What rebuilds the model of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold it.
+    """
     parts = checkpoint.get(COMPONENTS)
     expected = {"unet", "autoencoder", "scheduler", "class_embedder", "attention"}
     if not isinstance(parts, dict) or set(parts) != expected:

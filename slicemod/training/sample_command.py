@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,10 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--out must name a .png file, got {options.out}: for example {out.with_suffix('.png')}.")
     if options.count < 1:
         raise UserError(f"--count must be at least 1, got {options.count}: say how many images to draw.")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}: give another whole number.")
+    if not math.isfinite(options.guidance):
+        raise UserError(f"--guidance must be a finite number, got {options.guidance}: 1 to 5 are usual.")
     model = load_latent_diffusion(
         options.checkpoint, attention=checkpoint_attention(options.checkpoint), compile=options.compile
     )
