@@ -36,6 +36,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     (folder / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Intruder()}))
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, folder / "other.ckpt")
+    good = torch.load(folder / "good.ckpt", weights_only=True)
+    torch.save({key: good[key] for key in ("state_dict", "slicemod_components")}, folder / "weights.ckpt")
+    torch.save({key: value for key, value in good.items() if key != "slicemod_components"}, folder / "foreign.ckpt")
     (folder / "file").write_text("")
     return folder
 
@@ -100,7 +103,7 @@ def test_the_command_runs_as_a_module_without_loading_training_code() -> None:
         (["--model.optimizer.class_path", "torch.optim.Nothing"], "Nothing"),
         (["--attention.budget", "a lot"], "a lot"),
         (["--attention.policy", "best"], "best"),
-        (["--attention.colour", "3"], "colour"),
+        (["--attention.colour", "3"], "attention: expected null or a block with keys out of budget"),
         (["--autoencoder_training.max_steps", "0"], "max_steps"),
         (["--trainer.max_steps", "1.5"], "max_steps"),
         (["--config", "missing.yaml"], "missing.yaml"),
@@ -112,6 +115,9 @@ def test_the_command_runs_as_a_module_without_loading_training_code() -> None:
         (["--ckpt_path", "evil.ckpt"], "evil.ckpt"),
         (["--ckpt_path", "other.ckpt"], "other.ckpt"),
         (["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+        (["--ckpt_path", "weights.ckpt"], "weights.ckpt is no checkpoint to continue from"),
+        (["--ckpt_path", "foreign.ckpt"], "foreign.ckpt is no checkpoint of `slicemod fit`"),
+        (["--seed_everything", "-5"], "seed_everything"),
         (["--ckpt_path", "last"], "--ckpt_path last finds no checkpoint"),
         (["--autoencoder_training.weights", "file/weights.safetensors"], "file"),
     ],

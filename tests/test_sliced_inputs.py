@@ -10,7 +10,8 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicemod.plan import NotEnoughMemoryError
+from slicemod.plan import NotEnoughMemoryError, plan_slices
+from slicemod.shapes import AttentionShape
 from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import layer_inputs
 
@@ -166,3 +167,10 @@ def test_vmap_is_right_and_says_that_it_is_slow() -> None:
     with pytest.warns(UserWarning, match="batching rule for slicemod::attention"):
         output = torch.vmap(sliced)(query, key, value)
     torch.testing.assert_close(output, F.scaled_dot_product_attention(query, key, value))
+
+
+@pytest.mark.parametrize(("plan", "slicing"), [(3, None), (plan_slices(AttentionShape(1, 1, 7, 7, 5, 4), 10**6), {})])
+def test_a_plan_is_a_plan_and_stands_alone(plan: Any, slicing: Any) -> None:
+    query = torch.randn(1, 1, 7, 5)
+    with pytest.raises(ValueError, match="plan: expected a SlicePlan and no slicing beside it"):
+        sliced_attention(query, query, query, plan=plan, slicing=slicing)

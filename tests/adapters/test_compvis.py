@@ -209,3 +209,48 @@ def test_moving_a_swapped_model_moves_the_original_too() -> None:
     model.double()
     restore_attention(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+class _Lookalike(nn.Module):
+    """CompVis's projections, with another scale, under its class name."""
+
+    def __init__(self, scale: float, **more: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.scale = 2, scale
+        self.to_q, self.to_k, self.to_v = (nn.Linear(26, 26, bias=False) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(26, 26), nn.Dropout(0.0))
+        for name, module in more.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part(x).unflatten(-1, (2, 13)).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v)
+        )
+        weights = (self.scale * query @ key.transpose(-1, -2)).softmax(-1)
+        output: Tensor = self.to_out((weights @ value).transpose(1, 2).flatten(2))
+        return output
+
+
+_Lookalike.__name__ = "CrossAttention"
+
+
+def test_a_layers_own_scale_is_kept() -> None:
+    model, x = nn.ModuleDict({"attn": _Lookalike(scale=1.0)}), torch.randn(2, 7, 26)
+    wanted = model["attn"](x)
+    swap_attention(model, {"kernel": "math"})
+    torch.testing.assert_close(model["attn"](x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"q_norm": nn.LayerNorm(26)}, "it holds q_norm besides to_q, to_k, to_v, to_out"),
+        ({"to_k": nn.Sequential(nn.Linear(26, 26))}, "its to_k is a Sequential, not nn.Linear"),
+    ],
+)
+def test_a_layer_that_computes_something_else_is_left_alone(more: dict[str, nn.Module], reason: str) -> None:
+    layer = _Lookalike(1.0, **more)
+    model = nn.ModuleDict({"plain": _Lookalike(1.0), "other": layer})
+    report = swap_attention(model)
+    assert report.skipped == (("other", reason),)
+    assert model["other"] is layer

@@ -119,3 +119,15 @@ def test_a_folder_without_write_permission_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
         ensure_writable_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"\x80\x02}q\x00(X", b"PK\x03\x04 not a zip", b""])
+def test_a_file_of_anything_else_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "text.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"text\.ckpt"):
+        read_checkpoint(tmp_path / "text.ckpt")
+
+
+def test_a_value_that_is_no_tensor_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"weight \(expected \(2, 3\), got a int\)"):
+        load_strictly(nn.Linear(3, 2, bias=False), {"weight": 5}, "x.ckpt")  # type: ignore[dict-item]
