@@ -229,6 +229,8 @@ class SlicemodCLI(LightningCLI):
                 f" {', '.join(missing)}. Name a whole checkpoint, or start from its weights with --model.init_from."
             )
         load_strictly(self.model, checkpoint["state_dict"], path)
+        if wanted == "last":
+            print(f"--ckpt_path last: {path}, the newest of its folder, after step {checkpoint['global_step']}")
         return path
 
     def _newest_last_checkpoint(self) -> str:
