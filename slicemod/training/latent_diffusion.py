@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -205,7 +204,7 @@ class LatentDiffusion(pl.LightningModule):
             "autoencoder": json.loads(self.autoencoder.to_json_string()),
             "scheduler": json.loads(self.scheduler.to_json_string()),
             "class_embedder": {"num_classes": self.class_embedder.num_classes, "dim": self.class_embedder.dim},
-            "attention": None if self.attention is None else asdict(self.attention),
+            "attention": None if self.attention is None else self.attention.as_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

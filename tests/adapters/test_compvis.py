@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.swap import restore_attention, swap_attention
+from tests.oracle import assert_same
 
 SLICINGS: dict[str, dict[str, Any]] = {
     "auto": {"budget": "1GiB"},
@@ -70,13 +71,6 @@ def results(model: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> list[Tens
     x, steps, context = given
     output = model(x, steps, context=context)
     return [output.detach(), *torch.autograd.grad(output.square().sum(), list(model.parameters()))]
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Some gradients are zero but for rounding, so that the largest of all sets the scale."""
-    scale = max(float(tensor.abs().max()) for tensor in theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * scale)
 
 
 @every_slicing

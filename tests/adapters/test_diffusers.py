@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from slicemod.adapters.diffusers import SlicemodAttnProcessor
 from slicemod.slice_config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
+from tests.oracle import assert_same
 
 SLICINGS: dict[str, dict[str, Any]] = {
     "auto": {"budget": "1GiB"},
@@ -61,13 +62,6 @@ def results(model: Any, given: tuple[Tensor, Tensor, Tensor], **more: Any) -> li
     """The output, and the gradients of all parameters."""
     output = model(*given, **more).sample
     return [output.detach(), *torch.autograd.grad(output.square().sum(), list(model.parameters()))]
-
-
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Some gradients are zero but for rounding, so that the largest of all sets the scale."""
-    scale = max(float(tensor.abs().max()) for tensor in theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * scale)
 
 
 @every_slicing
