@@ -51,6 +51,7 @@ class SlicePlan:
         checkpoint: the backward pass recomputes each slice; otherwise the weights of all slices are kept for it.
         upcast: the tiles of the sliced kernel are float32 where the inputs have half precision.
         items: batch items that are computed together; more than one where they are small.
+        keys: keys of a slice, which carries a running softmax from one chunk of keys to the next; 0 for all keys.
     """
 
     axis: Axis
@@ -64,6 +65,7 @@ class SlicePlan:
     checkpoint: bool = True
     upcast: bool = False
     items: int = 1
+    keys: int = 0
 
     def __str__(self) -> str:
         if self.kernel == "fused":

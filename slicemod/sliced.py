@@ -15,6 +15,7 @@ from torch import Tensor
 from slicemod.attention_inputs import as_four_dims, autocast_input, check_inputs
 from slicemod.double_backward import differentiable_gradients
 from slicemod.fused import fused_attention, fused_obstacle
+from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
     Call,
     attention_shape,
@@ -49,19 +50,20 @@ def _attention(
     items: int,
     heads: int,
     rows: int,
+    keys: int,
 ) -> tuple[Tensor, Tensor]:
-    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
-    return with_smaller_slices(
-        lambda call: math_forward(query, key, value, mask, call, keep_weights=keep_weights),
-        call,
-        query.shape[2],
-        query.device,
-    )
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        if 0 < call.keys < key.shape[2]:
+            return chunked_forward(query, key, value, mask, call)
+        return math_forward(query, key, value, mask, call, keep_weights=keep_weights)
+
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    return with_smaller_slices(run, call, query.shape[2], query.device)
 
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-    *_, upcast, keep_weights, _items, _heads, _rows = settings
+    *_, upcast, keep_weights, _items, _heads, _rows, _keys = settings
     dtype = torch.float32 if upcast and query.dtype.itemsize < 4 else query.dtype
     kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=dtype)
     return empty_heads(query, value.shape[3]), kept
@@ -83,16 +85,18 @@ def _attention_backward(
     items: int,
     heads: int,
     rows: int,
+    keys: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
     wanted = (needs[0], needs[1], needs[2], needs[3])
-    return with_smaller_slices(
-        lambda call: math_backward(grad_output, query, key, value, mask, kept, call, wanted),
-        call,
-        query.shape[2],
-        query.device,
-    )
+
+    def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if 0 < call.keys < key.shape[2]:
+            return chunked_backward(grad_output, query, key, value, mask, call, wanted)
+        return math_backward(grad_output, query, key, value, mask, kept, call, wanted)
+
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    return with_smaller_slices(run, call, query.shape[2], query.device)
 
 
 @_attention_backward.register_fake
@@ -104,9 +108,9 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, *settings, _keep_weights, items, heads, rows = inputs
+    query, key, value, mask, seed, *settings, _keep_weights, items, heads, rows, keys = inputs
     ctx.save_for_backward(query, key, value, mask, seed, output[1])
-    ctx.settings = (*settings, items, heads, rows)
+    ctx.settings = (*settings, items, heads, rows, keys)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or the kept weights would get a gradient of zeros, as large as they are
 
@@ -116,8 +120,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) 
     grads: Sequence[Tensor | None] = [None] * 4
     if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
         query, key, value, mask, seed, _ = ctx.saved_tensors
-        dropout_p, is_causal, scale, upcast, items, heads, rows = ctx.settings
-        call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
+        dropout_p, is_causal, scale, upcast, items, heads, rows, keys = ctx.settings
+        call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
         grads = differentiable_gradients(grad_output, query, key, value, mask, call, needs)
     elif grad_output is not None:
         grads = _attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
@@ -261,7 +265,7 @@ def planned_attention(
     else:
         seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
         scale = 1 / math.sqrt(max(head_dim, 1)) if scale is None else scale
-        keep_weights = not plan.checkpoint and _needs_grad(query, key, value, mask)
+        keep_weights = not plan.checkpoint and not plan.keys and _needs_grad(query, key, value, mask)
         output, _ = _attention(
             query,
             key,
@@ -276,5 +280,6 @@ def planned_attention(
             plan.items,
             plan.heads,
             plan.rows,
+            plan.keys,
         )
     return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan

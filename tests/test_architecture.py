@@ -26,6 +26,7 @@ ORDER = (
     "attention_inputs.py",
     "fused.py",
     "math_kernel.py",
+    "key_chunks.py",
     "out_of_memory.py",
     "double_backward.py",
     "sliced.py",
