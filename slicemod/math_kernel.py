@@ -140,6 +140,7 @@ class Kernel:
         self.space: _Workspace
 
     def allocate(self, sizes: dict[str, int]) -> None:
+        """Make the workspace: tiles of so many elements."""
         self.space = _Workspace(sizes, self.query, self.dtype)
 
     def generator(self) -> torch.Generator | None:
@@ -220,6 +221,7 @@ class Kernel:
 
 
 def ranges(start: int, stop: int, width: int) -> list[slice]:
+    """`start` to `stop` in parts of `width`, the last one of what is left."""
     return [slice(first, min(first + width, stop)) for first in range(start, stop, width)]
 
 

@@ -127,6 +127,18 @@ class AttentionShape:
         """Bytes of the full score matrix, `B*H * N * M * e`."""
         return self.batch_heads * self.queries * self.keys * self.score_itemsize
 
+    def at_side(self, side: int) -> "AttentionShape":
+        """The same attention in a square image of `side` pixels, with a query for each 8 by 8 of them.
+
+        Self-attention has as many keys; the keys of a context stay as they are.
+        """
+        queries = (side // 8) ** 2
+        keys = queries if self.keys == self.queries else self.keys
+        mask = self.mask
+        if mask is not None:
+            mask = replace(mask, queries=queries if mask.queries > 1 else 1, keys=keys if mask.keys > 1 else 1)
+        return replace(self, queries=queries, keys=keys, mask=mask)
+
     def heads_at_once(self, heads: int) -> int:
         """Most heads that one turn of the loop covers when a slice has `heads` of the `B*H`.
 
@@ -305,8 +317,13 @@ class Tiles:
         return sizes
 
     def workspace(self, *, training: bool) -> int:
-        """Bytes of the one buffer that holds all tiles, the largest single allocation of a call."""
+        """Bytes of the one buffer that holds all tiles."""
         return sum((self.backward if training else self.forward).values()) * self.shape.score_itemsize
+
+    def largest_buffer(self, *, training: bool, checkpoint: bool = True) -> int:
+        """Bytes of the largest single allocation: the workspace, or the weights that are kept."""
+        kept = 0 if checkpoint or not training else self.shape.scores_bytes
+        return max(self.workspace(training=training), kept)
 
     def peak(self, *, training: bool, checkpoint: bool = True) -> int:
         """Peak bytes beyond inputs, output and input gradients.
