@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import distributed
 
 from slicemod import budget as memory
-from slicemod.plan import POLICIES, NotEnoughMemoryError, Policy, SlicePlan, plan_slices
+from slicemod.plan import (
+    POLICIES,
+    NotEnoughMemoryError,
+    Policy,
+    SlicePlan,
+    fused_peak,
+    largest_square,
+    plan_slices,
+)
 from slicemod.shapes import AttentionShape
+
+if TYPE_CHECKING:  # a PyTorch built without distributed has no such class
+    from torch.distributed import ProcessGroup
 
 KERNELS = ("auto", "fused", "math")
 
@@ -102,6 +114,35 @@ class SliceConfig:
         """The fields, for a config file."""
         return asdict(self)
 
+    def resolved(self, device: torch.device | str, group: ProcessGroup | None = None) -> SliceConfig:
+        """The same config with its budget in bytes, as it is now: what every later call plans with.
+
+        Under `torch.distributed` the smallest budget of all ranks, so that their plans agree, whatever each has free.
+        All ranks have to call it, at one point of the program, such as the start of a fit.
+
+        Args:
+            device: where the attention will run; its free memory is read where the budget refers to it.
+            group: ranks that have to agree; all of them when left out.
+
+        Raises:
+            NotEnoughMemoryError: a rank has nothing free.
+
+        >>> SliceConfig(budget="2MiB").resolved("cpu").budget
+        2097152
+        """
+        device = torch.device(device)
+        available = memory.budget_bytes(self.budget, device)
+        if distributed.is_available() and distributed.is_initialized():
+            smallest = torch.tensor(available, device=device)
+            distributed.all_reduce(smallest, distributed.ReduceOp.MIN, group)
+            available = int(smallest)
+        if available < 1:
+            raise NotEnoughMemoryError(
+                f"budget: {self.budget!r} needs free memory on {device}; got {available:,} bytes on the smallest "
+                "rank. Free memory on the device or name a budget in bytes."
+            )
+        return replace(self, budget=available)
+
     def plan(
         self, shape: AttentionShape, device: torch.device, *, training: bool, fused_obstacle: str | None
     ) -> SlicePlan:
@@ -135,25 +176,35 @@ class SliceConfig:
             if fused.peak_bytes <= available:
                 return fused
             if self.kernel == "fused":
-                raise self._over_budget(fused, available, shape, 'take kernel="auto", which slices')
+                side = largest_square(
+                    shape, lambda shape: fused_peak(shape, device.type, training=training) <= available
+                )
+                raise self._over_budget(fused, available, shape, 'take kernel="auto", which slices', side)
         shape = replace(shape, upcast=shape.upcast or self.upcast)
-        plan = plan_slices(
-            shape,
-            available,
-            policy=self.policy,
-            device_type=device.type,
-            training=training,
-            checkpoint=self.checkpoint,
-            steps=self.steps,
-        )
+
+        def sliced(shape: AttentionShape) -> SlicePlan:
+            return plan_slices(
+                shape,
+                available,
+                policy=self.policy,
+                device_type=device.type,
+                training=training,
+                checkpoint=self.checkpoint,
+                steps=self.steps,
+            )
+
+        plan = sliced(shape)
         if self.budget != "auto" and plan.peak_bytes > available:
             # Some policies look at other things than the budget; a budget that was named is kept all the same.
             advice = "leave steps out" if self.steps is not None else 'take policy="exact"'
-            raise self._over_budget(plan, available, shape, advice)
+            side = largest_square(shape, lambda shape: sliced(shape).peak_bytes <= available)
+            raise self._over_budget(plan, available, shape, advice, side)
         return plan
 
-    def _over_budget(self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str) -> NotEnoughMemoryError:
+    def _over_budget(
+        self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str, side: int
+    ) -> NotEnoughMemoryError:
         return NotEnoughMemoryError(
             f"budget: {self.budget!r} allows {available:,} bytes and the plan needs {plan.peak_bytes:,} ({plan}), "
-            f"for {shape}. Raise the budget or {advice}."
+            f"for {shape}. Raise the budget, {advice} or lower the resolution: at most about {side}x{side} would fit."
         )
