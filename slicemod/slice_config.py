@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -159,47 +160,16 @@ class SliceConfig:
             ValueError: `kernel="fused"` and there is an obstacle.
         """
         available = memory.budget_bytes(self.budget, device)
-        if self.kernel == "fused" and fused_obstacle is not None:
-            raise ValueError(
-                f'kernel: expected a call that a fused kernel computes, since kernel="fused"; {fused_obstacle}. '
-                'Take kernel="auto" or kernel="math".'
-            )
-        if self.kernel != "math" and fused_obstacle is None and self.steps is None:
-            fused = plan_slices(
-                shape,
-                available,
-                policy=self.policy,
-                device_type=device.type,
-                kernel="fused",
-                training=training,
-            )
-            if fused.peak_bytes <= available:
-                return fused
-            if self.kernel == "fused":
-                side = largest_square(
-                    shape, lambda shape: fused_peak(shape, device.type, training=training) <= available
-                )
-                raise self._over_budget(fused, available, shape, 'take kernel="auto", which slices', side)
-        shape = replace(shape, upcast=shape.upcast or self.upcast)
-
-        def sliced(shape: AttentionShape) -> SlicePlan:
-            return plan_slices(
-                shape,
-                available,
-                policy=self.policy,
-                device_type=device.type,
-                training=training,
-                checkpoint=self.checkpoint,
-                steps=self.steps,
-            )
-
-        plan = sliced(shape)
-        if self.budget != "auto" and plan.peak_bytes > available:
-            # Some policies look at other things than the budget; a budget that was named is kept all the same.
-            advice = "leave steps out" if self.steps is not None else 'take policy="exact"'
-            side = largest_square(shape, lambda shape: sliced(shape).peak_bytes <= available)
-            raise self._over_budget(plan, available, shape, advice, side)
-        return plan
+        return _plan(
+            self,
+            shape,
+            available,
+            device.type,
+            training,
+            fused_obstacle,
+            torch.get_num_threads(),
+            POLICIES[self.policy],
+        )
 
     def _over_budget(
         self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str, side: int
@@ -208,3 +178,55 @@ class SliceConfig:
             f"budget: {self.budget!r} allows {available:,} bytes and the plan needs {plan.peak_bytes:,} ({plan}), "
             f"for {shape}. Raise the budget, {advice} or lower the resolution: at most about {side}x{side} would fit."
         )
+
+
+@lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step
+def _plan(
+    slicing: SliceConfig,
+    shape: AttentionShape,
+    available: int,
+    device_type: str,
+    training: bool,
+    fused_obstacle: str | None,
+    *_on_what_else_it_depends: object,
+) -> SlicePlan:
+    """The plan that fits in `available` bytes."""
+    if slicing.kernel == "fused" and fused_obstacle is not None:
+        raise ValueError(
+            f'kernel: expected a call that a fused kernel computes, since kernel="fused"; {fused_obstacle}. '
+            'Take kernel="auto" or kernel="math".'
+        )
+    if slicing.kernel != "math" and fused_obstacle is None and slicing.steps is None:
+        fused = plan_slices(
+            shape,
+            available,
+            policy=slicing.policy,
+            device_type=device_type,
+            kernel="fused",
+            training=training,
+        )
+        if fused.peak_bytes <= available:
+            return fused
+        if slicing.kernel == "fused":
+            side = largest_square(shape, lambda shape: fused_peak(shape, device_type, training=training) <= available)
+            raise slicing._over_budget(fused, available, shape, 'take kernel="auto", which slices', side)
+    shape = replace(shape, upcast=shape.upcast or slicing.upcast)
+
+    def sliced(shape: AttentionShape) -> SlicePlan:
+        return plan_slices(
+            shape,
+            available,
+            policy=slicing.policy,
+            device_type=device_type,
+            training=training,
+            checkpoint=slicing.checkpoint,
+            steps=slicing.steps,
+        )
+
+    plan = sliced(shape)
+    if slicing.budget != "auto" and plan.peak_bytes > available:
+        # Some policies look at other things than the budget; a budget that was named is kept all the same.
+        advice = "leave steps out" if slicing.steps is not None else 'take policy="exact"'
+        side = largest_square(shape, lambda shape: sliced(shape).peak_bytes <= available)
+        raise slicing._over_budget(plan, available, shape, advice, side)
+    return plan

@@ -7,6 +7,7 @@ order stays ours.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -137,9 +138,11 @@ def _decide(
     settings: tuple[Any, ...], sizes: tuple[Any, ...], device: str, training: bool, fused_obstacle: str | None
 ) -> SlicePlan:
     """The plan of a call; while a graph is traced this runs outside of it, and its answer is a constant in there."""
-    slicing = SliceConfig(*settings)
-    shape = attention_shape(sizes)
+    slicing, shape = _checked_config(*settings), attention_shape(sizes)
     return slicing.plan(shape, torch.device(device), training=training, fused_obstacle=fused_obstacle)
+
+
+_checked_config = lru_cache(typed=True)(SliceConfig)  # a budget of 1 byte is not one of 1.0, all there is
 
 
 def _plan(

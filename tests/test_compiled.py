@@ -189,7 +189,7 @@ def test_other_settings_after_compilation_are_followed() -> None:
     rows: list[Any] = []
 
     def recording(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        rows.extend(node.args[-1] for node in graph.graph.nodes if "slicemod.attention" in str(node.target))
+        rows.extend(node.args[-2] for node in graph.graph.nodes if "slicemod.attention" in str(node.target))
         return graph
 
     compiled = torch.compile(block, fullgraph=True, backend=recording)

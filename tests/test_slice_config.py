@@ -13,9 +13,10 @@ import torch
 from torch import distributed
 
 from slicemod import budget as memory
-from slicemod.plan import NotEnoughMemoryError, SlicePlan, fused_peak, plan_slices
+from slicemod.plan import POLICIES, Conditions, NotEnoughMemoryError, SlicePlan, Slices, fused_peak, plan_slices
 from slicemod.shapes import AttentionShape
 from slicemod.slice_config import SliceConfig
+from slicemod.sliced import sliced_attention
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(2, 3, 1031, 1013, 11, 4)
@@ -241,3 +242,28 @@ def test_every_rank_takes_the_budget_of_the_smallest(tmp_path: Path) -> None:
     ]
     answers = [rank.communicate(timeout=100)[0].decode().split() for rank in ranks]
     assert answers == [["500000", str(2 * 2**20)]] * 2
+
+
+def test_a_plan_is_looked_for_once_and_the_free_memory_read_each_time(
+    free_bytes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counting(shape: AttentionShape, given: Conditions) -> Slices:
+        asked.append(given.free_bytes)
+        return POLICIES["exact"](shape, given)
+
+    monkeypatch.setitem(POLICIES, "counting", counting)
+    slicing = SliceConfig.of({"policy": "counting", "kernel": "math"})
+    query = torch.randn(1, 2, 67, 11)
+    for free in (10**6, 10**6, 2 * 10**6, 10**6):
+        free_bytes.append(free)
+        sliced_attention(query, query, query, slicing=slicing)
+    assert asked == [10**6, 2 * 10**6]
+
+
+def test_a_budget_of_one_byte_is_not_one_of_all_there_is(free_bytes: list[int]) -> None:
+    query = torch.randn(1, 2, 67, 11)
+    sliced_attention(query, query, query, slicing=SliceConfig(budget=1.0, policy="exact", kernel="math"))
+    with pytest.raises(NotEnoughMemoryError, match="has 1, for"):
+        sliced_attention(query, query, query, slicing=SliceConfig(budget=1, policy="exact", kernel="math"))
