@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from slicemod import budget as memory
-from slicemod.plan import POLICIES, NotEnoughMemoryError, Policy, SlicePlan, plan_slices
+from slicemod.half_plan import HalfKernel, bf16_plan, float32_flash_plan
+from slicemod.plan import POLICIES, NotEnoughMemoryError, Policy, SlicePlan, fused_peak, plan_slices
 from slicemod.shapes import AttentionShape
 
 KERNELS = ("auto", "fused", "math")
@@ -23,8 +24,9 @@ class SliceConfig:
         budget: what the attention may allocate beyond its inputs and its output: "auto" (the free memory), bytes,
             a size such as "512MiB", or a fraction of the free memory such as 0.25.
         policy: who decides the number of slices: "heuristic", "doggettx", "invokeai", "mps" or "exact".
-        kernel: "fused", PyTorch's fused attention; "math", the sliced one; "auto", fused where it is certain to run
-            and the budget allows, sliced otherwise.
+        kernel: "fused", PyTorch's fused attention; "math", the sliced one; "auto", the faster of the kernels that are
+            certain to run and that the budget allows: products in bfloat16 on a CPU that has these, or the fused one;
+            the sliced one otherwise.
         steps: pins the number of slices along the query.
         checkpoint: recompute each slice in the backward pass; otherwise keep its weights, as autograd does.
         upcast: compute scores in float32.
@@ -103,7 +105,13 @@ class SliceConfig:
         return asdict(self)
 
     def plan(
-        self, shape: AttentionShape, device: torch.device, *, training: bool, fused_obstacle: str | None
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        training: bool,
+        fused_obstacle: str | None,
+        half_kernel: HalfKernel | None = None,
     ) -> SlicePlan:
         """The plan of one call. Reads the free memory where the budget refers to it.
 
@@ -112,6 +120,7 @@ class SliceConfig:
             device: where it runs.
             training: gradients will be needed.
             fused_obstacle: why no fused kernel would run, or None if one would.
+            half_kernel: the kernel that suits half precision on this processor.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
@@ -123,6 +132,10 @@ class SliceConfig:
                 f'kernel: expected a call that a fused kernel computes, since kernel="fused"; {fused_obstacle}. '
                 'Take kernel="auto" or kernel="math".'
             )
+        if self.kernel != "math" and self.steps is None:
+            half = self._half_plan(shape, available, training, fused_obstacle, half_kernel)
+            if half is not None:
+                return half
         if self.kernel != "math" and fused_obstacle is None and self.steps is None:
             fused = plan_slices(
                 shape,
@@ -132,6 +145,9 @@ class SliceConfig:
                 kernel="fused",
                 training=training,
             )
+            if half_kernel == "bf16":
+                peak = fused_peak(shape, device.type, training=training, packs=True)
+                fused = replace(fused, peak_bytes=peak)
             if fused.peak_bytes <= available:
                 return fused
             if self.kernel == "fused":
@@ -151,6 +167,22 @@ class SliceConfig:
             advice = "leave steps out" if self.steps is not None else 'take policy="exact"'
             raise self._over_budget(plan, available, shape, advice)
         return plan
+
+    def _half_plan(
+        self,
+        shape: AttentionShape,
+        available: int,
+        training: bool,
+        fused_obstacle: str | None,
+        half_kernel: HalfKernel | None,
+    ) -> SlicePlan | None:
+        if half_kernel == "bf16" and self.kernel == "auto" and not self.upcast:
+            return bf16_plan(shape, available, policy=self.policy, training=training)
+        if half_kernel == "float32" and fused_obstacle is None:
+            return float32_flash_plan(
+                shape, available, policy=self.policy, training=training, threads=torch.get_num_threads()
+            )
+        return None
 
     def _over_budget(self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str) -> NotEnoughMemoryError:
         return NotEnoughMemoryError(

@@ -1,0 +1,109 @@
+"""Sizes of the bfloat16 kernel: what its workspace takes, and how many rows a turn of it has."""
+
+from dataclasses import dataclass, replace
+
+from slicemod.shapes import AttentionShape, ceil_div
+
+# Columns that a tile has beyond the head: a shift of the scores, and sums over parts of the keys. Eight keep the width
+# of the usual heads a multiple of eight, which products are fast with.
+EXTRA_COLUMNS = 8
+
+SAMPLED_KEYS = 128  # a row's shift is found from so many of its keys
+
+# Scores of a turn, 4 MiB: two tiles of them stay in the last-level cache. Of two shapes of a turn, more heads were
+# measured to be faster than more than 256 rows: a thread then has a product of its own.
+_TURN_SCORES = 2**21
+_MOST_ROWS = 256
+_LEAST_ROWS = 64  # fewer rows than this leave the products slower than PyTorch's fused kernel
+
+_ROW_BYTES = 24  # maximum, shift and sum of a row, and its index where it is computed again
+
+
+@dataclass(frozen=True)
+class Bf16Tiles:
+    """The workspace of the bfloat16 kernel: elements of each tile, for turns of `heads` heads by `rows` rows."""
+
+    shape: AttentionShape
+    heads: int
+    rows: int
+
+    @property
+    def width(self) -> int:
+        """Columns of the tiles of query and key."""
+        return padded(self.shape.head_dim)
+
+    @property
+    def value_width(self) -> int:
+        """Columns of the tiles of value and output."""
+        return padded(self.shape.values)
+
+    @property
+    def forward(self) -> dict[str, int]:
+        """Elements of the bfloat16 tiles of the forward pass."""
+        shape = self.shape
+        return {
+            "key": self.heads * shape.keys * self.width,
+            "value": self.heads * shape.keys * self.value_width,
+            "query": self.heads * shape.queries * self.width,
+            "scores": self.heads * self.rows * shape.keys,
+            "output": self.heads * shape.queries * self.value_width,
+        }
+
+    @property
+    def backward(self) -> dict[str, int]:
+        """Elements of the bfloat16 tiles of the backward pass."""
+        shape = self.shape
+        return {
+            "key": self.heads * shape.keys * self.width,
+            "value": self.heads * shape.keys * self.value_width,
+            "query": self.heads * shape.queries * self.width,
+            "grad_output": self.heads * shape.queries * self.value_width,
+            "scores": self.heads * self.rows * shape.keys,
+            "grad_scores": self.heads * self.rows * shape.keys,
+            "product": self.heads * shape.keys * max(self.width, self.value_width),
+            "grad_query": self.heads * shape.queries * self.width,
+        }
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """Elements of the float32 tiles of the backward pass: the gradients of key and value of a turn's heads."""
+        keys = self.heads * self.shape.keys
+        return {"grad_key": keys * self.width, "grad_value": keys * self.value_width}
+
+    def peak(self, *, training: bool) -> int:
+        """Peak bytes beyond inputs, output and input gradients."""
+        shape = self.shape
+        rows = self.heads * shape.queries
+        # The output, or the two factors of a dot product, in float32; what a row computed again takes beside its tiles.
+        again = 2 * self.rows * (self.width + self.value_width)
+        forward = 2 * sum(self.forward.values()) + again + rows * (4 * shape.values + _ROW_BYTES)
+        if not training:
+            return forward
+        kept = shape.batch_heads * shape.queries * 6  # shift and inverse sum of each row
+        backward = 2 * sum(self.backward.values()) + 4 * sum(self.sums.values())
+        return kept + max(forward, backward + rows * (8 * shape.values + _ROW_BYTES))
+
+
+def padded(width: int) -> int:
+    """Columns of a tile for heads of `width`.
+
+    >>> padded(40), padded(64)
+    (48, 72)
+    """
+    return -(-(width + EXTRA_COLUMNS) // 8) * 8
+
+
+def bf16_tiles(shape: AttentionShape, free_bytes: int, *, training: bool) -> Bf16Tiles | None:
+    """The turns that suit the cache and fit `free_bytes`, or None where they would be too small to be fast."""
+    rows = min(shape.queries, max(_LEAST_ROWS, min(_MOST_ROWS, _TURN_SCORES // max(1, shape.keys))))
+    heads = min(shape.heads, max(1, _TURN_SCORES // max(1, rows * shape.keys))) if shape.group == 1 else 1
+    # Two heads at a time rather than three of which the last turn leaves one alone.
+    tiles = Bf16Tiles(shape, ceil_div(shape.heads, ceil_div(shape.heads, heads)), rows)
+    while tiles.peak(training=training) > free_bytes:
+        if tiles.heads > 1:
+            tiles = replace(tiles, heads=tiles.heads // 2)
+        elif tiles.rows >= 2 * _LEAST_ROWS:
+            tiles = replace(tiles, rows=tiles.rows // 2)
+        else:
+            return None
+    return tiles
