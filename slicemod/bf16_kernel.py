@@ -44,22 +44,23 @@ class _Kernel:
         self.tiles = tiles = Bf16Tiles(shape, call.heads if shape.group == 1 else 1, min(call.rows, shape.queries))
         self.space = Workspace(tiles.backward if backward else tiles.forward, query, query.dtype)
         self.scale = call.scale
-        keys, queries = self.of_heads(tiles.heads)
+        keys = self.key_tile(tiles.heads)
         keys[..., shape.head_dim] = -1
         keys[..., shape.head_dim + 1 :] = 0
-        queries[..., shape.head_dim + 1 :] = 0
+        self.space.tile("query", -1, tiles.width)[:, shape.head_dim + 1 :] = 0
 
-    def of_heads(self, heads: int) -> tuple[Tensor, Tensor]:
-        """The tiles of key `(h, M, width)` and query `(h, N, width)`.
+    def key_tile(self, heads: int) -> Tensor:
+        """`(h, M, width)`: keys, and the column of -1 that subtracts a shift."""
+        return self.space.tile("key", heads, self.shape.keys, self.tiles.width)
 
-        A column of the query is the shift, which a column of the key subtracts.
-        """
-        shape, width = self.shape, self.tiles.width
-        return self.space.tile("key", heads, shape.keys, width), self.space.tile("query", heads, shape.queries, width)
+    def query_tile(self, heads: int, rows: int) -> Tensor:
+        """`(h, r, width)`: queries, and the column of their shifts."""
+        return self.space.tile("query", heads, rows, self.tiles.width)
 
     def turns(self) -> list[slice]:
         """The rows of each turn."""
-        return [slice(start, start + self.tiles.rows) for start in range(0, self.shape.queries, self.tiles.rows)]
+        queries, step = self.shape.queries, self.tiles.rows
+        return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
 
     def head_turns(self) -> Iterator[tuple[int, slice, slice]]:
         """Batch item, query heads and the key heads that they look at."""
@@ -117,7 +118,7 @@ class _Forward:
         kernel, width = self.kernel, self.kernel.tiles.value_width
         heads, queries, head_dim = query.shape
         value_dim = value.shape[2]
-        self.keys, self.query = kernel.of_heads(heads)
+        self.keys, self.query = kernel.key_tile(heads), kernel.query_tile(heads, queries)
         self.values = kernel.space.tile("value", heads, width, value.shape[1])
         self.keys[..., :head_dim] = key
         self.query[..., :head_dim] = query
@@ -146,8 +147,8 @@ class _Forward:
         sample = key[:, :: key.shape[1] // SAMPLED_KEYS | 1]  # (h, s, D)
         at_once = max(1, self.kernel.tiles.forward["scores"] // (self.kernel.tiles.heads * sample.shape[1]))
         for part, shift in zip(torch.split(query, at_once, 1), torch.split(self.shift, at_once, 1), strict=True):
-            scores = self.kernel.space.tile("scores", *part.shape[:2], sample.shape[1])
-            torch.amax(torch.bmm(part, sample.transpose(1, 2), out=scores), 2, out=shift)
+            scores = self.kernel.space.tile("scores", query.shape[0], sample.shape[1], part.shape[1])
+            torch.amax(torch.bmm(sample, part.transpose(1, 2), out=scores), 1, out=shift)
 
     def maxima(self, keys: Tensor, query: Tensor) -> Tensor:
         query[..., self.kernel.shape.head_dim] = 0
@@ -194,39 +195,39 @@ def bf16_backward(
     value_tile = space.tile("value", tiles.heads, shape.keys, tiles.value_width)
     value_tile[..., value_dim : value_dim + 2] = -1
     value_tile[..., value_dim + 2 :] = 0
-    space.tile("grad_output", tiles.heads, shape.queries, tiles.value_width)[..., value_dim + 2 :] = 0
+    space.tile("grad_output", -1, tiles.value_width)[:, value_dim + 2 :] = 0
     sum_space = Workspace(tiles.sums, query, torch.float32)
     grad_query, grad_key, grad_value, _ = empty_gradients(query, key, value, None, (*needs, False))
     for item, heads, key_heads in kernel.head_turns():
         count = heads.stop - heads.start
-        keys, queries = kernel.of_heads(count)
-        values = space.tile("value", count, shape.keys, tiles.value_width)
-        grad = space.tile("grad_output", count, shape.queries, tiles.value_width)
-        grad_part = space.tile("grad_query", count, tiles.width, shape.queries)
+        keys, values = kernel.key_tile(count), space.tile("value", count, shape.keys, tiles.value_width)
         key_sum, value_sum = sum_space.tile("grad_key", *keys.shape), sum_space.tile("grad_value", *values.shape)
         if heads.start % shape.group == 0:
             keys[..., :head_dim] = key[item, key_heads]
             values[..., :value_dim] = value[item, key_heads]
             key_sum.zero_()
             value_sum.zero_()
-        queries[..., :head_dim] = query[item, heads]
-        queries[..., head_dim] = shifts[item, heads]
-        torch.mul(grad_output[item, heads], inverse_sums[item, heads].unsqueeze(2), out=grad[..., :value_dim])
-        _split(grad[..., :value_dim].float().mul_(output[item, heads]).sum(2), grad[..., value_dim:])
-        for turn in kernel.turns():
-            weights = kernel.weights(keys, queries[:, turn])
+        for rows in kernel.turns():
+            turn = item, heads, rows
+            queries = kernel.query_tile(count, rows.stop - rows.start)
+            queries[..., :head_dim] = query[turn]
+            queries[..., head_dim] = shifts[turn]
+            grad = space.tile("grad_output", *queries.shape[:2], tiles.value_width)
+            torch.mul(grad_output[turn], inverse_sums[turn].unsqueeze(2), out=grad[..., :value_dim])
+            _split(grad[..., :value_dim].float().mul_(output[turn]).sum(2), grad[..., value_dim:])
+            weights = kernel.weights(keys, queries)
             if need_value:
-                value_sum.add_(torch.bmm(weights, grad[:, turn], out=space.tile("product", *values.shape)))
+                value_sum.add_(torch.bmm(weights, grad, out=space.tile("product", *values.shape)))
             if not (need_query or need_key):
                 continue
             grad_scores = space.tile("grad_scores", *weights.shape)
-            torch.bmm(values, grad[:, turn].transpose(1, 2), out=grad_scores).mul_(weights)
+            torch.bmm(values, grad.transpose(1, 2), out=grad_scores).mul_(weights)
             if need_key:
-                key_sum.add_(torch.bmm(grad_scores, queries[:, turn], out=space.tile("product", *keys.shape)))
+                key_sum.add_(torch.bmm(grad_scores, queries, out=space.tile("product", *keys.shape)))
             if need_query:
-                torch.bmm(keys.transpose(1, 2), grad_scores, out=grad_part[..., turn])
-        if need_query:
-            torch.mul(grad_part[:, :head_dim].transpose(1, 2), call.scale, out=grad_query[item, heads])
+                part = space.tile("grad_query", count, tiles.width, queries.shape[1])
+                torch.bmm(keys.transpose(1, 2), grad_scores, out=part)
+                torch.mul(part[:, :head_dim].transpose(1, 2), call.scale, out=grad_query[turn])
         if heads.stop % shape.group == 0:
             if need_key:
                 torch.mul(key_sum[..., :head_dim], call.scale, out=grad_key[item, key_heads])

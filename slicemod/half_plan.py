@@ -20,11 +20,11 @@ LEAST_BF16_KEYS = 512
 _TURN_BYTES = 8 * 2**20
 
 
-def bf16_plan(shape: AttentionShape, free_bytes: int, *, policy: str, training: bool) -> SlicePlan | None:
+def bf16_plan(shape: AttentionShape, free_bytes: int, *, policy: str, training: bool, threads: int) -> SlicePlan | None:
     """The plan of `bf16_attention`, or None where it does not fit or is not the faster one."""
     if shape.keys < LEAST_BF16_KEYS or shape.mask is not None or shape.causal or shape.dropout:
         return None
-    tiles = bf16_tiles(shape, free_bytes, training=training)
+    tiles = bf16_tiles(shape, free_bytes, threads, training=training)
     if tiles is None:
         return None
     by_rows = tiles.rows < shape.queries
@@ -32,7 +32,7 @@ def bf16_plan(shape: AttentionShape, free_bytes: int, *, policy: str, training: 
         axis="query" if by_rows else "heads",
         steps=ceil_div(shape.queries, tiles.rows) if by_rows else ceil_div(shape.batch_heads, tiles.heads),
         slice_size=tiles.rows if by_rows else tiles.heads,
-        peak_bytes=tiles.peak(training=training),
+        peak_bytes=tiles.peak(threads, training=training),
         kernel="bf16",
         policy=policy,
         heads=tiles.heads,

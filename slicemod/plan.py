@@ -313,8 +313,8 @@ def plan_slices(
 def fused_peak(shape: AttentionShape, device_type: str, *, training: bool, packs: bool = False) -> int:
     """Peak bytes of PyTorch's fused attention beyond inputs, output and input gradients.
 
-    Measured on the CPU, where `packs` says that it multiplies bfloat16 natively. Elsewhere what flash attention is known to keep: the log-sum-exp of each row and, in
-    training, the row sums and a float32 gradient of the query.
+    Measured on the CPU, where `packs` says that it multiplies bfloat16 natively. Elsewhere what flash attention is
+    known to keep: the log-sum-exp of each row and, in training, the row sums and a float32 gradient of the query.
     """
     if device_type == "cpu":
         return shape.flash_peak(torch.get_num_threads(), training=training, packs=packs)

@@ -176,12 +176,11 @@ class SliceConfig:
         fused_obstacle: str | None,
         half_kernel: HalfKernel | None,
     ) -> SlicePlan | None:
+        threads = torch.get_num_threads()
         if half_kernel == "bf16" and self.kernel == "auto" and not self.upcast:
-            return bf16_plan(shape, available, policy=self.policy, training=training)
+            return bf16_plan(shape, available, policy=self.policy, training=training, threads=threads)
         if half_kernel == "float32" and fused_obstacle is None:
-            return float32_flash_plan(
-                shape, available, policy=self.policy, training=training, threads=torch.get_num_threads()
-            )
+            return float32_flash_plan(shape, available, policy=self.policy, training=training, threads=threads)
         return None
 
     def _over_budget(self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str) -> NotEnoughMemoryError:

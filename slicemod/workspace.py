@@ -17,5 +17,6 @@ class Workspace:
         return name in self._tiles
 
     def tile(self, name: str, *sizes: int) -> Tensor:
-        """The first elements of the tile `name`, as `sizes`."""
-        return self._tiles[name][: math.prod(sizes)].view(sizes)
+        """The first elements of the tile `name`, as `sizes`; all of them where a size is -1."""
+        tile = self._tiles[name]
+        return (tile if -1 in sizes else tile[: math.prod(sizes)]).view(sizes)

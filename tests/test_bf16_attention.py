@@ -173,8 +173,9 @@ def test_the_peak_is_what_the_tiles_say(peaked: bool, heads: int, rows: int, tra
     if peaked:
         inputs.query, inputs.key = inputs.query * 3, inputs.key * 3
     tiles = Bf16Tiles(AttentionShape(2, 5, 509, 613, 40, 2), heads, rows)
-    promised = tiles.peak(training=training)
-    assert 0.9 * promised <= measured_peak(inputs, by(heads, rows), training=training) <= promised
+    promised = tiles.peak(torch.get_num_threads(), training=training)
+    # Rows that are computed again, and what oneDNN packs, are counted at their most.
+    assert 0.8 * promised <= measured_peak(inputs, by(heads, rows), training=training) <= promised
 
 
 @given(
@@ -186,13 +187,13 @@ def test_the_peak_is_what_the_tiles_say(peaked: bool, heads: int, rows: int, tra
 )
 def test_a_plan_fits_its_budget(queries: int, keys: int, heads: int, budget: int, training: bool) -> None:
     shape = AttentionShape(2, heads, queries, keys, 40, 2)
-    plan = bf16_plan(shape, budget, policy="exact", training=training)
+    plan = bf16_plan(shape, budget, policy="exact", training=training, threads=2)
     if plan is not None:
-        assert plan.peak_bytes == Bf16Tiles(shape, plan.heads, plan.rows).peak(training=training) <= budget
+        assert plan.peak_bytes == Bf16Tiles(shape, plan.heads, plan.rows).peak(2, training=training) <= budget
         assert 1 <= plan.heads <= heads
         assert 1 <= plan.rows <= queries
     else:
-        assert Bf16Tiles(shape, 1, min(64, queries)).peak(training=training) > budget
+        assert Bf16Tiles(shape, 1, min(64, queries)).peak(2, training=training) > budget
 
 
 @pytest.mark.parametrize(
@@ -200,13 +201,13 @@ def test_a_plan_fits_its_budget(queries: int, keys: int, heads: int, budget: int
 )
 def test_what_it_cannot_do_or_is_slower_at_is_left_to_others(more: dict[str, Any]) -> None:
     sizes: dict[str, Any] = {"batch": 2, "heads": 3, "queries": 61, "keys": 613, "head_dim": 8, "itemsize": 2}
-    assert bf16_plan(AttentionShape(**sizes), 2**30, policy="exact", training=False) is not None
-    assert bf16_plan(AttentionShape(**(sizes | more)), 2**30, policy="exact", training=False) is None
+    assert bf16_plan(AttentionShape(**sizes), 2**30, policy="exact", training=False, threads=2) is not None
+    assert bf16_plan(AttentionShape(**(sizes | more)), 2**30, policy="exact", training=False, threads=2) is None
 
 
 def test_turns_suit_the_cache() -> None:
     for sizes in ((8, 4096, 4096, 40), (8, 1024, 1024, 80), (10, 4096, 4096, 64), (8, 16384, 16384, 40)):
-        tiles = bf16_tiles(AttentionShape(1, *sizes, 2), 2**40, training=False)
+        tiles = bf16_tiles(AttentionShape(1, *sizes, 2), 2**40, 2, training=False)
         assert tiles is not None
         assert 2**20 <= tiles.forward["scores"] <= 2**21
 
