@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from slicemod.bf16_shape import EXTRA_COLUMNS, SAMPLED_KEYS, Bf16Tiles
+from slicemod.bf16_shape import EXTRA_COLUMNS, SAMPLED_KEYS, SUM_PARTS, Bf16Tiles
 from slicemod.math_kernel import Call, attention_shape, attention_sizes, empty_gradients, empty_heads
 from slicemod.workspace import Workspace
 
@@ -217,20 +217,20 @@ def bf16_backward(
             _split(grad[..., :value_dim].float().mul_(output[turn]).sum(2), grad[..., value_dim:])
             weights = kernel.weights(keys, queries)
             if need_value:
-                value_sum.add_(torch.bmm(weights, grad, out=space.tile("product", *values.shape)))
+                _add(value_sum, torch.bmm(weights, grad, out=space.tile("grad_scores", *values.shape)))
             if not (need_query or need_key):
                 continue
             grad_scores = space.tile("grad_scores", *weights.shape)
             torch.bmm(values, grad.transpose(1, 2), out=grad_scores).mul_(weights)
             if need_key:
-                key_sum.add_(torch.bmm(grad_scores, queries, out=space.tile("product", *keys.shape)))
+                _add(key_sum, torch.bmm(grad_scores, queries, out=space.tile("scores", *keys.shape)))
             if need_query:
                 part = space.tile("grad_query", count, tiles.width, queries.shape[1])
                 torch.bmm(keys.transpose(1, 2), grad_scores, out=part)
                 torch.mul(part[:, :head_dim].transpose(1, 2), call.scale, out=grad_query[turn])
         if heads.stop % shape.group == 0:
             if need_key:
-                torch.mul(key_sum[..., :head_dim], call.scale, out=grad_key[item, key_heads])
+                grad_key[item, key_heads] = key_sum.mul_(call.scale)[..., :head_dim]
             if need_value:
                 grad_value[item, key_heads] = value_sum[..., :value_dim]
     return grad_query, grad_key, grad_value
@@ -240,3 +240,9 @@ def _split(exact: Tensor, columns: Tensor) -> None:
     """A float32 number for each row as the sum of two bfloat16 ones, in the first two columns."""
     columns[..., 0] = exact
     columns[..., 1] = exact - columns[..., 0]
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """Add bfloat16 to float32, some keys at a time: PyTorch converts what it adds in a buffer of its own."""
+    for some, more in zip(total.chunk(SUM_PARTS, 1), part.chunk(SUM_PARTS, 1), strict=True):
+        some.add_(more)

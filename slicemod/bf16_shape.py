@@ -8,6 +8,8 @@ from slicemod.shapes import AttentionShape
 # of the usual heads a multiple of eight, which products are fast with.
 EXTRA_COLUMNS = 8
 
+SUM_PARTS = 4  # in so many parts are products added to the gradients of key and value
+
 SAMPLED_KEYS = 64  # a row's shift is found from so many of its keys
 
 # Scores of a turn, 4 MiB: two tiles of them stay in the last-level cache. Two heads were measured to be faster than
@@ -62,9 +64,8 @@ class Bf16Tiles:
             "value": self.heads * shape.keys * self.value_width,
             "query": self.heads * self.rows * self.width,
             "grad_output": self.heads * self.rows * self.value_width,
-            "scores": self.heads * self.rows * shape.keys,
-            "grad_scores": self.heads * self.rows * shape.keys,
-            "product": self.heads * shape.keys * max(self.width, self.value_width),
+            "scores": self.heads * max(self.rows, self.width) * shape.keys,  # and the gradient of keys
+            "grad_scores": self.heads * max(self.rows, self.value_width) * shape.keys,  # and that of values
             "grad_query": self.heads * self.rows * self.width,
         }
 
@@ -90,7 +91,7 @@ class Bf16Tiles:
             return forward
         kept = shape.batch_heads * shape.queries * 6  # shift and inverse sum of each row
         scaled = self.heads * self.rows * (8 * shape.values + _ROW_BYTES)
-        summed = 4 * self.heads * shape.keys * width
+        summed = 4 * self.heads * -(-shape.keys // SUM_PARTS) * width
         packed = threads * ((4 * self.rows + 1088) * width + _PACKED_ROWS)
         backward = 2 * sum(self.backward.values()) + 4 * sum(self.sums.values()) + max(packed, scaled, summed)
         return kept + max(forward, backward)

@@ -16,8 +16,8 @@ from slicemod.shapes import AttentionShape, ceil_div
 # With fewer keys than this the fused kernel is faster than bfloat16 products.
 LEAST_BF16_KEYS = 512
 
-# Query, key, value and output of a turn in float32: they stay in the last-level cache.
-_TURN_BYTES = 8 * 2**20
+# Query, key, value and output of a turn in float32; more heads at a time are no faster.
+_TURN_BYTES = 2 * 2**20
 
 
 def bf16_plan(shape: AttentionShape, free_bytes: int, *, policy: str, training: bool, threads: int) -> SlicePlan | None:
