@@ -102,10 +102,16 @@ class DiffusersHost:
     """`diffusers.models.attention_processor.Attention`, known by its name and its processor."""
 
     name = "diffusers"
+    guessed = False
 
     def recognises(self, module: nn.Module) -> bool:
         """An Attention with a processor."""
         return type(module).__name__ == "Attention" and hasattr(module, "set_processor")
+
+    def holder(self, module: nn.Module) -> SlicemodAttnProcessor | None:
+        """The layer's processor where it is one of ours that took another's place."""
+        processor = _processor(module)
+        return processor if isinstance(processor, SlicemodAttnProcessor) and processor.replaced is not None else None
 
     def obstacle(self, module: nn.Module) -> str | None:
         """A processor that computes something else than plain attention is left alone."""
@@ -115,25 +121,18 @@ class DiffusersHost:
         return f"its processor {processor} does more than plain attention"
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> SlicemodAttnProcessor:
-        """Set a `SlicemodAttnProcessor` on the layer, or new settings on the one it has."""
+        """Set a `SlicemodAttnProcessor` on the layer."""
         module = parent.get_submodule(child)
-        current = _processor(module)
-        if isinstance(current, SlicemodAttnProcessor):
-            current.slicing = slicing
-            return current
         processor = SlicemodAttnProcessor(slicing)
-        processor.replaced = current
+        processor.replaced = _processor(module)
         _set_processor(module, processor)
         return processor
 
-    def restore(self, parent: nn.Module, child: str) -> bool:
+    def restore(self, parent: nn.Module, child: str) -> None:
         """Set the processor that was there before."""
         module = parent.get_submodule(child)
-        current = _processor(module)
-        if not isinstance(current, SlicemodAttnProcessor) or current.replaced is None:
-            return False
-        _set_processor(module, current.replaced)
-        return True
+        processor: Any = _processor(module)
+        _set_processor(module, processor.replaced)
 
 
 def _processor(module: nn.Module) -> object:
