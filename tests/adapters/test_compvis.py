@@ -47,7 +47,8 @@ UNET: dict[str, Any] = {
 
 def unet(**changed: Any) -> nn.Module:
     """The original starts with zeros in the last layer of each block."""
-    return with_random_weights(UNetModel(**{**UNET, **changed}))
+    model: nn.Module = UNetModel(**{**UNET, **changed})
+    return with_random_weights(model)
 
 
 @pytest.fixture
