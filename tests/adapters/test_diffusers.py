@@ -214,7 +214,9 @@ def test_a_processor_that_does_more_is_left_alone_and_named(processor: Any) -> N
     report = swap_attention(nn.Sequential(special, plain))
     assert [layer.name for layer in report.layers] == ["1"]
     assert special.processor is processor
-    assert report.skipped == (("0", f"its processor {type(processor).__name__} does more than plain attention"),)
+    assert report.skipped == (
+        ("0", f"its processor {type(processor).__name__} computes something else than plain attention"),
+    )
 
 
 def test_repr_shows_settings_and_once_called_the_plan() -> None:
