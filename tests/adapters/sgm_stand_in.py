@@ -6,6 +6,7 @@ among them that a BasicTransformerBlock turns every mode but `softmax` into `sof
 
 from __future__ import annotations
 
+import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -115,8 +116,8 @@ class VideoTransformerBlock(nn.Module):
         self.attn1 = self.ATTENTION_MODES[attn_mode](query_dim=dim, heads=n_heads, dim_head=d_head)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *, video: bool = True) -> None:
-    """Make `import sgm.modules.attention` find the classes above, each with modes of its own."""
+def import_adapter(monkeypatch: pytest.MonkeyPatch, *, video: bool = True) -> Any:
+    """`slicemod.adapters.sgm`, imported where `sgm.modules.attention` has the classes above, for one test."""
     contents: dict[str, list[type]] = {
         "sgm": [],
         "sgm.modules": [],
@@ -136,3 +137,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *, video: bool = True) -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
+    adapter = "slicemod.adapters.sgm"
+    monkeypatch.setitem(sys.modules, adapter, ModuleType(adapter))  # noted, so that it is gone after the test
+    del sys.modules[adapter]
+    return importlib.import_module(adapter)

@@ -20,17 +20,11 @@ without_sgm = pytest.mark.skipif(SGM_IS_INSTALLED, reason="sgm is installed")
 MATH = {"kernel": "math", "steps": 7}
 
 
-def import_adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.delitem(sys.modules, "slicemod.adapters.sgm", raising=False)
-    return importlib.import_module("slicemod.adapters.sgm")
-
-
 @pytest.fixture
 def adapter(monkeypatch: pytest.MonkeyPatch) -> Any:
     if SGM_IS_INSTALLED:
         return importlib.import_module("slicemod.adapters.sgm")
-    sgm_stand_in.install(monkeypatch)
-    return import_adapter(monkeypatch)
+    return sgm_stand_in.import_adapter(monkeypatch)
 
 
 @pytest.fixture
@@ -113,8 +107,7 @@ def test_layers_of_a_model_that_is_built_are_swapped_with_all_their_arguments(at
 
 @without_sgm
 def test_an_sgm_without_video_models_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    sgm_stand_in.install(monkeypatch, video=False)
-    import_adapter(monkeypatch)
+    sgm_stand_in.import_adapter(monkeypatch, video=False)
     attention = importlib.import_module("sgm.modules.attention")
     assert isinstance(block(attention, "softmax-sliced").attn1, MemoryAwareCrossAttention)
 
