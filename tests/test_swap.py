@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -276,3 +277,22 @@ def test_projections_that_were_wrapped_after_the_swap_stay_wrapped() -> None:
     layer = model.get_submodule("0.attn1")
     layer.to_v = layer.to_v.base
     assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("first", ["swap", "ddp"])
+def test_distributed_data_parallel_trains_a_model_that_is_swapped_before_or_after(first: str, tmp_path: Path) -> None:
+    model, x = blocks(), torch.randn(2, 61, 32)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if first == "swap":
+            swap_attention(model, MATH)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        if first == "ddp":
+            assert names(swap_attention(parallel, MATH)) == [f"module.{name}" for name in ALL]
+        parallel(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-3)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ldm.modules.attention import SpatialSelfAttention
-from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder
+from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Encoder, MemoryEfficientAttnBlock
 from torch import Tensor, nn
 
 from slicemod.adapters.attn_block import MemoryAwareAttnBlock
@@ -69,6 +69,14 @@ def test_both_halves_of_a_vae_compute_the_same_and_come_back(
         assert_same(results(model, x), expected)
     assert list(model.named_modules()) == before
     assert all(map(torch.equal, results(model, x), expected))
+
+
+def test_xformers_blocks_are_swapped_and_need_no_xformers_then() -> None:
+    plain, x = with_random_weights(AttnBlock(32)), torch.randn(2, 32, 7, 11)
+    model = nn.Sequential(MemoryEfficientAttnBlock(32))
+    model[0].load_state_dict(plain.state_dict())
+    swap_attention(model, SLICINGS["rows"])
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layout_of_channels_last_gives_the_same() -> None:

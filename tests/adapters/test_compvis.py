@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ldm.modules.attention import CrossAttention
+from ldm.modules.attention import CrossAttention, MemoryEfficientCrossAttention
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 from torch import Tensor, nn
@@ -183,6 +183,16 @@ def test_a_copy_of_a_swapped_model_is_a_model_of_its_own(model: nn.Module, dupli
     assert isinstance(restored, CrossAttention)
     assert all((parameter == 0).all() for parameter in restored.parameters())
     assert isinstance(model.get_submodule("middle_block.1.transformer_blocks.0.attn1"), MemoryAwareCrossAttention)
+
+
+def test_xformers_layers_are_swapped_and_need_no_xformers_then(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = CrossAttention(29, 23, heads=3, dim_head=11)
+    model = nn.Sequential(MemoryEfficientCrossAttention(29, 23, heads=3, dim_head=11))
+    capsys.readouterr()  # LDM prints what it builds
+    model[0].load_state_dict(plain.state_dict())
+    swap_attention(model, SLICINGS["rows"])
+    x, context = torch.randn(2, 61, 29), torch.randn(2, 53, 23)
+    torch.testing.assert_close(model[0](x, context=context), plain(x, context))
 
 
 def test_dropout_of_the_host_is_kept() -> None:
