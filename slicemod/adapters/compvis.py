@@ -60,10 +60,10 @@ def has_parts(module: nn.Module) -> bool:
 
 def _other_call(module: nn.Module) -> str | None:
     """That the module's `forward` takes what MemoryAwareCrossAttention's does not; None where it does not."""
-    named = {parameter.name: parameter for parameter in inspect.signature(type(module).forward).parameters.values()}
-    if tuple(named) == _ARGUMENTS[: len(named)]:
+    arguments = tuple(inspect.signature(type(module).forward).parameters)
+    if arguments == _ARGUMENTS[: len(arguments)]:
         return None
-    return f"its forward takes ({', '.join(list(named)[1:])}) instead of ({', '.join(_ARGUMENTS[1:])})"
+    return f"its forward takes ({', '.join(arguments[1:])}) instead of ({', '.join(_ARGUMENTS[1:])})"
 
 
 def _other_sizes(module: Any) -> str | None:
