@@ -124,6 +124,7 @@ def test_a_model_that_is_compiled_already_can_be_swapped_changed_and_restored(ma
         assert torch.equal(ours(x), expected)
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_are_compiled_too() -> None:
     model, given = diffusers_unet(), inputs()
     expected = results(model, given)
