@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from slicemod.user_error import UserError
 
@@ -97,31 +98,48 @@ def _unet_of_yaml(path: Path) -> UnetSource:
     return UnetSource(unet, latent_pixels, 1)  # a class label is one token
 
 
-def fake_unet(source: UnetSource, mode: FakeTensorMode) -> Any:
-    """The `UNet2DConditionModel` with weights that take no memory; to be called within `mode`.
+def fake_unet(source: UnetSource, mode: FakeTensorMode, dtype: torch.dtype) -> Any:
+    """The `UNet2DConditionModel` in `dtype`, with weights of `mode` that take no memory.
 
     Raises:
         UserError: its arguments build no UNet.
     """
+    build: Any = UNet2DConditionModel  # diffusers' classes have no types
     try:
-        with mode:
-            build: Any = UNet2DConditionModel  # diffusers' classes have no types
-            return build(**source.config)
+        with torch.device("meta"):
+            unet = build(**source.config)
     except (TypeError, ValueError) as error:
         raise UserError(f"model: describes no UNet2DConditionModel: {error}. Correct its entries.") from error
+    for module in unet.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(_fake(parameter.detach(), mode, dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _fake(buffer, mode, dtype))
+    return unet.eval()
 
 
-def fake_inputs(unet: Any, batch: int, latent_size: int, tokens: int) -> dict[str, Any]:
+def fake_inputs(
+    unet: Any, mode: FakeTensorMode, dtype: torch.dtype, batch: int, latent_size: int, tokens: int
+) -> dict[str, Any]:
     """Keyword arguments of one call of the UNet, `(batch, c, latent_size, latent_size)` latents and text."""
+
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return _fake(torch.empty(size, device="meta", dtype=dtype), mode, dtype)
+
     config = unet.config
     extra: dict[str, torch.Tensor] = {}
     if config.addition_embed_type == "text_time":
         time_ids = 6
         text_width = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-        extra = {"text_embeds": torch.empty(batch, text_width), "time_ids": torch.empty(batch, time_ids)}
+        extra = {"text_embeds": empty(batch, text_width), "time_ids": empty(batch, time_ids)}
     return {
-        "sample": torch.empty(batch, config.in_channels, latent_size, latent_size),
-        "timestep": torch.empty(batch, dtype=torch.long),
-        "encoder_hidden_states": torch.empty(batch, tokens, config.cross_attention_dim),
+        "sample": empty(batch, config.in_channels, latent_size, latent_size),
+        "timestep": empty(batch, dtype=torch.long),
+        "encoder_hidden_states": empty(batch, tokens, config.cross_attention_dim),
         "added_cond_kwargs": extra,
     }
+
+
+def _fake(tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> torch.Tensor:
+    """A meta tensor as one that says to lie on the CPU, the one device whose autograd runs everywhere."""
+    return FakeTensor(mode, tensor.to(dtype) if tensor.is_floating_point() else tensor, torch.device("cpu"))
