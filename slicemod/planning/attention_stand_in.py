@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from slicemod.fused import fused_obstacle
 from slicemod.math_kernel import attention_shape, attention_sizes
 from slicemod.planning.memory_timeline import MemoryRecorder
 from slicemod.shapes import AttentionShape
+
+FUSING_DEVICES = ("cpu", "cuda")  # where it is known which calls PyTorch fuses
 
 
 @dataclass(frozen=True)
@@ -24,29 +28,32 @@ class AttentionCall:
     fused_obstacle: str | None
 
 
-class AttentionStandIn(TorchFunctionMode):
-    """While entered, `F.scaled_dot_product_attention` gives an empty output, and its gradients are empty too.
+class AttentionStandIn:
+    """What `F.scaled_dot_product_attention` is while `installed`: its output is empty, and its gradients are too.
 
     Args:
         recorder: told when a call works and what it keeps for its backward pass.
-        device_type: that the step is planned for, which decides about fused kernels and the dtype of scores.
+        device_type: that the step is planned for; it decides about fused kernels and the dtype of scores.
 
     Attributes:
         calls: in the order in which they came; a call that is computed again for the backward pass comes twice.
     """
 
     def __init__(self, recorder: MemoryRecorder, device_type: str) -> None:
-        super().__init__()
         self._recorder, self._device_type = recorder, device_type
         self.calls: list[AttentionCall] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls.append(self._note(*args, **(kwargs or {})))
-        return _Empty.apply(self._recorder, len(self.calls) - 1, *args[:3])
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Puts it in the function's place; a TorchFunctionMode would miss what backward computes again."""
+        original = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = original
 
-    def _note(
+    def __call__(
         self,
         query: Tensor,
         key: Tensor,
@@ -56,16 +63,26 @@ class AttentionStandIn(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> AttentionCall:
-        upcast = self._device_type == "cpu" and query.element_size() < 4  # as `sliced_attention` does it
-        sizes = attention_sizes(
-            query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast
-        )
-        if self._device_type in ("cpu", "cuda"):  # that the GPU fuses what the CPU does is an assumption
-            obstacle = fused_obstacle(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-        else:
-            obstacle = f"it is not known whether PyTorch runs a fused kernel on {self._device_type!r}"
-        return AttentionCall(attention_shape(sizes), obstacle)
+    ) -> Tensor:
+        """Notes the call, whose tensors are `(B, H, N, D)` on the device "meta"."""
+        upcast = self._device_type == "cpu" and query.element_size() < 4  # as `sliced_attention` has it
+        sizes = attention_sizes(query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
+        obstacle: str | None = f"it is not known whether PyTorch runs a fused kernel on {self._device_type!r}"
+        if self._device_type in FUSING_DEVICES:  # that a GPU fuses what the CPU does is an assumption
+            inputs = (_as_if_on_cpu(tensor) for tensor in (query, key, value, attn_mask))
+            obstacle = fused_obstacle(*inputs, dropout_p, is_causal, enable_gqa)  # type: ignore[arg-type]
+        self.calls.append(AttentionCall(attention_shape(sizes), obstacle))
+        output: Tensor = _Empty.apply(self._recorder, len(self.calls) - 1, query, key, value)  # type: ignore[no-untyped-call]
+        return output
+
+
+def _as_if_on_cpu(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return FakeTensor(_FAKE, tensor.detach(), torch.device("cpu")).requires_grad_(tensor.requires_grad)
+
+
+_FAKE = FakeTensorMode()
 
 
 class _Empty(torch.autograd.Function):
@@ -82,8 +99,7 @@ class _Empty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, marker = ctx.saved_tensors
+        *inputs, _marker = ctx.saved_tensors
         gradients = [torch.empty_like(tensor) for tensor in inputs]
         ctx.recorder.work(ctx.call)
-        del marker  # lives until here
         return None, None, *gradients

@@ -1,7 +1,7 @@
 """What is allocated and freed in the course of one step, in order: recorded once, then a sum over ints.
 
-The recorder sees every operator and notes when the storage of a result is made and when its last reference goes. With
-fake tensors nothing is allocated, yet storages live exactly as long as those of the real step. The attention's own
+The recorder sees every operator and notes when the storage of a result is made and when its last reference goes. On
+the device "meta" nothing is allocated, yet storages live exactly as long as those of the real step. The attention's own
 memory is left open: a timeline has places for it, and `Timeline.peak` fills in what one way to compute it takes.
 """
 
@@ -148,6 +148,10 @@ class MemoryRecorder(TorchDispatchMode):
     def work(self, call: int) -> None:
         """Attention `call` holds what it works with, now."""
         self._rows.append(_Row(call=call, works=1))
+
+    def hold_for_a_while(self, size: int) -> None:
+        """`size` bytes come and go, now."""
+        self._rows.append(_Row(temporary=size))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from slicemod.user_error import UserError
@@ -98,8 +99,8 @@ def _unet_of_yaml(path: Path) -> UnetSource:
     return UnetSource(unet, latent_pixels, 1)  # a class label is one token
 
 
-def fake_unet(source: UnetSource, mode: FakeTensorMode, dtype: torch.dtype) -> Any:
-    """The `UNet2DConditionModel` in `dtype`, with weights of `mode` that take no memory.
+def meta_unet(source: UnetSource, dtype: torch.dtype) -> Any:
+    """The `UNet2DConditionModel` on the device "meta", with weights of `dtype` that take no memory.
 
     Raises:
         UserError: its arguments build no UNet.
@@ -110,21 +111,16 @@ def fake_unet(source: UnetSource, mode: FakeTensorMode, dtype: torch.dtype) -> A
             unet = build(**source.config)
     except (TypeError, ValueError) as error:
         raise UserError(f"model: describes no UNet2DConditionModel: {error}. Correct its entries.") from error
-    for module in unet.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(_fake(parameter.detach(), mode, dtype)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, _fake(buffer, mode, dtype))
-    return unet.eval()
+    for module in unet.modules():  # its own `to` warns of what only a model with trained weights has to mind
+        nn.Module.to(module, dtype)
+    return unet
 
 
-def fake_inputs(
-    unet: Any, mode: FakeTensorMode, dtype: torch.dtype, batch: int, latent_size: int, tokens: int
-) -> dict[str, Any]:
+def meta_inputs(unet: Any, dtype: torch.dtype, batch: int, latent_size: int, tokens: int) -> dict[str, Any]:
     """Keyword arguments of one call of the UNet, `(batch, c, latent_size, latent_size)` latents and text."""
 
-    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return _fake(torch.empty(size, device="meta", dtype=dtype), mode, dtype)
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta", dtype=dtype)
 
     config = unet.config
     extra: dict[str, torch.Tensor] = {}
@@ -134,12 +130,7 @@ def fake_inputs(
         extra = {"text_embeds": empty(batch, text_width), "time_ids": empty(batch, time_ids)}
     return {
         "sample": empty(batch, config.in_channels, latent_size, latent_size),
-        "timestep": empty(batch, dtype=torch.long),
+        "timestep": torch.empty(batch, device="meta", dtype=torch.long),
         "encoder_hidden_states": empty(batch, tokens, config.cross_attention_dim),
         "added_cond_kwargs": extra,
     }
-
-
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> torch.Tensor:
-    """A meta tensor as one that says to lie on the CPU, the one device whose autograd runs everywhere."""
-    return FakeTensor(mode, tensor.to(dtype) if tensor.is_floating_point() else tensor, torch.device("cpu"))
