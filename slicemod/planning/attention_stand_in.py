@@ -47,7 +47,7 @@ class AttentionStandIn:
     def installed(self) -> Iterator[None]:
         """Puts it in the function's place; a TorchFunctionMode would miss what backward computes again."""
         original = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = self  # type: ignore[assignment]
+        F.scaled_dot_product_attention = self
         try:
             yield
         finally:
@@ -69,16 +69,15 @@ class AttentionStandIn:
         sizes = attention_sizes(query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
         obstacle: str | None = f"it is not known whether PyTorch runs a fused kernel on {self._device_type!r}"
         if self._device_type in FUSING_DEVICES:  # that a GPU fuses what the CPU does is an assumption
-            inputs = (_as_if_on_cpu(tensor) for tensor in (query, key, value, attn_mask))
-            obstacle = fused_obstacle(*inputs, dropout_p, is_causal, enable_gqa)  # type: ignore[arg-type]
+            mask = None if attn_mask is None else _as_if_on_cpu(attn_mask)
+            inputs = _as_if_on_cpu(query), _as_if_on_cpu(key), _as_if_on_cpu(value), mask
+            obstacle = fused_obstacle(*inputs, dropout_p, is_causal, enable_gqa)
         self.calls.append(AttentionCall(attention_shape(sizes), obstacle))
-        output: Tensor = _Empty.apply(self._recorder, len(self.calls) - 1, query, key, value)  # type: ignore[no-untyped-call]
+        output: Tensor = _Empty.apply(self._recorder, len(self.calls) - 1, query, key, value)
         return output
 
 
-def _as_if_on_cpu(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
+def _as_if_on_cpu(tensor: Tensor) -> Tensor:
     return FakeTensor(_FAKE, tensor.detach(), torch.device("cpu")).requires_grad_(tensor.requires_grad)
 
 

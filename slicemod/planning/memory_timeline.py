@@ -116,7 +116,7 @@ class _Row(NamedTuple):
     birth: int = -1  # the row that allocated what this one frees
 
 
-class MemoryRecorder(TorchDispatchMode):
+class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch left it without types
     """Records a timeline while it is entered.
 
     Args:
@@ -124,7 +124,7 @@ class MemoryRecorder(TorchDispatchMode):
     """
 
     def __init__(self, temporaries: Temporaries) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._temporaries = temporaries
         self._rows: list[_Row] = []
         self._births: dict[int, int] = {}  # of the storages that live, by id

@@ -7,12 +7,19 @@ the two timelines give those of every other resolution; attention is counted by 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 
-from slicemod.plan import NotEnoughMemoryError, SlicePlan, fused_peak
+from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
+from slicemod.planning.attention_costs import (
+    full_attention_cost,
+    fused_attention_cost,
+    kept_by_fused,
+    planned_attention_cost,
+)
 from slicemod.planning.attention_stand_in import FUSING_DEVICES, AttentionCall
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak, Timeline
 from slicemod.planning.unet_step import StepKind, trace_step
@@ -22,9 +29,9 @@ from slicemod.slice_config import SliceConfig
 from slicemod.user_error import UserError
 
 Way = Literal["full attention", "fused", "slicemod"]
+WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
 TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet's own
 HIGHEST_RESOLUTION = 2**14
-_GROWING_SIZES = ("batch", "queries", "keys")  # of attention calls, with the resolution
 
 
 class LayerPlan(NamedTuple):
@@ -60,24 +67,40 @@ class StepPlanner:
         kind: what the step is.
         memory: bytes for the whole step, weights included.
         slicing: policy and kernel of slicemod's attention; its budget is what the rest of the step leaves.
+        progress: told what is being done, where that takes seconds.
 
     Raises:
         UserError: `source` describes no UNet, or one without attention.
     """
 
-    def __init__(self, source: UnetSource, kind: StepKind, memory: int, slicing: SliceConfig) -> None:
+    def __init__(
+        self,
+        source: UnetSource,
+        kind: StepKind,
+        memory: int,
+        slicing: SliceConfig,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.kind, self.memory, self.slicing = kind, memory, slicing
         self.resolution_step = source.resolution_step
         self._full_upcasts = bool(source.config.get("upcast_attention"))
-        self._traced = [trace_step(source, kind, steps * self.resolution_step) for steps in TRACED_STEPS]
+        self._traced = []
+        for pixels in (steps * self.resolution_step for steps in TRACED_STEPS):
+            progress(f"tracing the step at {pixels} x {pixels} pixels")
+            self._traced.append(trace_step(source, kind, pixels))
         if not self._traced[0].calls:
             raise UserError("model: it computes no attention, so that there is nothing to plan. Name another one.")
         self._plans: dict[int, ResolutionPlan] = {}
 
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The ways to compute attention that can be planned: whether PyTorch fuses is not known on every device."""
+        return tuple(way for way in WAYS if way != "fused" or self.kind.device_type in FUSING_DEVICES)
+
     def plan(self, pixels: int) -> ResolutionPlan:
         """The step on square images with edges of `pixels`, a multiple of `resolution_step`."""
         if pixels not in self._plans:
-            self._plans[pixels] = self._plan(*self.at(pixels), pixels)
+            self._plans[pixels] = self._plan(pixels)
         return self._plans[pixels]
 
     def largest(self, way: Way) -> int:
@@ -85,8 +108,16 @@ class StepPlanner:
         least, most = 0, HIGHEST_RESOLUTION // self.resolution_step
         while least < most:
             middle = (least + most + 1) // 2
-            least, most = (middle, most) if self._fits(way, middle * self.resolution_step) else (least, middle - 1)
+            least, most = (middle, most) if self.fits(way, middle * self.resolution_step) else (least, middle - 1)
         return least * self.resolution_step
+
+    def fits(self, way: Way, pixels: int) -> bool:
+        """The step fits the memory, and no tensor of full attention exceeds what the device gives at once."""
+        plan = self.plan(pixels)
+        scores = max(layer.shape.scores_bytes for layer in plan.layers) if way == "full attention" else 0
+        if scores > BUFFER_CAPS.get(self.kind.device_type, scores):
+            return False
+        return way in plan.peaks and plan.peaks[way].total <= self.memory
 
     def at(self, pixels: int) -> tuple[Timeline, list[AttentionCall]]:
         """The timeline and the attention calls at a resolution, from those that were traced."""
@@ -94,31 +125,31 @@ class StepPlanner:
         low, high = (steps * self.resolution_step for steps in TRACED_STEPS)
         part, whole = pixels**2 - low**2, high**2 - low**2
 
-        def between(name: str, a: AttentionShape, b: AttentionShape) -> int:
-            size: int = getattr(a, name) + (getattr(b, name) - getattr(a, name)) * part // whole
-            return size
+        def scaled(a: AttentionShape, b: AttentionShape) -> AttentionShape:
+            queries = a.queries + (b.queries - a.queries) * part // whole
+            return replace(a, queries=queries, keys=a.keys + (b.keys - a.keys) * part // whole)
 
-        calls = [
-            replace(a, shape=replace(a.shape, **{name: between(name, a.shape, b.shape) for name in _GROWING_SIZES}))
-            for a, b in zip(first.calls, second.calls, strict=True)
-        ]
+        calls = [replace(a, shape=scaled(a.shape, b.shape)) for a, b in zip(first.calls, second.calls, strict=True)]
         return first.timeline.between(second.timeline, part, whole), calls
 
-    def _plan(self, timeline: Timeline, calls: list[AttentionCall], pixels: int) -> ResolutionPlan:
-        others = [self._kept_by_fused(call) if call.fused_obstacle is None else 0 for call in calls]
-        budget = self.memory - timeline.held_at_attention([AttentionCost(kept, 0) for kept in others])
+    def _plan(self, pixels: int) -> ResolutionPlan:
+        timeline, calls = self.at(pixels)
+        training, device = self.kind.training, self.kind.device_type
+        kept = [kept_by_fused(call.shape, training=training) if call.fused_obstacle is None else 0 for call in calls]
+        budget = self.memory - timeline.held_at_attention([AttentionCost(size, 0) for size in kept])
         answers = {call: self._answer(call, budget) for call in set(calls)}
-        ours = [plan for call in calls if isinstance(plan := answers[call], SlicePlan)]
-        costs: dict[Way, list[AttentionCost]] = {"full attention": [self._full_cost(call) for call in calls]}
-        if self.kind.device_type in FUSING_DEVICES:
-            costs["fused"] = [
-                self._cost(call, fused_peak(call.shape, self.kind.device_type, training=self.kind.training), fused=True)
-                for call in calls
-            ]
-        if len(ours) == len(calls):
+        plans = [plan for call in calls if isinstance(plan := answers[call], SlicePlan)]
+        shapes = [call.shape for call in calls]
+        costs: dict[Way, list[AttentionCost]] = {}
+        costs["full attention"] = [
+            full_attention_cost(shape, training=training, upcast=self._full_upcasts) for shape in shapes
+        ]
+        if "fused" in self.ways:
+            costs["fused"] = [fused_attention_cost(shape, device, training=training) for shape in shapes]
+        if len(plans) == len(calls):
             costs["slicemod"] = [
-                self._cost(call, plan.peak_bytes, fused=plan.kernel == "fused")
-                for call, plan in zip(calls, ours, strict=True)
+                planned_attention_cost(shape, plan, training=training)
+                for shape, plan in zip(shapes, plans, strict=True)
             ]
         counted = Counter(calls[: self._traced[0].layers])
         largest_first = sorted(counted.items(), key=lambda item: -item[0].shape.scores_bytes)
@@ -129,15 +160,11 @@ class StepPlanner:
             {way: timeline.peak(cost) for way, cost in costs.items()},
         )
 
-    def _fits(self, way: Way, pixels: int) -> bool:
-        peak = self.plan(pixels).peaks.get(way)
-        return peak is not None and peak.total <= self.memory
-
     def _answer(self, call: AttentionCall, budget: int) -> SlicePlan | NotEnoughMemoryError:
         if budget < 1:
             return NotEnoughMemoryError(
-                f"memory: expected more than {self.memory - budget:,} bytes, which the step holds beside its attention; "
-                f"got {self.memory:,}. Lower the resolution or the batch."
+                f"memory: expected more than the {self.memory - budget:,} bytes that the step holds beside its "
+                f"attention; got {self.memory:,}. Lower the resolution or the batch."
             )
         try:
             return replace(self.slicing, budget=budget).plan(
@@ -148,20 +175,3 @@ class StepPlanner:
             )
         except NotEnoughMemoryError as error:
             return error
-
-    def _cost(self, call: AttentionCall, peak: int, *, fused: bool) -> AttentionCost:
-        kept = self._kept_by_fused(call) if fused else 0
-        return AttentionCost(kept, peak - kept)
-
-    def _kept_by_fused(self, call: AttentionCall) -> int:
-        """The log-sum-exp of every row, in float32."""
-        return call.shape.batch_heads * call.shape.queries * 4 if self.kind.training else 0
-
-    def _full_cost(self, call: AttentionCall) -> AttentionCost:
-        """diffusers' AttnProcessor: two tensors of scores at a time, besides the weights that backward needs."""
-        shape = call.shape
-        pairs = shape.batch_heads * shape.queries * shape.keys
-        upcasts = self._full_upcasts and shape.itemsize < 4
-        scores = pairs * (4 if upcasts else shape.itemsize)
-        weights = scores + (pairs * shape.itemsize if upcasts else 0)  # the softmax, and what enters the product
-        return AttentionCost(weights if self.kind.training else 0, 2 * scores)
