@@ -12,14 +12,14 @@ _LOGSUMEXP_BYTES = 4  # a row's log-sum-exp, in float32
 def full_attention_cost(shape: AttentionShape, *, training: bool, upcast: bool) -> AttentionCost:
     """Scores of every pair, as diffusers' AttnProcessor has them: two such tensors at a time.
 
-    In training the weights are kept, and the two are gradients. With `upcast`, diffusers' `upcast_attention`, the
-    scores are float32, and the weights are kept in the inputs' dtype besides.
+    In training the weights are kept, and the two are gradients. With `upcast`, diffusers' `upcast_attention`, scores
+    are float32; weights in the inputs' dtype are kept besides, and freed before the second gradient is made.
     """
     pairs = shape.batch_heads * shape.queries * shape.keys
     upcast = upcast and shape.itemsize < 4
     scores = pairs * (4 if upcast else shape.itemsize)
-    weights = scores + (pairs * shape.itemsize if upcast else 0)
-    return AttentionCost(weights if training else 0, 2 * scores)
+    copied = pairs * shape.itemsize if upcast else 0
+    return AttentionCost(scores + copied, 2 * scores - copied) if training else AttentionCost(0, 2 * scores)
 
 
 def fused_attention_cost(shape: AttentionShape, device_type: str, *, training: bool) -> AttentionCost:

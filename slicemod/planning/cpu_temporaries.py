@@ -29,8 +29,6 @@ def cpu_temporaries(func: Any, args: Sequence[Any], result: Any) -> Sequence[int
         grad_output, image, weight = args[:3]
         wide_weight_gradient = weight.numel() * 4 if weight.element_size() < 4 else 0  # it is summed in float32
         return grad_output.nbytes + image.nbytes + wide_weight_gradient, weight.nbytes
-    if func in (_aten.upsample_nearest2d.default, _aten.upsample_nearest2d.vec):
-        return (0 if args[0].is_contiguous() else args[0].nbytes + result.nbytes,)
     if func is _aten.native_layer_norm.default:
         return (0 if args[0].is_contiguous() else args[0].nbytes,)
     return ()

@@ -1,7 +1,8 @@
 """The peak of a UNet's step at any resolution, for each way to compute its attention, and where each stops fitting.
 
 A step is traced at two resolutions. Everything but attention grows in proportion to the pixels, so that the rows of
-the two timelines give those of every other resolution; attention is counted by its own formulas.
+the two timelines give those of every other resolution; attention is counted by its own formulas. Only on a CPU is that
+not the whole truth: PyTorch convolves tiny images in another way, which takes less than what is told for them.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def _unet_of_folder(folder: Path) -> UnetSource:
     kind = config.get("_class_name", UNet2DConditionModel.__name__)
     if kind != UNet2DConditionModel.__name__:
         raise UserError(
-            f"{folder}: expected the config.json of a UNet2DConditionModel; got one of {kind}. Name a pipeline's folder "
-            "or its unet folder."
+            f"{folder}: expected the config.json of a UNet2DConditionModel; got one of {kind}. Name the folder of a "
+            "pipeline or its unet folder."
         )
     autoencoder = folder.parent / "vae" / "config.json"
     levels = len(json.loads(autoencoder.read_text())["block_out_channels"]) if autoencoder.is_file() else _LEVELS_OF_SD
@@ -139,13 +139,16 @@ def meta_inputs(unet: Any, dtype: torch.dtype, batch: int, latent_size: int, tok
         return torch.empty(size, device="meta", dtype=dtype)
 
     config = unet.config
-    unknown = {name: config.get(name) for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")}
-    if unknown.pop("addition_embed_type") not in (None, "text_time") or any(unknown.values()):
-        raise UserError(
-            "model: expected a UNet conditioned on text, or on text and sizes as SDXL is; got addition_embed_type="
-            f"{config.get('addition_embed_type')!r}, {', '.join(f'{name}={value!r}' for name, value in unknown.items())}. "
-            "Name another model."
-        )
+    for name, known in (
+        ("addition_embed_type", (None, "text_time")),
+        ("class_embed_type", (None,)),
+        ("encoder_hid_dim_type", (None,)),
+    ):
+        if config.get(name) not in known:
+            raise UserError(
+                f"model: expected a UNet conditioned on text, or on text and sizes as SDXL is; got {name}="
+                f"{config[name]!r}. Name another model."
+            )
     inputs: dict[str, Any] = {
         "sample": empty(batch, config.in_channels, latent_size, latent_size),
         "timestep": torch.empty(batch, device="meta", dtype=torch.long),
