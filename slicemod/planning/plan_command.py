@@ -13,7 +13,7 @@ from rich.console import Console
 from slicemod.arguments import ArgumentParser
 from slicemod.budget import budget_bytes
 from slicemod.plan import POLICIES
-from slicemod.planning.plan_report import as_json, attention_table, human_size, remarks, step_table
+from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
 from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner
 from slicemod.planning.unet_step import StepKind
 from slicemod.planning.unets import NAMED_UNETS, UnetSource, find_unet
@@ -39,7 +39,10 @@ def run(arguments: Sequence[str]) -> int:
     kind = StepKind(getattr(torch, options.dtype), batch, options.device, options.train, options.checkpoint_blocks)
     slicing = SliceConfig(policy=options.policy, kernel=options.kernel)
     task = f"training{', blocks checkpointed' if options.checkpoint_blocks else ''}" if options.train else "inference"
-    title = f"{options.model}, {task}, batch {batch}, {options.dtype}, on {options.device} (simulated)"
+    title = (
+        f"{options.model}, {task}, batch {batch}, {options.dtype}, on {options.device} (simulated); "
+        f"slicemod: policy {options.policy}, kernel {options.kernel}"
+    )
 
     with Console(stderr=True).status("") as status:
         planner = StepPlanner(source, kind, memory, slicing, status.update)
@@ -62,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         print()
         return 0
     console = Console(width=max(Console().width, 110))
-    console.print(f"{title}, {human_size(memory)}, policy {options.policy}, kernel {options.kernel}\n")
+    console.print(f"{title}\n", highlight=False)
     console.print(attention_table(plans))
     console.print(step_table(planner, plans))
     for remark in remarks(planner, plans):

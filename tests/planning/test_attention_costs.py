@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slicemod import AttentionShape, plan_slices, sliced_attention
 from slicemod.bench.memory import peak_memory
-from slicemod.planning.attention_costs import fused_attention_cost, full_attention_cost, planned_attention_cost
+from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost
 
 BATCH, HEADS, TOKENS, HEAD_DIM = 1, 3, 1021, 29

@@ -56,9 +56,7 @@ def test_every_layer_has_the_plan_of_the_budget_that_is_left() -> None:
     slicing = SliceConfig(budget=plan.budget, policy="exact", kernel="math")
     assert 0 < plan.budget < 2**27
     for layer in plan.layers:
-        assert layer.plan == slicing.plan(
-            layer.shape, torch.device("cuda"), training=False, fused_obstacle=None
-        )
+        assert layer.plan == slicing.plan(layer.shape, torch.device("cuda"), training=False, fused_obstacle=None)
         assert isinstance(layer.plan, SlicePlan)
     assert max(layer.plan.steps for layer in plan.layers if isinstance(layer.plan, SlicePlan)) > 1
 

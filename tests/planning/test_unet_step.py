@@ -121,7 +121,9 @@ def test_sd15_has_the_attention_layers_of_its_paper() -> None:
     assert {call.shape.keys for call in calls} - {shape.keys for shape in own} == {77}
 
 
-@pytest.mark.parametrize(("model", "parameters"), [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)])
+@pytest.mark.parametrize(
+    ("model", "parameters"), [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)]
+)
 def test_named_unets_have_the_parameters_that_were_published(model: str, parameters: int) -> None:
     assert set(NAMED_UNETS) == {"sd15", "sd21", "sdxl"}
     timeline = trace_step(find_unet(model), StepKind(torch.float16, 1, "cuda"), 512).timeline
