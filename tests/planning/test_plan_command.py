@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from slicemod import AttentionShape, SliceConfig, plan_slices
+from slicemod import AttentionShape, plan_slices
 from slicemod.planning.plan_command import run
 from slicemod.user_error import UserError
 
@@ -82,7 +82,6 @@ def test_sdxl_is_planned_at_4096(capsys: pytest.CaptureFixture[str]) -> None:
     (step,) = printed["resolutions"]
     assert step["layers"][0]["shape"]["queries"] == (4096 // 16) ** 2
     assert step["peaks"]["slicemod"]["total"] <= 2**34 < step["peaks"]["full attention"]["total"]
-    assert SliceConfig(budget=step["budget"]).budget > 2**30
 
 
 def test_the_readmes_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_mps_plans_without_a_fused_kernel_and_with_its_cap() -> None:
 
 
 def test_scores_of_an_upcasting_model_are_twice_as_large() -> None:
-    upcasting = SMALL._replace(config=SMALL.config | {"upcast_attention": True})
+    upcasting = SMALL._replace(config={**SMALL.config, "upcast_attention": True})
     plain, upcast = (
         StepPlanner(source, INFERENCE, 2**30, SliceConfig()).plan(1024).peaks for source in (SMALL, upcasting)
     )
@@ -124,7 +124,11 @@ def test_scores_of_an_upcasting_model_are_twice_as_large() -> None:
 
 
 def test_a_unet_without_attention_is_an_error() -> None:
-    config = SMALL.config | {"down_block_types": ("DownBlock2D", "DownBlock2D")}
-    config |= {"up_block_types": ("UpBlock2D", "UpBlock2D"), "mid_block_type": None}
+    config = {
+        **SMALL.config,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "mid_block_type": None,
+    }
     with pytest.raises(UserError, match="computes no attention"):
         StepPlanner(SMALL._replace(config=config), INFERENCE, 2**30, SliceConfig())

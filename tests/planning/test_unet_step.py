@@ -31,7 +31,7 @@ SMALL = UnetSource(
     latent_pixels=8,
     context_tokens=77,
 )
-WIDE = SMALL._replace(config=SMALL.config | {"block_out_channels": (64, 256)})
+WIDE = SMALL._replace(config={**SMALL.config, "block_out_channels": (64, 256)})
 
 
 def _step(unet: Any, kind: StepKind, source: UnetSource, pixels: int) -> Callable[[], None]:

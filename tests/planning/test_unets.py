@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import UnetSource, find_unet, meta_inputs, meta_unet
 from slicemod.user_error import UserError
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "block_out_channels": (8, 16),
     "norm_num_groups": 4,
     "cross_attention_dim": 12,
@@ -62,7 +63,7 @@ def test_a_yaml_without_a_unet_is_an_error_that_names_it() -> None:
 
 def test_a_folder_of_another_model_is_an_error_that_names_its_class(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
-    with pytest.raises(UserError, match="expected the config.json of a UNet2DConditionModel; got one of Flux"):
+    with pytest.raises(UserError, match=r"expected the config\.json of a UNet2DConditionModel; got one of Flux"):
         find_unet(str(tmp_path))
 
 
