@@ -46,7 +46,7 @@ def test_full_attention_is_that_of_diffusers(dtype: torch.dtype, training: bool,
     layer = Attention(HEAD_DIM, heads=HEADS, dim_head=HEAD_DIM, upcast_attention=upcast, processor=AttnProcessor())
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        weights = layer.get_attention_scores(query[0], key[0])
+        weights: Tensor = layer.get_attention_scores(query[0], key[0])
         return (weights @ value[0])[None]
 
     cost = full_attention_cost(_shape(dtype), training=training, upcast=upcast)

@@ -18,12 +18,17 @@ def _inputs(keys: int = 5, *, requires_grad: bool = False) -> list[torch.Tensor]
     ]
 
 
+def _attend(inputs: list[torch.Tensor]) -> torch.Tensor:
+    query, key, value = inputs
+    return F.scaled_dot_product_attention(query, key, value)
+
+
 @pytest.mark.parametrize(("device_type", "upcast"), [("cpu", True), ("cuda", False), ("mps", False)])
 def test_a_call_has_the_sizes_of_its_tensors(device_type: str, upcast: bool) -> None:
     recorder = MemoryRecorder(no_temporaries)
     stand_in = AttentionStandIn(recorder, device_type)
     with recorder, stand_in.installed():
-        out = F.scaled_dot_product_attention(*_inputs())
+        out = _attend(_inputs())
     (call,) = stand_in.calls
     shape = call.shape
     assert (shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim) == (2, 3, 11, 5, 7)
@@ -39,7 +44,7 @@ def test_a_call_knows_why_it_would_not_be_fused(device_type: str, keys: int, nam
     recorder = MemoryRecorder(no_temporaries)
     stand_in = AttentionStandIn(recorder, device_type)
     with recorder, stand_in.installed():
-        F.scaled_dot_product_attention(*_inputs(keys, requires_grad=True))
+        _attend(_inputs(keys, requires_grad=True))
     obstacle = stand_in.calls[0].fused_obstacle
     assert obstacle is None if named is None else obstacle is not None and named in obstacle
 
@@ -49,7 +54,7 @@ def test_gradients_have_the_shapes_of_the_inputs_and_attention_works_twice() -> 
     stand_in = AttentionStandIn(recorder, "cuda")
     inputs = _inputs(requires_grad=True)
     with recorder, stand_in.installed():
-        torch.autograd.backward(F.scaled_dot_product_attention(*inputs).sum())
+        torch.autograd.backward(_attend(inputs).sum())
     assert [tensor.grad.shape for tensor in inputs if tensor.grad is not None] == [tensor.shape for tensor in inputs]
     timeline = recorder.timeline(0, 0)
     assert int(timeline.works.sum()) == 2
@@ -61,5 +66,5 @@ def test_attention_is_itself_again_after_an_error() -> None:
     original = F.scaled_dot_product_attention
     stand_in = AttentionStandIn(MemoryRecorder(no_temporaries), "cpu")
     with pytest.raises(IndexError), stand_in.installed():
-        F.scaled_dot_product_attention(*[torch.empty(7, device="meta")] * 3)
+        _attend([torch.empty(7, device="meta")] * 3)
     assert F.scaled_dot_product_attention is original
