@@ -86,16 +86,17 @@ class Timeline:
         held = (self.activations + self.gradients + self.keeps * kept).cumsum(0) - self.works * kept
         return self.weights + self.optimizer + int(torch.where(self.works == 1, held, 0).max())
 
+    def has_the_rows_of(self, other: Timeline) -> bool:
+        """The two record the same operators, of whatever sizes."""
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in ("calls", "keeps", "works"))
+
     def between(self, other: Timeline, numerator: int, denominator: int) -> Timeline:
         """`self + (other - self) * numerator / denominator`, for steps that differ in sizes alone.
 
         Raises:
             ValueError: the steps do not consist of the same rows.
         """
-        same = self.calls.shape == other.calls.shape and all(
-            torch.equal(getattr(self, name), getattr(other, name)) for name in ("calls", "keeps", "works")
-        )
-        if not same:
+        if not self.has_the_rows_of(other):
             raise ValueError(
                 f"timelines: expected two of the same operators; got {len(self.calls)} and {len(other.calls)} rows. "
                 "Trace the step at this size itself."

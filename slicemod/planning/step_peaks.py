@@ -91,6 +91,11 @@ class StepPlanner:
             self._traced.append(trace_step(source, kind, pixels))
         if not self._traced[0].calls:
             raise UserError("model: it computes no attention, so that there is nothing to plan. Name another one.")
+        if not self._traced[0].timeline.has_the_rows_of(self._traced[1].timeline):
+            raise UserError(
+                "model: expected a UNet that runs the same operators at every resolution; got one that does not. Name "
+                "another one."
+            )
         self._plans: dict[int, ResolutionPlan] = {}
 
     @property
