@@ -126,9 +126,7 @@ def test_sd15_has_the_attention_layers_of_its_paper() -> None:
 )
 def test_named_unets_have_the_parameters_that_were_published(model: str, parameters: int) -> None:
     assert set(NAMED_UNETS) == {"sd15", "sd21", "sdxl"}
-    timeline = trace_step(find_unet(model), StepKind(torch.float16, 1, "cuda"), 512).timeline
-    assert timeline.weights == 2 * parameters
-    assert timeline.optimizer == 0
+    assert sum(tensor.numel() for tensor in meta_unet(find_unet(model), torch.float16).parameters()) == parameters
 
 
 def test_a_step_is_traced_without_its_memory() -> None:
