@@ -23,7 +23,9 @@ COMMANDS = {
     "validate": Command("slicemod.training.fit_command", "measure a checkpoint on the validation split"),
     "sample": Command("slicemod.training.sample_command", "draw images from a checkpoint"),
     "export": Command("slicemod.training.export_command", "write a checkpoint in diffusers' folder layout"),
-    "plan": Command("slicemod.planning.plan_command", "tell whether a UNet's attention fits, and in how many slices"),
+    "plan": Command(
+        "slicemod.planning.plan_command", "tell whether a UNet's step fits a device, and in how many slices"
+    ),
     "bench": Command("slicemod.bench.bench_command", "time attention against its peers on this machine"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is the shell's for Ctrl-C
