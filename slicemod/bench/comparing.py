@@ -128,7 +128,7 @@ class Comparison:
         self._runners: list[_Runner] = []  # SDPA's first
         self._products: list[float] = []
         self._product = LargeProduct(self._dtype, device)
-        self._flops = 0
+        self._flops = self._scores = 0
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -143,6 +143,7 @@ class Comparison:
         """Checks every peer and measures its peak; yields a peer's name before its turn."""
         torch.manual_seed(0)
         self._flops = self.work.flops(training=self._training)
+        self._scores = self.work.scores_bytes(self._dtype.itemsize, training=self._training)
         with torch.device("meta"):
             weights = sum(parameter.numel() for parameter in self.work.build().parameters()) * self._dtype.itemsize
         needed, free = weights * (3 if self._training else 1), free_memory(self.device)
@@ -153,7 +154,7 @@ class Comparison:
             self.left_out += [LeftOut(self.work.name, self.setting, peer.name, everyone) for peer in self.peers]
             return
         with self.device:
-            base = self.work.build().to(self._dtype)
+            base = nn.Module.to(self.work.build(), self._dtype)  # diffusers' own `to` warns at half precision
             inputs = tuple(_as_dtype(given, self._dtype) for given in self.work.inputs())
         base.requires_grad_(self._training)
         exact: list[Exact] | None = None
@@ -204,7 +205,7 @@ class Comparison:
         missing = peer.missing(self.device)
         if missing is not None:
             raise ValueError(missing)
-        held = peer.scores_held * self.work.scores_bytes(self._dtype.itemsize, training=self._training)
+        held = peer.scores_held * self._scores
         free = free_memory(self.device)
         if COPIES_OF_SCORES * held > free:
             raise ValueError(f"would hold {COPIES_OF_SCORES * held:,.0f} bytes of scores, {free:,} are free")
@@ -219,7 +220,6 @@ class Comparison:
         call = _training_step(run, inputs, wanted) if self._training else _inference(run, inputs)
         if self.setting.compiled:
             call()
-        gc.collect()  # what an earlier peer left behind would be freed in this one's measurement
         sizes: list[int] = []
 
         def sized() -> object:
@@ -258,6 +258,7 @@ class Comparison:
     def _leave_out(self, peer: Peer, refusal: Exception) -> None:
         lines = str(refusal).strip().splitlines() or [type(refusal).__name__]
         self.left_out.append(LeftOut(self.work.name, self.setting, peer.name, lines[0]))
+        gc.collect()  # what a failed call left behind would be freed in the next peer's measurement
 
 
 def _error(module: nn.Module, check: Exact) -> float:

@@ -15,7 +15,6 @@ import slicemod
 from slicemod.budget import free_memory
 
 _PACKAGES = (
-    "torch",
     "diffusers",
     "einops",
     "triton",
@@ -40,7 +39,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "free_memory": free_memory(device),
         "system": platform.platform(),
-        "versions": {"python": platform.python_version(), "slicemod": slicemod.__version__} | _installed(),
+        "versions": {
+            "python": platform.python_version(),
+            "slicemod": slicemod.__version__,
+            "torch": torch.__version__,  # with its build, which the installed package's version lacks
+        }
+        | _installed(),
     }
 
 

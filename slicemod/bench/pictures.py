@@ -58,14 +58,15 @@ def trade_off(rows: Sequence[Measurement], setting: Setting) -> Figure:
     figure, grid = _panels(len(panels), f"time against memory: {setting}")
     for axes, (work, peers) in zip(grid, panels, strict=True):
         _log_axes(axes, _bytes, _seconds)
-        axes.set(title=work, xlabel="peak memory beyond inputs and weights", ylabel="time")
+        _title(axes, work, "peak memory beyond inputs and weights", "time")
         points = [(max(row.peak_bytes, 1), row.seconds) for row in peers]
         frontier = sorted(point for point in points if not any(_beats(other, point) for other in points))
-        axes.plot(*zip(*frontier, strict=True), drawstyle="steps-post", color=_INK, lw=0.9, alpha=0.55, zorder=1)
         for row, (peak, seconds) in zip(peers, points, strict=True):
             best = (peak, seconds) in frontier
             axes.plot(peak, seconds, "o", ms=7 if best else 5, color=_colour(row.peer), mec="white", zorder=3)
         _label(axes, [_Label(row.peer, *point, _colour(row.peer)) for row, point in zip(peers, points, strict=True)])
+        _staircase(axes, frontier)
+        axes.xaxis.set_major_locator(LogLocator(10, subs=_readable(*axes.get_xlim())))
     return figure
 
 
@@ -80,9 +81,9 @@ def against_resolution(rows: Sequence[Measurement], setting: Setting) -> Figure 
     figure, grid = _panels(2 * len(series), f"cost against resolution: {setting}", columns=2)
     for number, (name, found) in enumerate(series.items()):
         _lines(grid[2 * number], found, lambda row: row.seconds, _seconds)
-        grid[2 * number].set(title=f"{name}: time", xlabel="edge of the image in pixels")
+        _title(grid[2 * number], f"{name}: time", "edge of the image in pixels")
         _lines(grid[2 * number + 1], found, lambda row: row.peak_bytes, _bytes)
-        grid[2 * number + 1].set(title=f"{name}: peak memory", xlabel="edge of the image in pixels")
+        _title(grid[2 * number + 1], f"{name}: peak memory", "edge of the image in pixels")
     return figure
 
 
@@ -92,16 +93,38 @@ def growth(rows: Sequence[Measurement], setting: Setting) -> Figure | None:
         return None
     figure, (pace, peak) = _panels(2, f"how cost grows: {rows[0].series}, {setting}", columns=2)
     _lines(pace, rows, lambda row: row.seconds / row.size**2, lambda value: f"{value * 1e9:g} ns")
-    pace.set(title="time / N²", xlabel="tokens N")
-    low, high = pace.get_ylim()
-    pace.set_ylim(min(low, high / 10), max(high, low * 10))  # a decade at least, or noise looks like growth
+    _title(pace, "time / N²", "tokens N")
     _lines(peak, rows, lambda row: max(row.peak_bytes - row.output_bytes, 1), _bytes)
-    peak.set(title="peak beyond inputs and output", xlabel="tokens N")
+    _title(peak, "peak beyond inputs and output", "tokens N")
     return figure
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+
+def _readable(low: float, high: float) -> tuple[float, ...]:
+    """Ticks within each decade that leave room for their labels side by side."""
+    decades = math.log10(high / low)
+    return (1.0,) if decades > 2.2 else (1.0, 2.0, 5.0) if decades > 0.9 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+
+
+def _staircase(axes: Axes, frontier: Sequence[tuple[float, float]]) -> None:
+    """What lies above and to the right of the line is beaten in time and in memory."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    peaks = [peak for peak, _ in frontier] + [right]
+    seconds = [top] + [seconds for _, seconds in frontier]
+    axes.plot(
+        [peaks[0], *peaks], [*seconds, seconds[-1]], drawstyle="steps-post", color=_INK, lw=0.8, alpha=0.6, zorder=1
+    )
+    axes.fill_between(peaks, [*seconds[1:], seconds[-1]], top, step="post", color=_INK, alpha=0.035, lw=0, zorder=0)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+
+
+def _title(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
+    axes.set_title(title, fontsize=9, color=_INK, loc="left")
+    axes.set_xlabel(xlabel, fontsize=8, color=_INK)
+    axes.set_ylabel(ylabel, fontsize=8, color=_INK)
 
 
 def _lines(
@@ -159,11 +182,11 @@ _PANEL_WIDTH, _PANEL_HEIGHT = 3.3, 2.9  # inches of the axes
 def _panels(count: int, title: str, columns: int = 3) -> tuple[Figure, list[Axes]]:
     wide = min(count, columns)
     high = -(-count // wide)
-    figure = Figure(figsize=(wide * (_PANEL_WIDTH + 2.5), high * (_PANEL_HEIGHT + 1.0) + 0.4))
+    figure = Figure(figsize=(wide * (_PANEL_WIDTH + 2.9), high * (_PANEL_HEIGHT + 1.0) + 0.4))
     grid: Any = figure.subplots(high, wide, squeeze=False)
     width, height = figure.get_size_inches()
     figure.subplots_adjust(
-        left=0.8 / width, right=1 - 1.7 / width, top=1 - 0.75 / height, bottom=0.55 / height, wspace=0.75, hspace=0.38
+        left=0.8 / width, right=1 - 2.15 / width, top=1 - 0.75 / height, bottom=0.55 / height, wspace=0.88, hspace=0.38
     )
     figure.suptitle(
         title, x=0.12 / width, ha="left", y=1 - 0.12 / height, va="top", fontsize=11, color=_INK, weight="bold"
@@ -176,13 +199,10 @@ def _panels(count: int, title: str, columns: int = 3) -> tuple[Figure, list[Axes
 def _log_axes(axes: Axes, x: Callable[[float], str], y: Callable[[float], str]) -> None:
     axes.set(xscale="log", yscale="log")
     for axis, text in ((axes.xaxis, x), (axes.yaxis, y)):
-        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
         axis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
         axis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7.5, colors=_INK, which="both", length=2)
-    axes.title.set_fontsize(9)
-    axes.xaxis.label.set_fontsize(8)
-    axes.yaxis.label.set_fontsize(8)
     axes.grid(True, which="major", lw=0.4, alpha=0.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -12,7 +12,6 @@ from slicemod.bench.comparing import LeftOut, Measurement
 from slicemod.bench.results import Results
 
 COLUMNS = ("attention", "time", "to SDPA", "quartiles", "peak", "of product", "error")
-FLAT = 0.15  # how far from their median times per N^2 may be to be called flat
 
 
 def comparison_tables(results: Results) -> Iterator[Table]:
@@ -32,7 +31,7 @@ def growth_table(results: Results) -> Table:
     return table
 
 
-GROWTH_COLUMNS = ("attention", "N", "time", "time / N²", "to its median", "peak beyond inputs and output")
+GROWTH_COLUMNS = ("attention", "N", "time", "time / N²", "to median", "of product", "peak beyond in- and output")
 
 
 def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
@@ -96,12 +95,12 @@ def markdown_growth(results: Results) -> str:
 
 
 def _growth_rows(results: Results) -> Iterator[tuple[str, ...]]:
-    for peer, rows in by_peer(results.measurements):
+    for peer, rows in by_peer([row for row in results.measurements if row.unit == "tokens"]):
         pace = [row.seconds / row.size**2 for row in rows]
         middle = sorted(pace)[len(pace) // 2]
         for row, own in zip(rows, pace, strict=True):
-            beyond = row.peak_bytes - row.output_bytes
-            yield peer, f"{row.size:,}", _time(row.seconds), f"{own * 1e9:.2f} ns", f"{own / middle:.2f}", _size(beyond)
+            share, beyond = f"{row.rate_share:.0%}", _size(row.peak_bytes - row.output_bytes)
+            yield peer, f"{row.size:,}", _time(row.seconds), f"{own * 1e9:.2f} ns", f"{own / middle:.2f}", share, beyond
 
 
 def by_peer(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:

@@ -130,7 +130,7 @@ class UnetWork(Work):
 
     @property
     def series(self) -> str:  # type: ignore[override]
-        return f"{self.model} UNet"
+        return f"{Path(self.model).name} UNet"
 
     def build(self) -> nn.Module:
         unet: nn.Module = UNet2DConditionModel(**find_unet(self.model).config)
