@@ -84,13 +84,16 @@ class AttentionFunction(Peer):
         return self.make()(query, key, value)
 
     def in_layer(self, layer: Any) -> nn.Module:
+        """The projections of `layer` around the function."""
         return _LayerWith(layer, self.make())
 
     def in_unet(self, unet: Any) -> nn.Module:
+        """Processors that project and call the function."""
         attend = self.make()
         return _with_processors(unet, lambda _: _Projecting(attend))
 
     def alone(self) -> nn.Module | None:
+        """The function."""
         return _Alone(self.make())
 
 
@@ -102,6 +105,7 @@ class DiffusersProcessor(Peer):
         self.make, self.scores_held = make, scores_held
 
     def in_layer(self, layer: Any) -> nn.Module:
+        """A diffusers Attention with the projections of `layer`."""
         with torch.device("meta"):
             attention: Any = Attention(
                 layer.to_q.in_features, layer.to_k.in_features, layer.heads, dim_head=layer.dim_head
@@ -111,6 +115,7 @@ class DiffusersProcessor(Peer):
         return self.in_unet(attention)
 
     def in_unet(self, unet: Any) -> nn.Module:
+        """The processor in every attention layer."""
         return _with_processors(unet, self.make)
 
 
@@ -120,9 +125,12 @@ class CompVisLayer(Peer):
     needs, scores_held = "ldm", 1.0
 
     def in_layer(self, layer: Any) -> nn.Module:
+        """A CrossAttention with the projections of `layer`."""
         return _Autocast(self._with_parts_of(layer, layer.dim_head, layer.to_out))
 
     def in_unet(self, unet: Any) -> nn.Module:
+        """A CrossAttention in the place of every processor."""
+
         def processor(attention: Any) -> object:
             dim_head = attention.to_q.out_features // attention.heads
             own = _Autocast(self._with_parts_of(attention, dim_head, nn.Sequential(*attention.to_out)))
@@ -150,6 +158,7 @@ class Slicemod(Peer):
         self.slicing = slicing
 
     def in_layer(self, layer: Any) -> nn.Module:
+        """A MemoryAwareCrossAttention with these settings and the projections of `layer`."""
         with torch.device("meta"):
             own = MemoryAwareCrossAttention(
                 layer.to_q.in_features, layer.to_k.in_features, layer.heads, layer.dim_head, slicing=self.slicing
@@ -159,11 +168,13 @@ class Slicemod(Peer):
         return own
 
     def in_unet(self, unet: Any) -> nn.Module:
+        """`swap_attention` with these settings."""
         swap_attention(unet, self.slicing)
         swapped: nn.Module = unet
         return swapped
 
     def alone(self) -> nn.Module | None:
+        """`sliced_attention` with these settings."""
         return _Alone(lambda query, key, value: sliced_attention(query, key, value, slicing=self.slicing))
 
 

@@ -102,20 +102,25 @@ class LayerWork(Work):
     context: tuple[int, int] | None = None
 
     def build(self) -> nn.Module:
+        """A MemoryAwareCrossAttention."""
         context_dim = None if self.context is None else self.context[1]
         return MemoryAwareCrossAttention(self.channels, context_dim, self.heads, self.head_dim)
 
     def inputs(self) -> tuple[Any, ...]:
+        """`x` `(batch, queries, channels)`, and `context` where there is one."""
         x = torch.randn(self.batch, self.queries, self.channels)
         return (x,) if self.context is None else (x, torch.randn(self.batch, *self.context))
 
     def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
+        """The layer around the attention of `peer`."""
         return peer.in_layer(base)
 
     def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
+        """Of this one layer."""
         return [_exact_layer("", REFERENCE.in_layer(deepcopy(base).double()), inputs)]
 
     def attention(self) -> list[tuple[AttentionShape, int]]:
+        """This one call."""
         keys = self.queries if self.context is None else self.context[0]
         return [(AttentionShape(self.batch, self.heads, self.queries, keys, self.head_dim, 4), 1)]
 
@@ -130,29 +135,33 @@ class UnetWork(Work):
 
     @property
     def series(self) -> str:  # type: ignore[override]
+        """The model."""
         return f"{Path(self.model).name} UNet"
 
     def build(self) -> nn.Module:
+        """A `UNet2DConditionModel`."""
         unet: nn.Module = UNet2DConditionModel(**find_unet(self.model).config)
         return unet
 
     def inputs(self) -> tuple[Any, ...]:
+        """Latents, time, text, and what SDXL adds, in the order of `UNet2DConditionModel.forward`."""
         source = find_unet(self.model)
         with torch.device("meta"):
             unet = self.build()
         given = fake_inputs(unet, self.batch, self.size // source.latent_pixels, source.context_tokens)
         added = {name: tensor.normal_() for name, tensor in given["added_cond_kwargs"].items()}
         sample, text = given["sample"].normal_(), given["encoder_hidden_states"].normal_()
-        # In the order of UNet2DConditionModel.forward.
         return (sample, given["timestep"].fill_(500), text, None, None, None, None, added)
 
     def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
+        """Another UNet with the same weights and the attention of `peer`."""
         with torch.device("meta"):
             twin = self.build()
         twin.load_state_dict(base.state_dict(), assign=True)
         return peer.in_unet(twin)
 
     def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
+        """Of the first layer of each pair of sizes, with what goes into it in this UNet."""
         first: dict[tuple[torch.Size, ...], tuple[str, nn.Module, tuple[Tensor, ...]]] = {}
 
         def noting(path: str) -> Any:
@@ -174,6 +183,7 @@ class UnetWork(Work):
         ]
 
     def attention(self) -> list[tuple[AttentionShape, int]]:
+        """The calls of all layers."""
         calls = record_attention_calls(self.model, batch=self.batch, itemsize=4)
         return [(at_resolution(call, self.size).shape, call.layers) for call in calls]
 
@@ -189,23 +199,29 @@ class CallWork(Work):
 
     @property
     def series(self) -> str:  # type: ignore[override]
+        """Heads and head dim."""
         return f"attention, {self.heads} heads of {self.head_dim}"
 
     def build(self) -> nn.Module:
-        return nn.Module()  # has no weights to share
+        """Nothing: a call has no weights to share."""
+        return nn.Module()
 
     def inputs(self) -> tuple[Any, ...]:
+        """Query, key and value."""
         return torch.randn(3, 1, self.heads, self.size, self.head_dim).unbind()
 
     def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
+        """The attention of `peer` alone."""
         return peer.alone()
 
     def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
+        """Of this call."""
         rows = _some_rows(self.size)
         query, key, value = (tensor.double() for tensor in inputs)
         return [Exact("", inputs, rows, REFERENCE.attend(query[:, :, rows], key, value))]
 
     def attention(self) -> list[tuple[AttentionShape, int]]:
+        """This one call."""
         return [(AttentionShape(1, self.heads, self.size, self.size, self.head_dim, 4), 1)]
 
 
