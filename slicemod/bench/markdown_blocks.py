@@ -40,7 +40,7 @@ def fill_blocks(page: Path, name: str, results: Results, pictures: Sequence[Path
         if form == "pictures":
             lines = [
                 f"![{path.stem.replace('-', ' ')}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
-                for path in pictures
+                for path in sorted(pictures)
             ]
             content = "\n\n".join(lines)
         elif form in FORMS:

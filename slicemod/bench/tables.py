@@ -70,10 +70,13 @@ def markdown_tables(results: Results) -> str:
 
 
 def markdown_summary(results: Results) -> str:
-    """A row for each comparison: SDPA, ours, and of the rest the fastest and the one of least memory."""
+    """A row for each comparison at a series' largest size: SDPA, ours, and the fastest and the smallest of the rest."""
     columns = ("work", "SDPA", "slicemod", "slicemod, sliced", "fastest of the others", "least memory of the others")
     lines = []
+    largest = {row.series: row.size for row in sorted(results.measurements, key=lambda row: row.size)}
     for work, setting, rows in results.comparisons():
+        if rows[0].size < largest[rows[0].series]:
+            continue
         named = {row.peer: row for row in rows}
         others = [row for row in rows if not row.peer.startswith(("slicemod", "sdpa"))]
         chosen = [named.get("slicemod"), named.get("slicemod-exact")]
