@@ -172,7 +172,15 @@ def _label(axes: Axes, labels: list[_Label]) -> None:
             weight="bold" if label.text.startswith("slicemod") else "normal",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": label.colour, "alpha": 0.45, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "lw": 0.5,
+                "color": label.colour,
+                "alpha": 0.45,
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
         )
 
 
