@@ -42,8 +42,8 @@ ORDER = (
     "__init__.py",
     "user_error.py",
     "arguments.py",
-    "bench/",
     "planning/",
+    "bench/",
     "training/",
     "cli.py",
 )
