@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from slicemod.user_error import UserError
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps one ``last.ckpt``, also where a signal or an exception ends the run.
@@ -27,8 +29,11 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Saves `last.ckpt` alone, where ``ModelCheckpoint`` leaves a second file of the step beside it."""
-        if self._should_save_on_exception(trainer):
+        """Saves `last.ckpt` alone, where ``ModelCheckpoint`` leaves a second file of the step beside it.
+
+        Not where the loss or the disk failed: what there was before is better than what there is now.
+        """
+        if not isinstance(exception, UserError) and self._should_save_on_exception(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

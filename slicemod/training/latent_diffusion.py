@@ -14,11 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import (
-    LRSchedulerConfigType,
-    OptimizerLRScheduler,
-    OptimizerLRSchedulerConfig,
-)
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -28,6 +24,7 @@ from slicemod.training.autoencoder import decode_all, encode_all, load_autoencod
 from slicemod.training.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from slicemod.training.class_embedder import ClassEmbedder
 from slicemod.training.digits import DigitBatch
+from slicemod.training.optimizers import build_optimizer
 from slicemod.user_error import UserError
 
 COMPONENTS = "slicemod_components"  # where a checkpoint keeps what rebuilds the model
@@ -183,19 +180,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trained = [*self.unet.parameters(), *self.class_embedder.parameters()]
-        optimizer = self.make_optimizer(trained)
-        if self.make_lr_scheduler is None:
-            return optimizer
-        schedule = self.make_lr_scheduler(optimizer)
-        planned = self.trainer.estimated_stepping_batches
-        total = getattr(schedule, "total_steps", planned)
-        if total < planned:
-            raise UserError(
-                f"model.lr_scheduler.init_args.total_steps must be at least the run's {planned} steps, got"
-                f" {total}: raise it, or lower trainer.max_steps."
-            )
-        stepped = LRSchedulerConfigType(scheduler=schedule, interval="step")
-        return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=stepped)
+        return build_optimizer(self.trainer, trained, self.make_optimizer, self.make_lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the model: plain values, so that ``weights_only=True`` reads them."""
