@@ -6,6 +6,7 @@ vocabulary, so that it needs a ``config_source`` beside it, a folder or hub id w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from slicemod.training.checkpoints import CheckpointError, load_strictly, read_c
 from slicemod.user_error import UserError
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Pretrained:
                 raise UserError(
                     f"model.config_source describes a single file, but model.source is {self.source!r}: expected a"
                     f" {' or '.join(SINGLE_FILE_SUFFIXES)} file. Leave config_source out."
+                )
+            if not Path(self.source).is_dir() and not _HUB_ID.fullmatch(self.source):
+                raise UserError(
+                    f"model.source: expected a folder, a hub id such as name/model or a"
+                    f" {' or '.join(SINGLE_FILE_SUFFIXES)} file, found nothing at {self.source}. Correct the path."
                 )
             return
         if not Path(self.source).is_file():

@@ -250,6 +250,7 @@ class StableDiffusion(pl.LightningModule):
             "frozen_dtype": self.frozen_dtype,
             "seed": self.seed,
             "val_timesteps": self.val_timesteps,
+            "prediction_type": self.scheduler.config.prediction_type,
             "unet": json.loads(self.unet.to_json_string()),
             "base_digest": self.base_digest,
         }

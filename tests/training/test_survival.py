@@ -170,7 +170,7 @@ def test_gradients_that_are_no_numbers_stop_before_they_reach_the_weights(
     def explode(self: StableDiffusion, batch: Any, timesteps: Any = None) -> torch.Tensor:
         loss = losses(self, batch, timesteps)
         if self.global_step == 1 and loss.requires_grad:
-            loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss + (loss - loss.detach()).abs().sqrt()  # adds zero, with an infinite slope
         return loss
 
     monkeypatch.setattr(StableDiffusion, "denoising_losses", explode)
