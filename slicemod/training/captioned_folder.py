@@ -228,32 +228,37 @@ class CaptionedFolder(pl.LightningDataModule):
                     self.cache.write(key, {"mean": latents.mean[0], "std": latents.std[0]})
 
     def train_dataloader(self) -> BucketBatches:
-        """Batches of one bucket each, in another order each epoch."""
-        return self._batches(self.train_images, self.shuffle_seed)
+        """Batches of one bucket each, in another order each epoch; every process its share.
 
-    def val_dataloader(self) -> BucketBatches | list[Any]:
-        """The images held out, in a fixed order; none where none are."""
-        return self._batches(self.val_images, None) if self.val_images else []
-
-    def _batches(self, images: list[CaptionedImage], seed: int | None) -> BucketBatches:
+        Raises:
+            UserError: no bucket has an image for every process.
+        """
         trainer: Any = self.trainer
-        world_size = 1 if trainer is None else trainer.world_size
-        batches = BucketBatches(
-            [self.bucket(image) for image in images],
-            self.batch_size,
-            self.variants,
-            seed,
-            lambda places, variants: self._load([images[place] for place in places], variants),
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=world_size,
-        )
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        batches = self._batches(self.train_images, self.shuffle_seed, rank, world_size)
         if not len(batches):
+            images = self.train_images
             raise UserError(
                 f"data.folder: expected a bucket with at least {world_size} images, one for each process, got"
                 f" {len(images)} images in {len({self.bucket(image) for image in images})} buckets. Add images, use"
                 " fewer processes, or lower data.max_ratio."
             )
         return batches
+
+    def val_dataloader(self) -> BucketBatches | list[Any]:
+        """The images held out, in a fixed order and all of them on every process; none where none are."""
+        return self._batches(self.val_images, None, 0, 1) if self.val_images else []
+
+    def _batches(self, images: list[CaptionedImage], seed: int | None, rank: int, world_size: int) -> BucketBatches:
+        return BucketBatches(
+            [self.bucket(image) for image in images],
+            self.batch_size,
+            self.variants,
+            seed,
+            lambda places, variants: self._load([images[place] for place in places], variants),
+            rank=rank,
+            world_size=world_size,
+        )
 
     def _load(self, images: Sequence[CaptionedImage], variants: Sequence[int]) -> dict[str, Any]:
         latents = [self.cache.read(self._latents_key(*pair)) for pair in zip(images, variants, strict=True)]

@@ -112,6 +112,8 @@ class StableDiffusion(pl.LightningModule):
         if attention is not None:
             self.swap_report = swap_attention(self.unet, attention)
         choose_trained(self.unet, trained, lora, seed=seed)
+        self._trained_names = trained_names(self)
+        self.strict_loading = trained == "full"  # what checkpoints leave out has its values already
         if block_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()  # diffusers gives it for inference; blocks are checkpointed in training alone
@@ -236,10 +238,11 @@ class StableDiffusion(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what is not trained and adds what rebuilds the model, as plain values."""
-        names = trained_names(self)
         for key in WEIGHTS:
             if key in checkpoint:
-                checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name in names}
+                checkpoint[key] = {
+                    name: value for name, value in checkpoint[key].items() if name in self._trained_names
+                }
         checkpoint[STORED] = {
             "source": self.pretrained.source,
             "config_source": self.pretrained.config_source,
@@ -256,10 +259,10 @@ class StableDiffusion(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Completes the trained weights by those that are not."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if name not in trained_names(self)}
-        for key in WEIGHTS:
-            if key in checkpoint:
+        """Completes an average's trained weights by those that are not: Lightning loads them strictly."""
+        if all(key in checkpoint for key in WEIGHTS):
+            own = {name: tensor for name, tensor in self.state_dict().items() if name not in self._trained_names}
+            for key in WEIGHTS:
                 checkpoint[key] = {**own, **checkpoint[key]}
 
     def require_checkpoint(self, checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -275,7 +278,7 @@ class StableDiffusion(pl.LightningModule):
                 f" {self.pretrained.source}, got {stored['trained']} weights trained beside those of"
                 f" {stored['source']}. Use the configuration that the checkpoint was trained with."
             )
-        trained = {name: tensor for name, tensor in self.state_dict().items() if name in trained_names(self)}
+        trained = {name: tensor for name, tensor in self.state_dict().items() if name in self._trained_names}
         for key in WEIGHTS:
             if key in checkpoint:
                 require_matching(trained, checkpoint[key], path, type(self).__name__)
