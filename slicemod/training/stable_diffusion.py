@@ -23,7 +23,7 @@ from slicemod.training.checkpoints import CheckpointError, read_checkpoint, requ
 from slicemod.training.content_hash import module_digest
 from slicemod.training.denoiser import Conditioning
 from slicemod.training.denoising_objective import Objective
-from slicemod.training.frozen_stages import FrozenStages
+from slicemod.training.frozen_stages import FrozenStages, pixels_per_latent
 from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.nonfinite import NonFiniteError
 from slicemod.training.optimizers import build_optimizer
@@ -133,6 +133,11 @@ class StableDiffusion(pl.LightningModule):
     def is_sdxl(self) -> bool:
         """The UNet looks at a summary of the caption and at image sizes besides."""
         return bool(self.unet.config.addition_embed_type == "text_time")
+
+    @property
+    def native_resolution(self) -> int:
+        """Edge in pixels of the images that the UNet was made for."""
+        return int(self.unet.config.sample_size) * pixels_per_latent(self.pretrained.autoencoder_config())
 
     def conditioning(self, text: TextEmbeddings, time_ids: Tensor) -> Conditioning:
         """What the UNet looks at, on the device of its weights.
