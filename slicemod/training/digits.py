@@ -106,6 +106,7 @@ class DigitsDataModule(pl.LightningDataModule):
         test_fraction: share of the 1,797 digits that training never sees.
         split_seed: chooses which digits go to which split.
         shuffle_seed: chooses the order of the training batches.
+        left_out: digits that are in no split.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class DigitsDataModule(pl.LightningDataModule):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         shuffle_seed: int = 0,
+        left_out: list[int] = [],  # noqa: B006 - never changed
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("image_size", image_size)):
@@ -131,13 +133,21 @@ class DigitsDataModule(pl.LightningDataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
+        if wrong := [digit for digit in left_out if digit not in range(NUM_CLASSES)]:
+            raise UserError(f"data.left_out must hold digits from 0 to 9, got {wrong}: correct them.")
         self.shuffle_seed = shuffle_seed
+        self.left_out = list(left_out)
         self._splits: dict[SplitName, DigitSplit] | None = None
 
     def split(self, name: SplitName) -> DigitSplit:
         """One of the splits ``train``, ``val`` and ``test``."""
         if self._splits is None:
-            self._splits = digit_splits(self.image_size, self.val_fraction, self.test_fraction, self.split_seed)
+            splits = digit_splits(self.image_size, self.val_fraction, self.test_fraction, self.split_seed)
+            absent = torch.tensor(self.left_out, dtype=torch.int64)
+            kept = {name: ~torch.isin(split.labels, absent) for name, split in splits.items()}
+            self._splits = {
+                name: DigitSplit(split.images[kept[name]], split.labels[kept[name]]) for name, split in splits.items()
+            }
         return self._splits[name]
 
     def train_dataloader(self) -> DigitBatches:

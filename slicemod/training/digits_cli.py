@@ -44,8 +44,7 @@ class DigitsCLI(SlicemodCLI):
         self._require_matching_sizes()
         options: Namespace = self.config_init["fit"]
         continued = options.get("ckpt_path") is not None or self.model.init_from is not None
-        if self.model.init_from is not None and options.get("ckpt_path") is None:
-            self.model.load_weights(self.model.init_from)
+        self.model.prepare_weights()
         training: AutoencoderTraining = options["autoencoder_training"]
         trained = Path(training.weights).exists()
         if trained:
@@ -60,6 +59,7 @@ class DigitsCLI(SlicemodCLI):
     def before_validate(self) -> None:
         """Checks sizes and the checkpoint."""
         self._require_matching_sizes()
+        self.model.prepare_weights()
         super().before_validate()
 
     def folders(self) -> list[str | Path | None]:

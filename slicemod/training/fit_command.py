@@ -59,7 +59,10 @@ def _task(arguments: Sequence[str]) -> str:
             continue  # the parser says what is wrong with it
         if isinstance(content, dict):
             task = str(content.get("task", task))
-    return task
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [after for option, after in pairs if option == "--task"]
+    named += [option.removeprefix("--task=") for option in arguments if option.startswith("--task=")]
+    return named[-1] if named else task
 
 
 def _how_to_continue(stop: TrainingInterruptedError, arguments: Sequence[str]) -> str:

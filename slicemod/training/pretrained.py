@@ -111,7 +111,7 @@ class Pretrained:
 
     def load_scheduler(self, **changes: Any) -> DDPMScheduler:
         """The noise schedule of the training, with entries of its config replaced by ``changes``."""
-        return DDPMScheduler.from_config(self._config(DDPMScheduler, "scheduler") | changes)
+        return DDPMScheduler.from_config(self._config(DDPMScheduler, "scheduler"), **changes)
 
     def _config(self, kind: Any, subfolder: str) -> dict[str, Any]:
         with _named(self.config_folder, subfolder):

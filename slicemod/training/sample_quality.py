@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -63,7 +64,9 @@ class SampleQuality(pl.Callback):
         extractor = self.feature_extractor.to(pl_module.device)
         kind: Any = FrechetInceptionDistance if self.metric == "fid" else KernelInceptionDistance
         options = {} if self.metric == "fid" else {"subset_size": data.val_count, "subsets": 1}
-        measured = kind(feature=extractor, **options).to(pl_module.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")  # of few images
+            measured = kind(feature=extractor, **options).to(pl_module.device)
         for place, image in enumerate(data.val_images):
             bucket = data.bucket(image)
             height, width = covering_size(image, bucket)

@@ -116,7 +116,7 @@ def tiny_config(name: str, source: Path, images: Path, **changes: Any) -> dict[s
         folder=str(images), cache="cache", resolution=32, bucket_step=8, batch_size=2, val_count=1, max_ratio=1.5
     )
     config["data"].update(changes.pop("data", {}))
-    schedule = config["model"].get("lr_scheduler", {}).get("init_args", {})
+    schedule = (config["model"].get("lr_scheduler") or {}).get("init_args", {})
     if "total_steps" in schedule:
         schedule.update(total_steps=20, warmup_steps=2)
     config["trainer"].update(
