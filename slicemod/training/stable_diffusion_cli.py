@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
 from slicemod.training.captioned_folder import CaptionedFolder
+from slicemod.training.dry_run import forecast, forecast_table
 from slicemod.training.frozen_stages import resolution_step
 from slicemod.training.lightning_cli import SlicemodCLI
 from slicemod.training.stable_diffusion import StableDiffusion
@@ -21,6 +25,13 @@ class StableDiffusionCLI(SlicemodCLI):
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(StableDiffusion, CaptionedFolder, arguments)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``--dry-run``."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--dry-run", action="store_true", help="Print the plans and bytes of each bucket; nothing is trained."
+        )
+
     def check_checkpoint(self, checkpoint: Mapping[str, Any], path: str) -> None:
         """Every trained weight has to fit, and the frozen ones have to be those it was trained with."""
         self.model.require_checkpoint(checkpoint, path)
@@ -29,7 +40,26 @@ class StableDiffusionCLI(SlicemodCLI):
         """Checks sizes, images, checkpoint and folders."""
         self._require_matching_sizes()
         self.datamodule.find(progress=self.trainer.is_global_zero)
-        super().before_fit()
+        if not self._is_dry_run:
+            super().before_fit()
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains, or prints what training would take."""
+        if not self._is_dry_run:
+            super().fit(**kwargs)
+            return
+        itemsize = 4 if str(self.trainer.precision).startswith("32") else 2
+        device = self.trainer.strategy.root_device
+        console = Console(width=max(Console().width, 110))
+        console.print(forecast_table(forecast(self.model, self.datamodule, device, itemsize)))
+        console.print(
+            "attention: beyond its inputs and outputs; with the state: attention, weights, gradients and the optimizer's"
+            " state. Activations come on top. Nothing was trained."
+        )
+
+    @property
+    def _is_dry_run(self) -> bool:
+        return bool(self.config_init["fit"]["dry_run"])
 
     def before_validate(self) -> None:
         """Checks that there is something to validate on."""
