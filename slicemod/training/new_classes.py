@@ -23,14 +23,14 @@ from slicemod.user_error import UserError
 
 NEW = (4, 7)
 OUT = Path("runs/new_classes")
-BASE = [
-    "fit", "--config", "configs/digits.yaml", "--data.left_out", str(list(NEW)),
-]  # fmt: skip
+BASE = ["fit", "--config", "configs/digits.yaml", "--data.left_out", str(list(NEW))]
 TUNED = ["fit", "--config", "configs/digits.yaml", "--config", "configs/digits_finetune.yaml"]
+SCHEDULE = "--model.lr_scheduler.init_args"
 WAYS = {
-    "full": ["--trainer.max_steps", "300", "--model.lr_scheduler.init_args.total_steps", "300"],
+    "full": ["--trainer.max_steps", "450", "--model.optimizer.init_args.lr", "2e-3",
+             f"{SCHEDULE}.max_lr", "2e-3", f"{SCHEDULE}.total_steps", "450"],
     "lora": ["--config", "configs/digits_lora.yaml"],
-}
+}  # fmt: skip
 PER_DIGIT = 50
 SAMPLING = Sampling(steps=20, guidance=2.0, batch_size=125)
 
@@ -81,10 +81,10 @@ def run(ways: Sequence[str]) -> dict[str, tuple[float, float]]:
 
 
 def _trained(name: str, command: Sequence[str]) -> str:
+    """The run's checkpoint; trained by ``command``, with a folder of its own, where it is missing."""
     folder = OUT / name / "checkpoints"
     finished = folder / "finished.ckpt"
     if not finished.exists():
-        # not cut off by the shape of this list: the callbacks of the config are replaced, for a folder of their own
         callback = "slicemod.training.last_checkpoint.LastCheckpoint"
         ran = fit([*command, "--trainer.logger", "false", "--trainer.callbacks", callback,
                    "--trainer.callbacks.dirpath", str(folder)])  # fmt: skip

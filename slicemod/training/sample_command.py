@@ -67,7 +67,7 @@ def _of_prompt(options: argparse.Namespace) -> Tensor:
     if options.compile:
         model.unet.compile(fullgraph=True)
     return draw_prompts(
-        model.to(torch.accelerator.current_accelerator() or "cpu"),
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
         encoded * options.count,
         height=height,
         width=width,

@@ -53,8 +53,8 @@ class StableDiffusionCLI(SlicemodCLI):
         console = Console(width=max(Console().width, 110))
         console.print(forecast_table(forecast(self.model, self.datamodule, device, itemsize)))
         console.print(
-            "attention: beyond its inputs and outputs; with the state: attention, weights, gradients and the optimizer's"
-            " state. Activations come on top. Nothing was trained."
+            "attention: beyond its inputs and outputs; with the state: and weights, gradients, optimizer's state."
+            " Activations come on top. Nothing was trained."
         )
 
     @property

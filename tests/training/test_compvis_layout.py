@@ -24,7 +24,7 @@ from slicemod.training.compvis_layout import (
     unet_to_compvis,
 )
 from slicemod.user_error import UserError
-from tests.training.tiny_stable_diffusion import write_tiny_model
+from tests.training.tiny_stable_diffusion import clip_tensors, write_tiny_model
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -69,19 +69,6 @@ def test_the_names_are_those_of_compvis_own_unet(monkeypatch: pytest.MonkeyPatch
             theirs.eval()(latents, timesteps, context), unet.eval()(latents, timesteps, context).sample,
             rtol=1e-4, atol=1e-4,
         )  # fmt: skip
-
-
-def clip_tensors(layers: int, width: int) -> dict[str, torch.Tensor]:
-    """A CLIP text encoder's, by transformers' names."""
-    each = {"layer_norm1": 1, "layer_norm2": 1, "mlp.fc1": 2, "mlp.fc2": 2} | {
-        f"self_attn.{part}_proj": 2 for part in ("q", "k", "v", "out")
-    }
-    tensors = {f"encoder.layers.{layer}.{name}.{kind}": torch.randn(*[width] * (ndim if kind == "weight" else 1))
-               for layer in range(layers) for name, ndim in each.items() for kind in ("weight", "bias")}  # fmt: skip
-    for name in ("embeddings.position_embedding.weight", "embeddings.token_embedding.weight"):
-        tensors[name] = torch.randn(11, width)
-    tensors |= {f"final_layer_norm.{kind}": torch.randn(width) for kind in ("weight", "bias")}
-    return tensors
 
 
 def test_sd1s_text_encoder_keeps_its_names_under_a_prefix() -> None:

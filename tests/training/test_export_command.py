@@ -17,12 +17,12 @@ from slicemod.training.lora_file import kohya_tensors, write_lora
 from slicemod.training.pretrained import Pretrained
 from slicemod.training.stable_diffusion import STORED, load_stable_diffusion
 from slicemod.user_error import UserError
-from tests.training.test_compvis_layout import clip_tensors
 from tests.training.tiny_stable_diffusion import (
     letter_encoders,
     tiny_config,
     write_config,
     write_images,
+    write_text_parts,
     write_tiny_model,
 )
 
@@ -35,9 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setattr("slicemod.training.stable_diffusion.load_text_encoders", letter_encoders)
         source = write_tiny_model(folder / "sd15", "sd15")
-        write_safetensors(source / "text_encoder" / "model.safetensors", clip_tensors(1, 6), {})
-        (source / "tokenizer").mkdir()
-        (source / "tokenizer" / "vocab.json").write_text("{}")
+        write_text_parts(source)
         config = tiny_config("sd15_full.yaml", source, write_images(folder / "images"), trainer={"max_steps": 2})
         fit(["fit", "--config", write_config(folder, config)])
     return folder

@@ -96,6 +96,7 @@ def test_sliced_attention_gives_the_losses_of_the_models_own(here: Path) -> None
     assert [loss for _, loss in sliced] == pytest.approx([loss for _, loss in own], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_block_checkpointing_changes_nothing_but_memory(here: Path) -> None:
     kept = logged(train(here, "sd15_full.yaml", "sd15", model={"block_checkpointing": False}), "train/loss")
     shutil.rmtree(here / "checkpoints")
@@ -104,7 +105,9 @@ def test_block_checkpointing_changes_nothing_but_memory(here: Path) -> None:
     assert [loss for _, loss in kept] == pytest.approx([loss for _, loss in logged(run, "train/loss")], rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("bf16-mixed", marks=pytest.mark.slow), pytest.param("16-mixed", marks=pytest.mark.cuda)]
+)
 def test_mixed_precision_stays_near_float32(precision: str, here: Path) -> None:
     whole = logged(train(here, "sd15_full.yaml", "sd15"), "train/loss")
     shutil.rmtree(here / "checkpoints")

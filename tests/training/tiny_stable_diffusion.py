@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
+from slicemod.training.checkpoints import write_safetensors
 from slicemod.training.content_hash import text_digest
 from slicemod.training.text_encoders import TextEmbeddings
 
@@ -61,6 +62,29 @@ def write_tiny_model(folder: Path, kind: str) -> Path:
         prediction_type="v_prediction" if kind == "sd21" else "epsilon",
     ).save_pretrained(folder / "scheduler")
     return folder
+
+
+def write_text_parts(folder: Path) -> None:
+    """Writes what stands for text_encoder/ and tokenizer/ where they are only copied: tensors by CLIP's names."""
+    write_safetensors(folder / "text_encoder" / "model.safetensors", clip_tensors(1, 6), {"format": "pt"})
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+
+
+def clip_tensors(layers: int, width: int) -> dict[str, Tensor]:
+    """A CLIP text encoder's, by transformers' names."""
+    each = {"layer_norm1": 1, "layer_norm2": 1, "mlp.fc1": 2, "mlp.fc2": 2} | {
+        f"self_attn.{part}_proj": 2 for part in ("q", "k", "v", "out")
+    }
+    tensors = {
+        f"encoder.layers.{layer}.{name}.{kind}": torch.randn(*[width] * (ndim if kind == "weight" else 1))
+        for layer in range(layers)
+        for name, ndim in each.items()
+        for kind in ("weight", "bias")
+    }
+    for name in ("embeddings.position_embedding.weight", "embeddings.token_embedding.weight"):
+        tensors[name] = torch.randn(11, width)
+    return tensors | {f"final_layer_norm.{kind}": torch.randn(width) for kind in ("weight", "bias")}
 
 
 def write_images(folder: Path) -> Path:
