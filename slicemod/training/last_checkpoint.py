@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -27,6 +29,13 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_exception=True,
             every_n_train_steps=every_n_train_steps,
         )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Removes what a process that was killed while it wrote left behind."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            for left in Path(str(self.dirpath)).glob(".last*.ckpt"):
+                left.unlink()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Saves `last.ckpt` alone, where ``ModelCheckpoint`` leaves a second file of the step beside it.

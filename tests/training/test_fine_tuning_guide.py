@@ -33,6 +33,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines if "--trainer.devices" not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["sd15_full.yaml", pytest.param("sd15_lora.yaml", marks=NEEDS_PEFT)])
 def test_the_commands_of_the_guide_run(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

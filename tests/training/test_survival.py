@@ -110,9 +110,15 @@ def test_a_killed_run_continues_to_bit_identical_weights(
     killed = run(tmp_path / "killed", config, **death)
     killed.communicate(timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
+    if "KILL_WHILE_SAVING" in death:
+        assert list((tmp_path / "killed" / "checkpoints").glob(".last*"))
     monkeypatch.chdir(tmp_path / "killed")
     fit(["fit", "--config", config, "--ckpt_path", "last"])
     assert_identical(final_state(tmp_path / "killed"), uninterrupted)
+    assert sorted(file.name for file in (tmp_path / "killed" / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "previous.ckpt",
+    ]
 
 
 @pytest.mark.slow
