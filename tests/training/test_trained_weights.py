@@ -32,14 +32,14 @@ def test_full_trains_all_and_attention_its_projections(source: Pretrained) -> No
     )  # two of each block; to_out has a bias
 
 
-@pytest.mark.parametrize("package", ["peft", "transformers"])
-def test_a_package_that_is_missing_is_named(package: str, source: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"needs the package {package}, which is not installed"):
-        if package == "peft":
-            choose_trained(source.load_unet(), "lora", LoraSettings(), seed=0)
-        else:
-            load_text_encoders(source)
+def test_a_package_that_is_missing_is_named(source: Pretrained, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("peft", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    unet = source.load_unet()
+    with pytest.raises(UserError, match="needs the package peft, which is not installed"):
+        choose_trained(unet, "lora", LoraSettings(), seed=0)
+    with pytest.raises(UserError, match="needs the package transformers, which is not installed"):
+        load_text_encoders(source)
 
 
 @pytest.mark.parametrize(
