@@ -58,7 +58,7 @@ def _task(arguments: Sequence[str]) -> str:
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue  # the parser says what is wrong with it
         if isinstance(content, dict):
-            task = str(content.get("task", task))
+            task = str(content.get("task") or task)  # a saved configuration of the digits holds null
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
     named = [after for option, after in pairs if option == "--task"]
     named += [option.removeprefix("--task=") for option in arguments if option.startswith("--task=")]
