@@ -23,8 +23,8 @@ from slicemod.shapes import AttentionShape, MaskShape, Tiles
 class Call:
     """What one call of the kernel computes besides its tensors, and in what slices.
 
-    `heads` and `rows` are those of a slice of the plan, `items` the batch items that it computes together; `seed`
-    draws the dropout of every pass anew.
+    `heads` and `rows` are those of a slice of the plan, `items` the batch items that it computes together, `keys`
+    the keys of a chunk, 0 for all at once; `seed` draws the dropout of every pass anew.
     """
 
     dropout_p: float
@@ -35,6 +35,7 @@ class Call:
     rows: int
     seed: Tensor | None
     items: int = 1
+    keys: int = 0
 
 
 def attention_sizes(
@@ -104,7 +105,7 @@ class _Workspace:
         return self._tiles[name][: math.prod(sizes)].view(sizes)
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
     """What one turn of the loop covers: batch items, heads and query rows."""
 
     items: slice
@@ -112,7 +113,7 @@ class _Turn(NamedTuple):
     rows: slice
 
 
-class _Kernel:
+class Kernel:
     """The parts that both passes share: which turns there are, and the weights of one."""
 
     def __init__(
@@ -125,70 +126,81 @@ class _Kernel:
         *,
         mask_grad: bool = False,
     ) -> None:
-        self.query, self.key, self.value, self.mask, self.call = query, key, value, mask, call
+        self.query, self.mask, self.call = query, mask, call
         sizes = attention_sizes(
             query, key, value, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, upcast=call.upcast
         )
-        self.shape = attention_shape(sizes)
-        if self.shape.mask is not None:
-            self.shape = replace(self.shape, mask=replace(self.shape.mask, has_grad=mask_grad))
-        self.tiles = Tiles.of_slice(self.shape, call.heads, call.rows, call.items)
+        shape = attention_shape(sizes)
+        if shape.mask is not None:
+            shape = replace(shape, mask=replace(shape.mask, has_grad=mask_grad))
+        self.tiles = Tiles.of_slice(shape, call.heads, call.rows, call.items, call.keys)
+        self.shape = self.tiles.shape
         self.dtype = torch.float32 if self.tiles.converts else query.dtype
+        self.all_keys = slice(0, self.shape.keys)
         self.space: _Workspace
-        self.generator: torch.Generator | None = None
 
     def allocate(self, sizes: dict[str, int]) -> None:
+        """Make the workspace: tiles of so many elements."""
         self.space = _Workspace(sizes, self.query, self.dtype)
-        if self.call.seed is not None:
-            self.generator = torch.Generator(self.query.device).manual_seed(int(self.call.seed))
 
-    def key_turns(self) -> Iterator[tuple[slice, slice, list[_Turn]]]:
+    def generator(self) -> torch.Generator | None:
+        """Draws the dropout of one pass over the slices, the same in every pass; None without dropout."""
+        seed = self.call.seed
+        return None if seed is None else torch.Generator(self.query.device).manual_seed(int(seed))
+
+    def key_turns(self) -> Iterator[tuple[slice, slice, list[Turn]]]:
         """Batch items, key heads, and the turns that read these: what shares loaded keys."""
         group, at_once = self.shape.group, self.tiles.heads
         width = max(group, at_once)
-        row_ranges = _ranges(0, self.shape.queries, self.tiles.rows)
-        for items in _ranges(0, self.shape.batch, self.tiles.items):
-            for shared in _ranges(0, self.shape.heads, width):
-                head_ranges = _ranges(shared.start, shared.stop, at_once)
-                turns = [_Turn(items, heads, rows) for heads in head_ranges for rows in row_ranges]
+        row_ranges = ranges(0, self.shape.queries, self.tiles.rows)
+        for items in ranges(0, self.shape.batch, self.tiles.items):
+            for shared in ranges(0, self.shape.heads, width):
+                head_ranges = ranges(shared.start, shared.stop, at_once)
+                turns = [Turn(items, heads, rows) for heads in head_ranges for rows in row_ranges]
                 yield items, slice(shared.start // group, shared.stop // group), turns
 
-    def load(self, name: str, matrices: Tensor, items: slice, key_heads: slice) -> Tensor:
-        """Key or value of some heads, `(items * key heads, M, D)`, in the dtype of the scores."""
-        source = matrices[items, key_heads]
+    def load(self, name: str, matrices: Tensor, items: slice, key_heads: slice, keys: slice) -> Tensor:
+        """Key or value of some heads, `(items * key heads, m, D)`, in the dtype of the scores."""
+        source = matrices[items, key_heads, keys]
         return self.copied(name, source) if name in self.space else source.flatten(0, 1)
 
     def copied(self, name: str, source: Tensor) -> Tensor:
         """`(items, heads, ., .)` copied into a tile, `(items * heads, ., .)`."""
         return self.space.tile(name, *source.shape).copy_(source).flatten(0, 1)
 
-    def place(self, name: str, target: Tensor, turn: _Turn) -> Tensor:
+    def place(self, name: str, target: Tensor, turn: Turn) -> Tensor:
         """Where a product of a turn is written, `(items * heads, r, .)`: in its place, or in a tile for `settle`."""
         part = target[turn]
         return (self.space.tile(name, *part.shape) if self.tiles.stages else part).flatten(0, 1)
 
-    def settle(self, written: Tensor, target: Tensor, turn: _Turn) -> None:
+    def settle(self, written: Tensor, target: Tensor, turn: Turn) -> None:
         """Copy what was written into a tile to its place."""
         if self.tiles.stages:
             part = target[turn]
             part.copy_(written.view(part.shape))
 
-    def scaled_query(self, turn: _Turn) -> Tensor:
+    def scaled_query(self, turn: Turn) -> Tensor:
         """`(items * heads, r, D)`."""
         return self.copied("query", self.query[turn]).mul_(self.call.scale)
 
-    def weights(self, query: Tensor, key: Tensor, turn: _Turn) -> Tensor:
-        """Softmax of the scores of one turn, `(items * heads, r, M)`, before dropout."""
+    def scores(self, query: Tensor, key: Tensor, turn: Turn, keys: slice) -> Tensor:
+        """Scaled and masked scores of one turn with some keys, `(items * heads, r, m)`."""
         scores = self.space.tile("scores", query.shape[0], query.shape[1], key.shape[1])
-        torch.bmm(_grouped(query, key), key.transpose(1, 2), out=_grouped(scores, key))
+        torch.bmm(grouped(query, key), key.transpose(1, 2), out=grouped(scores, key))
         if self.call.is_causal:
             # Also the blocks that no query sees: SDPA multiplies their values by zero, which carries NaN on.
             future = self.space.tile("mask", *scores.shape[1:])
-            scores.add_(future.fill_(-math.inf).triu_(turn.rows.start + 1))
+            scores.add_(future.fill_(-math.inf).triu_(turn.rows.start - keys.start + 1))
+        if self.mask is not None:
+            by_item = scores.view(turn.items.stop - turn.items.start, -1, *scores.shape[1:])
+            by_item.add_(self._additive(_mask_part(self.mask, turn, keys)))
+        return scores
+
+    def weights(self, query: Tensor, key: Tensor, turn: Turn) -> Tensor:
+        """Softmax of the scores of one turn, `(items * heads, r, M)`, before dropout."""
+        scores = self.scores(query, key, turn, self.all_keys)
         if self.mask is None:
             return torch.softmax(scores, -1, out=scores)
-        by_item = scores.view(turn.items.stop - turn.items.start, -1, *scores.shape[1:])
-        by_item.add_(self._additive(_mask_part(self.mask, turn)))
         maximum = self.space.tile("row_maximum", *scores.shape[:2], 1)
         dead_rows = torch.amax(scores, -1, keepdim=True, out=maximum) == -math.inf
         # A row without a key has no weights, as in PyTorch's SDPA; its softmax is 0 / 0.
@@ -201,18 +213,19 @@ class _Kernel:
         # Adding -inf, rather than writing it, sends NaN and inf of the scores where SDPA sends them.
         return tile.fill_(-math.inf).masked_fill_(part, 0) if part.dtype == torch.bool else tile.copy_(part)
 
-    def draw(self, weights: Tensor) -> Tensor:
+    def draw(self, weights: Tensor, generator: torch.Generator) -> Tensor:
         """Dropout's factor for each weight: 0, or 1 / (1 - p)."""
         factor = self.space.tile("dropout", *weights.shape)
         keep = 1 - self.call.dropout_p
-        return factor.bernoulli_(keep, generator=self.generator).div_(keep) if keep > 0 else factor.zero_()
+        return factor.bernoulli_(keep, generator=generator).div_(keep) if keep > 0 else factor.zero_()
 
 
-def _ranges(start: int, stop: int, width: int) -> list[slice]:
+def ranges(start: int, stop: int, width: int) -> list[slice]:
+    """`start` to `stop` in parts of `width`, the last one of what is left."""
     return [slice(first, min(first + width, stop)) for first in range(start, stop, width)]
 
 
-def _grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
+def grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
     """`(heads, r, .)` of a tile as `(key heads, heads per key head * r, .)`: one product per key head."""
     heads, rows, width = per_query_head.shape
     if heads == key.shape[0]:
@@ -220,9 +233,9 @@ def _grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
     return per_query_head.view(key.shape[0], heads // key.shape[0] * rows, width)
 
 
-def _mask_part(mask: Tensor, turn: _Turn) -> Tensor:
+def _mask_part(mask: Tensor, turn: Turn, keys: slice) -> Tensor:
     """The part of a 4-D mask that concerns a turn: its own sizes, or 1 where the mask is broadcast."""
-    return mask[tuple(part if size > 1 else slice(None) for part, size in zip(turn, mask.shape, strict=False))]
+    return mask[tuple(part if size > 1 else slice(None) for part, size in zip((*turn, keys), mask.shape, strict=True))]
 
 
 def math_forward(
@@ -234,22 +247,23 @@ def math_forward(
         The output `(B, H, N, Dv)`, and the weights `(B, H, N, M)` before dropout if they are to be kept, else an
         empty tensor.
     """
-    kernel = _Kernel(query, key, value, mask, call)
+    kernel = Kernel(query, key, value, mask, call)
     kernel.allocate(kernel.tiles.forward)
+    generator = kernel.generator()
     output = empty_heads(query, value.shape[3])
     kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=kernel.dtype)
     for items, key_heads, turns in kernel.key_turns():
-        keys = kernel.load("key", key, items, key_heads)
-        values = kernel.load("value", value, items, key_heads)
+        keys = kernel.load("key", key, items, key_heads, kernel.all_keys)
+        values = kernel.load("value", value, items, key_heads, kernel.all_keys)
         for turn in turns:
             weights = kernel.weights(kernel.scaled_query(turn), keys, turn)
             if keep_weights:
                 part = kept[turn]
                 part.copy_(weights.view(part.shape))
-            if call.dropout_p > 0:
-                weights.mul_(kernel.draw(weights))
+            if generator is not None:
+                weights.mul_(kernel.draw(weights, generator))
             written = kernel.place("output", output, turn)  # (items * heads, r, Dv)
-            torch.bmm(_grouped(weights, keys), values, out=_grouped(written, keys))
+            torch.bmm(grouped(weights, keys), values, out=grouped(written, keys))
             kernel.settle(written, output, turn)
     return output, kept
 
@@ -276,28 +290,29 @@ def math_backward(
     Gradients of key and value are summed over the slices in the dtype of the scores, float32 for upcast ones.
     """
     need_query, need_key, need_value, need_mask = needs
-    kernel = _Kernel(query, key, value, mask, call, mask_grad=need_mask)
+    kernel = Kernel(query, key, value, mask, call, mask_grad=need_mask)
     kernel.allocate(kernel.tiles.backward)
+    generator = kernel.generator()
     grad_query, grad_key, grad_value, mask_sum = empty_gradients(query, key, value, None, needs)
     if need_mask and mask is not None:
         mask_sum = mask.new_zeros(mask.shape, dtype=kernel.dtype)
     for items, key_heads, turns in kernel.key_turns():
-        keys = kernel.load("key", key, items, key_heads)
-        values = kernel.load("value", value, items, key_heads)
-        key_sum = _accumulator(kernel, "grad_key", grad_key[items, key_heads]) if need_key else None
-        value_sum = _accumulator(kernel, "grad_value", grad_value[items, key_heads]) if need_value else None
+        keys = kernel.load("key", key, items, key_heads, kernel.all_keys)
+        values = kernel.load("value", value, items, key_heads, kernel.all_keys)
+        key_sum = accumulator(kernel, "grad_key", grad_key[items, key_heads]) if need_key else None
+        value_sum = accumulator(kernel, "grad_value", grad_value[items, key_heads]) if need_value else None
         for turn in turns:
             part = kernel.scaled_query(turn)
             grad_part = kernel.copied("output", grad_output[turn])
             weights = kernel.copied("scores", kept[turn]) if kept.numel() else kernel.weights(part, keys, turn)
             grad_weights = kernel.space.tile("grad_scores", *weights.shape)
-            factor = kernel.draw(weights) if call.dropout_p > 0 else None
+            factor = None if generator is None else kernel.draw(weights, generator)
             if value_sum is not None:
                 dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
-                value_sum.baddbmm_(_grouped(dropped, keys).transpose(1, 2), _grouped(grad_part, keys))
+                value_sum.baddbmm_(grouped(dropped, keys).transpose(1, 2), grouped(grad_part, keys))
             if not (need_query or need_key or need_mask):
                 continue
-            torch.bmm(_grouped(grad_part, keys), values.transpose(1, 2), out=_grouped(grad_weights, keys))
+            torch.bmm(grouped(grad_part, keys), values.transpose(1, 2), out=grouped(grad_weights, keys))
             if factor is not None:
                 grad_weights.mul_(factor)
             grad_scores = torch.ops.aten._softmax_backward_data.out(
@@ -305,17 +320,14 @@ def math_backward(
             )
             if need_query:
                 written = kernel.place("grad_query", grad_query, turn)  # (items * heads, r, D)
-                torch.bmm(_grouped(grad_scores, keys), keys, out=_grouped(written, keys))
+                torch.bmm(grouped(grad_scores, keys), keys, out=grouped(written, keys))
                 written.mul_(call.scale)
                 kernel.settle(written, grad_query, turn)
             if key_sum is not None:
-                key_sum.baddbmm_(_grouped(grad_scores, keys).transpose(1, 2), _grouped(part, keys))
+                key_sum.baddbmm_(grouped(grad_scores, keys).transpose(1, 2), grouped(part, keys))
             if need_mask:
-                _add_mask_gradient(kernel, mask_sum, grad_scores, turn)
-        for target, summed in ((grad_key, key_sum), (grad_value, value_sum)):
-            if kernel.tiles.accumulates and summed is not None:
-                place = target[items, key_heads]
-                place.copy_(summed.view(place.shape))
+                add_mask_gradient(kernel, mask_sum, grad_scores, turn, kernel.all_keys)
+        settle_sums(kernel, items, key_heads, (grad_key, key_sum), (grad_value, value_sum))
     grad_mask = mask_sum.to(mask.dtype) if need_mask and mask is not None else mask_sum
     return grad_query, grad_key, grad_value, grad_mask
 
@@ -332,13 +344,22 @@ def empty_gradients(
     return grads[0], grads[1], grads[2], grad_mask
 
 
-def _accumulator(kernel: _Kernel, name: str, place: Tensor) -> Tensor:
+def accumulator(kernel: Kernel, name: str, place: Tensor) -> Tensor:
     """Where the turns sum the gradient of some key heads, `(items * key heads, M, .)`: its place, or a tile."""
     return (kernel.space.tile(name, *place.shape) if kernel.tiles.accumulates else place).zero_().flatten(0, 1)
 
 
-def _add_mask_gradient(kernel: _Kernel, mask_sum: Tensor, grad_scores: Tensor, turn: _Turn) -> None:
-    part = _mask_part(mask_sum, turn)
+def settle_sums(kernel: Kernel, items: slice, key_heads: slice, *sums: tuple[Tensor, Tensor | None]) -> None:
+    """Copy gradients that `accumulator` summed in tiles to their places."""
+    for target, summed in sums:
+        if kernel.tiles.accumulates and summed is not None:
+            place = target[items, key_heads]
+            place.copy_(summed.view(place.shape))
+
+
+def add_mask_gradient(kernel: Kernel, mask_sum: Tensor, grad_scores: Tensor, turn: Turn, keys: slice) -> None:
+    """Add the gradient of some scores to that of the mask, summed over what the mask is broadcast along."""
+    part = _mask_part(mask_sum, turn, keys)
     gradient = grad_scores.view(turn.items.stop - turn.items.start, -1, *grad_scores.shape[1:])
     broadcast = [axis for axis in range(4) if part.shape[axis] != gradient.shape[axis]]
     if broadcast:

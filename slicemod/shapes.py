@@ -5,7 +5,7 @@ one list serves both, so that a plan cannot promise other bytes than the loop ta
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slicemod.onednn_scratch import flash_scratch_bytes
 
@@ -129,6 +129,18 @@ class AttentionShape:
         """Bytes of the full score matrix, `B*H * N * M * e`."""
         return self.batch_heads * self.queries * self.keys * self.score_itemsize
 
+    def at_side(self, side: int) -> "AttentionShape":
+        """The same attention in a square image of `side` pixels, with a query for each 8 by 8 of them.
+
+        Self-attention has as many keys; the keys of a context stay as they are.
+        """
+        queries = (side // 8) ** 2
+        keys = queries if self.keys == self.queries else self.keys
+        mask = self.mask
+        if mask is not None:
+            mask = replace(mask, queries=queries if mask.queries > 1 else 1, keys=keys if mask.keys > 1 else 1)
+        return replace(self, queries=queries, keys=keys, mask=mask)
+
     def heads_at_once(self, heads: int) -> int:
         """Most heads that one turn of the loop covers when a slice has `heads` of the `B*H`.
 
@@ -174,19 +186,26 @@ class AttentionShape:
 class Tiles:
     """The workspace of the sliced kernel: elements of each tile, for one turn of the loop.
 
-    A turn covers `items` batch items by `heads` heads by `rows` rows. The tiles have the dtype of the scores; a tile
-    of 0 elements is not used.
+    A turn covers `items` batch items by `heads` heads by `rows` rows, and all keys or `keys` of them after another,
+    if that is not 0. The tiles have the dtype of the scores; a tile of 0 elements is not used.
     """
 
     shape: AttentionShape
     heads: int
     rows: int
     items: int = 1
+    keys: int = 0
 
     @classmethod
-    def of_slice(cls, shape: AttentionShape, heads: int, rows: int, items: int = 1) -> "Tiles":
-        """The tiles of a slice of `heads` of the `B*H` by `rows` rows that computes `items` batch items together."""
-        return cls(shape, shape.heads_at_once(heads), max(1, min(rows, shape.queries)), items)
+    def of_slice(cls, shape: AttentionShape, heads: int, rows: int, items: int = 1, keys: int = 0) -> "Tiles":
+        """The tiles of a slice of `heads` of the `B*H` by `rows` rows that computes `items` batch items together.
+
+        Of `keys` keys at a time if that is not 0; sums over the chunks of half precision are kept in float32.
+        """
+        keys = keys if 0 < keys < shape.keys else 0
+        if keys:
+            shape = replace(shape, upcast=True)
+        return cls(shape, shape.heads_at_once(heads), max(1, min(rows, shape.queries)), items, keys)
 
     @property
     def _all_heads(self) -> int:
@@ -195,6 +214,11 @@ class Tiles:
     @property
     def _all_key_heads(self) -> int:
         return self.items * max(1, self.heads // self.shape.group)
+
+    @property
+    def keys_at_once(self) -> int:
+        """Keys `m` of a chunk, or all of them."""
+        return self.keys or self.shape.keys
 
     @property
     def converts(self) -> bool:
@@ -218,8 +242,8 @@ class Tiles:
 
     @property
     def scores(self) -> int:
-        """`(items * heads, rows, M)`: scores, then weights."""
-        return self._all_heads * self.rows * self.shape.keys
+        """`(items * heads, rows, m)`: scores, then weights."""
+        return self._all_heads * self.rows * self.keys_at_once
 
     @property
     def query(self) -> int:
@@ -233,29 +257,35 @@ class Tiles:
 
     @property
     def key(self) -> int:
-        """`(items * key heads, M, D)`."""
-        return self._all_key_heads * self.shape.keys * self.shape.head_dim
+        """`(items * key heads, m, D)`."""
+        return self._all_key_heads * self.keys_at_once * self.shape.head_dim
 
     @property
     def value(self) -> int:
-        """`(items * key heads, M, Dv)`."""
-        return self._all_key_heads * self.shape.keys * self.shape.values
+        """`(items * key heads, m, Dv)`."""
+        return self._all_key_heads * self.keys_at_once * self.shape.values
 
     @property
     def mask(self) -> int:
         """The additive form of the mask's slice, or the sum of its gradient, before broadcasting."""
         if self.shape.causal:
-            return self.rows * self.shape.keys
+            return self.rows * self.keys_at_once
         mask = self.shape.mask
         if mask is None or not (mask.is_bool or mask.other_dtype or mask.has_grad or self.converts):
             return 0
         items, heads = (self.items if mask.batch > 1 else 1), (self.heads if mask.heads > 1 else 1)
-        return items * heads * (self.rows if mask.queries > 1 else 1) * mask.keys
+        keys = self.keys_at_once if mask.keys > 1 else 1
+        return items * heads * (self.rows if mask.queries > 1 else 1) * keys
 
     @property
     def row_maximum(self) -> int:
         """`(items * heads, rows, 1)`: finds the rows that a mask leaves without a key."""
         return self._all_heads * self.rows if self.shape.mask is not None else 0
+
+    @property
+    def row_statistics(self) -> int:
+        """`(4, items * heads, rows, 1)`: what a softmax over chunks of keys carries from one to the next."""
+        return 4 * self._all_heads * self.rows if self.keys else 0
 
     @property
     def forward(self) -> dict[str, int]:
@@ -264,7 +294,8 @@ class Tiles:
             "query": self.query,
             "scores": self.scores,
             "mask": self.mask,
-            "row_maximum": self.row_maximum,
+            "row_maximum": 0 if self.keys else self.row_maximum,
+            "row_statistics": self.row_statistics,
         }
         if self.shape.dropout:
             sizes["dropout"] = self.scores
@@ -280,24 +311,37 @@ class Tiles:
         sizes = self.forward | {"output": _aligned(self.output), "grad_scores": _aligned(self.scores)}
         if self.stages:
             sizes["grad_query"] = _aligned(self.query)
-        if self.accumulates:
-            sizes |= {"grad_key": _aligned(self.key), "grad_value": _aligned(self.value)}
+        if self.keys:
+            sizes["row_product"] = _aligned(self._all_heads * self.rows)
+        if self.accumulates:  # over all keys, as each turn adds to every chunk
+            all_keys = self._all_key_heads * self.shape.keys
+            sizes |= {
+                "grad_key": _aligned(all_keys * self.shape.head_dim),
+                "grad_value": _aligned(all_keys * self.shape.values),
+            }
         return sizes
+
+    def workspace(self, *, training: bool) -> int:
+        """Bytes of the one buffer that holds all tiles."""
+        return sum((self.backward if training else self.forward).values()) * self.shape.score_itemsize
+
+    def largest_buffer(self, *, training: bool, checkpoint: bool = True) -> int:
+        """Bytes of the largest single allocation: the workspace, or the weights that are kept."""
+        kept = 0 if checkpoint or not training else self.shape.scores_bytes
+        return max(self.workspace(training=training), kept)
 
     def peak(self, *, training: bool, checkpoint: bool = True) -> int:
         """Peak bytes beyond inputs, output and input gradients.
 
         `training` counts the backward pass; without `checkpoint` the weights of all slices live on between the two.
         """
-        itemsize = self.shape.score_itemsize
         rest = self.row_maximum + _SCALAR_BYTES  # the rows without a key are marked by a bool each
-        if not training:
-            return sum(self.forward.values()) * itemsize + rest
-        kept = 0 if checkpoint else self.shape.scores_bytes
+        if training and not checkpoint:
+            rest += self.shape.scores_bytes
         mask = self.shape.mask
-        if self.converts and mask is not None and mask.has_grad:
-            kept += mask.elements * itemsize  # its gradient is summed in the dtype of the scores
-        return kept + sum(self.backward.values()) * itemsize + rest
+        if training and self.converts and mask is not None and mask.has_grad:
+            rest += mask.elements * self.shape.score_itemsize  # its gradient is summed in the dtype of the scores
+        return self.workspace(training=training) + rest
 
 
 def _aligned(elements: int) -> int:

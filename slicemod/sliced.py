@@ -18,6 +18,7 @@ from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
 from slicemod.fused import fused_attention, fused_obstacle
 from slicemod.half_plan import half_kernel
+from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
     Call,
     attention_shape,
@@ -52,19 +53,20 @@ def _attention(
     items: int,
     heads: int,
     rows: int,
+    keys: int,
 ) -> tuple[Tensor, Tensor]:
-    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
-    return with_smaller_slices(
-        lambda call: math_forward(query, key, value, mask, call, keep_weights=keep_weights),
-        call,
-        query.shape[2],
-        query.device,
-    )
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        if 0 < call.keys < key.shape[2]:
+            return chunked_forward(query, key, value, mask, call)
+        return math_forward(query, key, value, mask, call, keep_weights=keep_weights)
+
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    return with_smaller_slices(run, call, query.shape[2], query.device)
 
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-    *_, upcast, keep_weights, _items, _heads, _rows = settings
+    *_, upcast, keep_weights, _items, _heads, _rows, _keys = settings
     dtype = torch.float32 if upcast and query.dtype.itemsize < 4 else query.dtype
     kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=dtype)
     return empty_heads(query, value.shape[3]), kept
@@ -86,16 +88,18 @@ def _attention_backward(
     items: int,
     heads: int,
     rows: int,
+    keys: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
     wanted = (needs[0], needs[1], needs[2], needs[3])
-    return with_smaller_slices(
-        lambda call: math_backward(grad_output, query, key, value, mask, kept, call, wanted),
-        call,
-        query.shape[2],
-        query.device,
-    )
+
+    def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if 0 < call.keys < key.shape[2]:
+            return chunked_backward(grad_output, query, key, value, mask, call, wanted)
+        return math_backward(grad_output, query, key, value, mask, kept, call, wanted)
+
+    call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    return with_smaller_slices(run, call, query.shape[2], query.device)
 
 
 @_attention_backward.register_fake
@@ -107,9 +111,9 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, *settings, _keep_weights, items, heads, rows = inputs
+    query, key, value, mask, seed, *settings, _keep_weights, items, heads, rows, keys = inputs
     ctx.save_for_backward(query, key, value, mask, seed, output[1])
-    ctx.settings = (*settings, items, heads, rows)
+    ctx.settings = (*settings, items, heads, rows, keys)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or the kept weights would get a gradient of zeros, as large as they are
 
@@ -119,8 +123,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) 
     grads: Sequence[Tensor | None] = [None] * 4
     if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
         query, key, value, mask, seed, _ = ctx.saved_tensors
-        dropout_p, is_causal, scale, upcast, items, heads, rows = ctx.settings
-        call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items)
+        dropout_p, is_causal, scale, upcast, items, heads, rows, keys = ctx.settings
+        call = Call(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
         grads = differentiable_gradients(grad_output, query, key, value, mask, call, needs)
     elif grad_output is not None:
         grads = _attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
@@ -300,6 +304,7 @@ def _follow(
         output, *_ = bf16_attention(query, key, value, scale, plan.heads, plan.rows, training)
     else:
         seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
-        settings = dropout_p, is_causal, scale, plan.upcast, training and not plan.checkpoint
-        output, _ = _attention(query, key, value, mask, seed, *settings, plan.items, plan.heads, plan.rows)
+        keep_weights = training and not plan.checkpoint and not plan.keys
+        settings = dropout_p, is_causal, scale, plan.upcast, keep_weights
+        output, _ = _attention(query, key, value, mask, seed, *settings, plan.items, plan.heads, plan.rows, plan.keys)
     return output

@@ -30,6 +30,7 @@ ORDER = (
     "fused.py",
     "workspace.py",
     "math_kernel.py",
+    "key_chunks.py",
     "out_of_memory.py",
     "double_backward.py",
     "bf16_kernel.py",

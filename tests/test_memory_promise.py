@@ -15,6 +15,9 @@ from torch import Tensor
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
+from slicemod.math_kernel import attention_shape, attention_sizes
+from slicemod.plan import plan_slices
+from slicemod.shapes import Tiles
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import Inputs, layer_inputs
@@ -49,7 +52,7 @@ def size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def promise_and_peak(inputs: Inputs, slicing: SliceConfig, *, training: bool, **more: Any) -> tuple[int, int]:
+def promise_and_peak(inputs: Inputs, slicing: SliceConfig | None, *, training: bool, **more: Any) -> tuple[int, int]:
     """What the plan says, and what was measured beyond the output and, in backward, the input gradients."""
     leaves = inputs.leaves()
     wanted = list(leaves.differentiable().values())
@@ -145,6 +148,38 @@ def test_no_input_is_copied_whole(training: bool, layout: str) -> None:
     promised, peak = promise_and_peak(inputs, slicing, training=training)
     assert 0.95 * promised <= peak <= promised <= 200 * 1024
     assert size([inputs.query]) > 5 * 200 * 1024
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("more_than_least", [0, 20_000])
+@pytest.mark.parametrize("kind", ["none", "bool", "float32", "gradient", "causal", "dropout", "grouped", "spaced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_peak_of_key_chunks_is_what_the_plan_says(
+    dtype: torch.dtype, kind: str, more_than_least: int, training: bool
+) -> None:
+    masks = {"bool": torch.rand(67, 1013) > 0.3, "float32": torch.randn(67, 1013)}
+    masks["gradient"] = torch.randn(1, 1013).to(dtype).requires_grad_()
+    heads, more = (4, {"key_heads": 2}) if kind == "grouped" else (3, {})
+    inputs = layer_inputs(dtype, heads=heads, queries=67, keys=1013, mask=masks.get(kind), **more)
+    if kind == "causal":
+        inputs.settings["is_causal"] = True
+    if kind == "spaced":
+        inputs.key = inputs.key.repeat_interleave(2, -1)[..., ::2]
+    dropout_p = 0.3 if kind == "dropout" else 0.0
+    if more_than_least == 0:  # a score at a time takes many turns
+        inputs.query, inputs.mask = inputs.query[:, :, :1], None
+    sizes = attention_sizes(
+        *(inputs.query, inputs.key, inputs.value, inputs.mask),
+        dropout_p=dropout_p,
+        is_causal=kind == "causal",
+        upcast=dtype.itemsize < 4,
+    )
+    shape = attention_shape(sizes)
+    least = Tiles.of_slice(shape, 1, 1, keys=1).peak(training=training)
+    plan = plan_slices(shape, least + more_than_least, policy="exact", device_type="cpu", training=training)
+    assert 0 < plan.keys < 1013
+    promised, peak = promise_and_peak(inputs, None, plan=plan, training=training, dropout_p=dropout_p)
+    assert 0.95 * promised <= peak <= promised <= least + more_than_least
 
 
 @pytest.mark.parametrize("budget", ["200KiB", "2MiB"])

@@ -29,7 +29,13 @@ SLICINGS: dict[str, dict[str, Any]] = {
     "kept weights": {"steps": 5, "kernel": "math", "checkpoint": False},
     "upcast": {"steps": 5, "kernel": "math", "upcast": True},
 }
-BLOCKS = {"heads": (2, 61), "uneven heads": (4, 61), "rows of single heads": (1, 17)}  # batch x heads, rows
+BLOCKS = {  # batch x heads, rows, keys
+    "heads": (2, 61, 0),
+    "uneven heads": (4, 61, 0),
+    "rows of single heads": (1, 17, 0),
+    "key chunks": (1, 17, 7),
+    "key chunks of heads": (4, 61, 23),
+}
 WAYS = [*SLICINGS, *BLOCKS]
 
 
@@ -41,8 +47,9 @@ def by(way: str, dtype: torch.dtype = torch.float32) -> Attention:
     """Attention in one of `WAYS`."""
     if way in SLICINGS:
         return sliced(SLICINGS[way])
-    heads, rows = BLOCKS[way]
-    return sliced(plan=SlicePlan("heads", 1, heads, 0, "math", "test", heads, rows, upcast=dtype.itemsize < 4))
+    heads, rows, keys = BLOCKS[way]
+    upcast = dtype.itemsize < 4
+    return sliced(plan=SlicePlan("heads", 1, heads, 0, "math", "test", heads, rows, upcast=upcast, keys=keys))
 
 
 three_slices = by("uneven slices")
@@ -176,7 +183,7 @@ LAYOUTS = [
 def test_strides_do_not_matter(dtype: torch.dtype, key_heads: int | None, layout: str, which: str) -> None:
     inputs = layer_inputs(dtype, heads=6, key_heads=key_heads)
     setattr(inputs, which, strided(layout, getattr(inputs, which)))
-    for way in ("uneven slices", "rows of single heads", "auto"):
+    for way in ("uneven slices", "rows of single heads", "key chunks", "auto"):
         assert_as_exact_as_sdpa(by(way, dtype), inputs)
 
 
@@ -216,7 +223,8 @@ def calls(draw: st.DrawFn) -> tuple[Inputs, SlicePlan]:
         mask = torch.rand(*sizes, keys) > 0.4 if kind == "bool" else torch.randn(*sizes, keys).to(dtype)
         mask.requires_grad_(kind == "gradient")
     slice_heads, rows = draw(st.integers(1, batch * heads)), draw(st.integers(1, queries))
-    plan = SlicePlan("heads", 1, 1, 0, "math", "test", slice_heads, rows, draw(st.booleans()), dtype.itemsize < 4)
+    half, chunk = dtype.itemsize < 4, draw(st.integers(0, keys))
+    plan = SlicePlan("heads", 1, 1, 0, "math", "test", slice_heads, rows, draw(st.booleans()), half, keys=chunk)
     return Inputs(query, key, value, mask, options), plan
 
 
@@ -252,7 +260,9 @@ def assert_same_specials(ours: Tensor, theirs: Tensor) -> None:
 PLACES = [*itertools.product(["query", "key", "value"], ["none", "bool", "dead", "additive", "causal"])]
 
 
-@pytest.mark.parametrize("way", ["one slice", "uneven slices", "single rows", "rows of single heads"])
+@pytest.mark.parametrize(
+    "way", ["one slice", "uneven slices", "single rows", "rows of single heads", "key chunks", "key chunks of heads"]
+)
 @pytest.mark.parametrize(("where", "masked"), [*PLACES, ("mask", "additive")])
 @pytest.mark.parametrize("special", SPECIAL)
 def test_nan_and_inf_go_where_sdpa_sends_them(where: str, special: str, masked: str, way: str) -> None:
@@ -272,12 +282,13 @@ def test_nan_and_inf_go_where_sdpa_sends_them(where: str, special: str, masked: 
 
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("where", ["query", "key", "value", "grad_output"])
-def test_nan_and_inf_go_where_sdpa_sends_them_in_gradients(where: str, special: str) -> None:
+@pytest.mark.parametrize("way", ["uneven slices", "key chunks"])
+def test_nan_and_inf_go_where_sdpa_sends_them_in_gradients(way: str, where: str, special: str) -> None:
     inputs, grad_output = layer_inputs(), layer_like(2, 3, 61, 11)
     target = grad_output if where == "grad_output" else getattr(inputs, where)
     target[1, 2, 7, 5] = SPECIAL[special]
     both = []
-    for attention in (F.scaled_dot_product_attention, three_slices):
+    for attention in (F.scaled_dot_product_attention, by(way)):
         leaves = inputs.leaves()
         with sdpa_kernel(SDPBackend.MATH):
             output = leaves.run(attention)
