@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs benchmarks figures clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
@@ -22,13 +22,33 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The documentation as a site under build/docs.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "built: build/docs/index.html"
+
+# Measures what README and docs show, for about half an hour on an idle machine; then `make figures`.
+benchmarks: $(VENV)/installed
+	$(BIN)/slicemod bench --largest 2 --resolution 256 512 768 --dtype float32 bfloat16 --rounds 5 \
+		--peers sdpa full 'diffusers-sliced*' ldm 'memory-*' flex slicemod slicemod-exact --json docs/benchmarks/layers.json
+	$(BIN)/slicemod bench --work sd15-unet --resolution 256 512 --dtype bfloat16 float32 --mode inference --rounds 5 \
+		--peers sdpa diffusers-full diffusers-sliced ldm slicemod slicemod-exact --json docs/benchmarks/unet.json
+	$(BIN)/slicemod bench --growth --rounds 3 --json docs/benchmarks/growth.json
+
+# The pictures and tables of README and docs from docs/benchmarks/*.json.
+figures: $(VENV)/installed
+	rm -rf docs/images/benchmarks
+	$(BIN)/slicemod bench --from docs/benchmarks/layers.json --plots docs/images/benchmarks/layers --into README.md docs/benchmarks.md
+	$(BIN)/slicemod bench --from docs/benchmarks/unet.json --plots docs/images/benchmarks/unet --into docs/benchmarks.md
+	$(BIN)/slicemod bench --from docs/benchmarks/growth.json --plots docs/images/benchmarks/growth --into docs/benchmarks.md
+
 # The CompVis code that the tests swap into comes without what it depends on: tests need its UNet alone.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("slicemod needs Python 3.11 or newer, got " + sys.version.split()[0] + "; call make with PYTHON=python3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,dev,docs]'
 	$(BIN)/python -m pip install --no-deps --constraint constraints.txt stable-diffusion-sdkit
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

@@ -1,6 +1,6 @@
 """slicemod: exact attention in slices that fit a memory budget, for latent-diffusion UNets."""
 
-from slicemod.adapters import compvis, diffusers  # noqa: F401 - each registers its host
+from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes  # noqa: F401 - each registers its host
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.budget import free_memory
 from slicemod.plan import NotEnoughMemoryError, SlicePlan, plan_slices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slicemod import NotEnoughMemoryError, __version__
 from slicemod.user_error import UserError
@@ -23,7 +23,9 @@ COMMANDS = {
     "validate": Command("slicemod.training.fit_command", "measure a checkpoint on the validation split"),
     "sample": Command("slicemod.training.sample_command", "draw images from a checkpoint"),
     "export": Command("slicemod.training.export_command", "write a checkpoint in diffusers' folder layout"),
-    "plan": Command("slicemod.planning.plan_command", "tell whether a UNet's attention fits, and in how many slices"),
+    "plan": Command(
+        "slicemod.planning.plan_command", "tell whether a UNet's step fits a device, and in how many slices"
+    ),
     "bench": Command("slicemod.bench.bench_command", "time attention against its peers on this machine"),
 }
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is the shell's for Ctrl-C
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"there is no command {name!r}: expected one of {', '.join(COMMANDS)}.")
-        status: int = import_module(COMMANDS[name].module).run(given)
+        status: int = _module_of(name).run(given)
         return status
     except (UserError, NotEnoughMemoryError) as error:
         print(f"slicemod {name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -57,6 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"slicemod {name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _module_of(name: str) -> Any:
+    try:
+        return import_module(COMMANDS[name].module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "slicemod":
+            raise
+        raise UserError(
+            f"needs the package {error.name}, which is not installed. Install slicemod with its extra `train`, from a "
+            "clone by `pip install -e '.[train]'`."
+        ) from error
 
 
 def _help() -> str:

@@ -16,7 +16,7 @@ import torch
 from slicemod.shapes import AttentionShape, Tiles, ceil_div, square_resolution
 
 Axis = Literal["query", "heads"]
-Kernel = Literal["fused", "math"]
+Kernel = Literal["fused", "math", "bf16"]
 Policy = Literal["heuristic", "doggettx", "invokeai", "mps", "exact"]
 
 SAFETY_FACTOR = 3.3  # covers fragmentation and concurrent allocations
@@ -52,12 +52,13 @@ class SlicePlan:
         steps: how many slices.
         slice_size: query rows, or batch x heads, of a slice; the last slice may be smaller.
         peak_bytes: most bytes that the attention holds beyond its inputs, its output and its input gradients.
-        kernel: "fused", PyTorch's own fused attention, or "math", the sliced one.
+        kernel: "fused", PyTorch's own fused attention; "math", the sliced one; or "bf16", the sliced one for CPUs that
+            multiply bfloat16.
         policy: the policy that decided, or "pinned" where the number of steps was given.
         heads: batch x heads of a slice, or fewer where the device allows no buffer that large.
         rows: query rows of a slice.
         checkpoint: the backward pass recomputes each slice; otherwise the weights of all slices are kept for it.
-        upcast: the tiles of the sliced kernel are float32 where the inputs have half precision.
+        upcast: tiles are float32 where the inputs have half precision; a fused kernel then takes some heads at a time.
         items: batch items that are computed together; more than one where they are small.
         keys: keys of a slice, which carries a running softmax from one chunk of keys to the next; 0 for all keys.
     """
@@ -80,7 +81,8 @@ class SlicePlan:
             return f"fused, {self.peak_bytes:,} bytes ({self.policy})"
         slices = f"{self.steps} x {self.slice_size} {'rows' if self.axis == 'query' else 'heads'}"
         slices += f" by {self.keys} keys" if self.keys else ""
-        return f"{slices}, {self.peak_bytes:,} bytes ({self.policy})"
+        kernel = "" if self.kernel == "math" else f"{self.kernel}, "
+        return f"{kernel}{slices}, {self.peak_bytes:,} bytes ({self.policy})"
 
 
 class Slices(NamedTuple):
@@ -386,13 +388,13 @@ def _sliced_plan(
     )
 
 
-def fused_peak(shape: AttentionShape, device_type: str, *, training: bool) -> int:
+def fused_peak(shape: AttentionShape, device_type: str, *, training: bool, packs: bool = False) -> int:
     """Peak bytes of PyTorch's fused attention beyond inputs, output and input gradients.
 
-    Measured on the CPU. Elsewhere what flash attention is known to keep: the log-sum-exp of each row and, in
-    training, the row sums and a float32 gradient of the query.
+    Measured on the CPU, where `packs` says that it multiplies bfloat16 natively. Elsewhere what flash attention is
+    known to keep: the log-sum-exp of each row and, in training, the row sums and a float32 gradient of the query.
     """
     if device_type == "cpu":
-        return shape.flash_peak(torch.get_num_threads(), training=training)
+        return shape.flash_peak(torch.get_num_threads(), training=training, packs=packs)
     rows = shape.batch_heads * shape.queries
     return rows * 4 * (1 + (1 + shape.head_dim if training else 0))

@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from slicemod import budget as memory
+from slicemod.half_plan import HalfKernel, bf16_plan, float32_flash_plan
 from slicemod.plan import (
     POLICIES,
     NotEnoughMemoryError,
@@ -36,8 +37,9 @@ class SliceConfig:
         budget: what the attention may allocate beyond its inputs and its output: "auto" (the free memory), bytes,
             a size such as "512MiB", or a fraction of the free memory such as 0.25.
         policy: who decides the number of slices: "heuristic", "doggettx", "invokeai", "mps" or "exact".
-        kernel: "fused", PyTorch's fused attention; "math", the sliced one; "auto", fused where it is certain to run
-            and the budget allows, sliced otherwise.
+        kernel: "fused", PyTorch's fused attention; "math", the sliced one; "auto", the faster of the kernels that are
+            certain to run and that the budget allows: products in bfloat16 on a CPU that has these, or the fused one;
+            the sliced one otherwise.
         steps: pins the number of slices along the query.
         checkpoint: recompute each slice in the backward pass; otherwise keep its weights, as autograd does.
         upcast: compute scores in float32.
@@ -145,7 +147,13 @@ class SliceConfig:
         return replace(self, budget=available)
 
     def plan(
-        self, shape: AttentionShape, device: torch.device, *, training: bool, fused_obstacle: str | None
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        training: bool,
+        fused_obstacle: str | None,
+        half_kernel: HalfKernel | None = None,
     ) -> SlicePlan:
         """The plan of one call. Reads the free memory where the budget refers to it.
 
@@ -154,6 +162,7 @@ class SliceConfig:
             device: where it runs.
             training: gradients will be needed.
             fused_obstacle: why no fused kernel would run, or None if one would.
+            half_kernel: the kernel that suits half precision on this processor.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
@@ -167,9 +176,25 @@ class SliceConfig:
             device.type,
             training,
             fused_obstacle,
+            half_kernel,
             torch.get_num_threads(),
             POLICIES[self.policy],
         )
+
+    def _half_plan(
+        self,
+        shape: AttentionShape,
+        available: int,
+        training: bool,
+        fused_obstacle: str | None,
+        half_kernel: HalfKernel | None,
+    ) -> SlicePlan | None:
+        threads = torch.get_num_threads()
+        if half_kernel == "bf16" and self.kernel == "auto" and not self.upcast:
+            return bf16_plan(shape, available, policy=self.policy, training=training, threads=threads)
+        if half_kernel == "float32" and fused_obstacle is None:
+            return float32_flash_plan(shape, available, policy=self.policy, training=training, threads=threads)
+        return None
 
     def _over_budget(
         self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str, side: int
@@ -188,6 +213,7 @@ def _plan(
     device_type: str,
     training: bool,
     fused_obstacle: str | None,
+    half_kernel: HalfKernel | None,
     *_on_what_else_it_depends: object,
 ) -> SlicePlan:
     """The plan that fits in `available` bytes."""
@@ -196,6 +222,10 @@ def _plan(
             f'kernel: expected a call that a fused kernel computes, since kernel="fused"; {fused_obstacle}. '
             'Take kernel="auto" or kernel="math".'
         )
+    if slicing.kernel != "math" and slicing.steps is None:
+        half = slicing._half_plan(shape, available, training, fused_obstacle, half_kernel)
+        if half is not None:
+            return half
     if slicing.kernel != "math" and fused_obstacle is None and slicing.steps is None:
         fused = plan_slices(
             shape,
@@ -205,10 +235,15 @@ def _plan(
             kernel="fused",
             training=training,
         )
+        packs = half_kernel == "bf16"
+        if packs:
+            fused = replace(fused, peak_bytes=fused_peak(shape, device_type, training=training, packs=True))
         if fused.peak_bytes <= available:
             return fused
         if slicing.kernel == "fused":
-            side = largest_square(shape, lambda shape: fused_peak(shape, device_type, training=training) <= available)
+            side = largest_square(
+                shape, lambda shape: fused_peak(shape, device_type, training=training, packs=packs) <= available
+            )
             raise slicing._over_budget(fused, available, shape, 'take kernel="auto", which slices', side)
     shape = replace(shape, upcast=shape.upcast or slicing.upcast)
 

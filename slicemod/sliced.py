@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from slicemod.attention_inputs import as_four_dims, autocast_input, check_inputs
+from slicemod.bf16_attention import bf16_attention
 from slicemod.double_backward import differentiable_gradients
+from slicemod.float32_flash import float32_flash
 from slicemod.fused import fused_attention, fused_obstacle
+from slicemod.half_plan import half_kernel
 from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
     Call,
@@ -135,11 +138,22 @@ _attention.register_autograd(_gradients, setup_context=_save_for_backward)
 
 @_constant_in_graph
 def _decide(
-    settings: tuple[Any, ...], sizes: tuple[Any, ...], device: str, training: bool, fused_obstacle: str | None
+    settings: tuple[Any, ...],
+    sizes: tuple[Any, ...],
+    device: str,
+    training: bool,
+    fused_obstacle: str | None,
+    dtype: torch.dtype | None,
 ) -> SlicePlan:
     """The plan of a call; while a graph is traced this runs outside of it, and its answer is a constant in there."""
-    slicing, shape = _checked_config(*settings), attention_shape(sizes)
-    return slicing.plan(shape, torch.device(device), training=training, fused_obstacle=fused_obstacle)
+    half = None if dtype is None else half_kernel(dtype, torch.device(device))
+    return _checked_config(*settings).plan(
+        attention_shape(sizes),
+        torch.device(device),
+        training=training,
+        fused_obstacle=fused_obstacle,
+        half_kernel=half,
+    )
 
 
 _checked_config = lru_cache(typed=True)(SliceConfig)  # a budget of 1 byte is not one of 1.0, all there is
@@ -152,6 +166,7 @@ def _plan(
     mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    scale: float | None,
     obstacle: str | None,
     settings: tuple[Any, ...],
 ) -> SlicePlan:
@@ -159,7 +174,9 @@ def _plan(
     # Half precision has no matrix product of float32 accuracy on a CPU; the tiles are float32 there.
     upcast = query.device.type == "cpu" and query.element_size() < 4
     sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
-    return _decide(settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle)
+    # Only a positive scale leaves the maximum of a row's products that of its scores.
+    dtype = query.dtype if scale is None or scale > 0 else None
+    return _decide(settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle, dtype)
 
 
 def _settings(slicing: SliceConfig | Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -262,27 +279,35 @@ def planned_attention(
         output = (query @ key.new_zeros(1, 1, head_dim, 1)) * value.new_zeros(value.shape[3])  # (B, H, N, Dv)
         return output.reshape(*lead, queries, value.shape[3]), None
     if plan is None:
-        plan = _plan(query, key, value, mask, dropout_p, is_causal, obstacle, settings)
+        plan = _plan(query, key, value, mask, dropout_p, is_causal, scale, obstacle, settings)
+    output = _follow(plan, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+    return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan
+
+
+def _follow(
+    plan: SlicePlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Attention of 4-D inputs by the plan's kernel."""
+    if plan.kernel == "fused" and not plan.upcast:
+        return fused_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+    scale = 1 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale
+    training = _needs_grad(query, key, value, mask)
+    output: Tensor
     if plan.kernel == "fused":
-        output = fused_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+        output, _ = float32_flash(query, key, value, mask, is_causal, scale, plan.heads, training)
+    elif plan.kernel == "bf16":
+        output, *_ = bf16_attention(query, key, value, scale, plan.heads, plan.rows, training)
     else:
         seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
-        scale = 1 / math.sqrt(max(head_dim, 1)) if scale is None else scale
-        keep_weights = not plan.checkpoint and not plan.keys and _needs_grad(query, key, value, mask)
-        output, _ = _attention(
-            query,
-            key,
-            value,
-            mask,
-            seed,
-            dropout_p,
-            is_causal,
-            scale,
-            plan.upcast,
-            keep_weights,
-            plan.items,
-            plan.heads,
-            plan.rows,
-            plan.keys,
-        )
-    return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan
+        keep_weights = training and not plan.checkpoint and not plan.keys
+        settings = dropout_p, is_causal, scale, plan.upcast, keep_weights
+        output, _ = _attention(query, key, value, mask, seed, *settings, plan.items, plan.heads, plan.rows, plan.keys)
+    return output

@@ -1,13 +1,14 @@
 """Swapping the attention of a model that others wrote for ours, and back.
 
 A `Host` knows one family of attention layers; the adapters register theirs. `swap_attention` walks the model, asks
-the hosts, and reports. Projections are reused, so state dict keys, optimizers and EMA stay valid.
+the hosts, and reports. Projections are reused, so state dict keys, optimizers and EMA stay valid. A swapped layer holds
+what it replaced, so that copies and pickles of a model can be restored on their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
@@ -20,18 +21,22 @@ class Host(Protocol):
     """One family of attention layers."""
 
     name: str
+    guessed: bool  # known by its parts alone: swapped only where `filter_fn` chooses it
 
     def recognises(self, module: nn.Module) -> bool:
         """The module is an attention layer of this family, swapped or not."""
 
+    def holder(self, module: nn.Module) -> Any:
+        """What holds `slicing` and `plan` of a swapped layer; None where the layer is not swapped."""
+
     def obstacle(self, module: nn.Module) -> str | None:
-        """Why this layer cannot be swapped, or None."""
+        """Why this layer, which is not swapped, cannot be; None where it can."""
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> Any:
-        """Swap the layer, or set `slicing` where it is swapped already; return what holds its `plan`."""
+        """Swap the layer; return its holder."""
 
-    def restore(self, parent: nn.Module, child: str) -> bool:
-        """Give the layer its own attention back; False where it was not swapped."""
+    def restore(self, parent: nn.Module, child: str) -> None:
+        """Give the swapped layer its own attention back."""
 
 
 HOSTS: list[Host] = []
@@ -39,12 +44,16 @@ HOSTS: list[Host] = []
 
 @dataclass(frozen=True)
 class SwappedLayer:
-    """One swapped layer: its path in the model, its host's name, its settings, and what holds its plan."""
+    """One swapped layer: its path in the model, its host's name, its settings, what holds its plan.
+
+    `before` are the settings that it had before, None where it had its own attention.
+    """
 
     name: str
     host: str
     slicing: SliceConfig
     holder: Any
+    before: SliceConfig | None = None
 
     @property
     def plan(self) -> SlicePlan | None:
@@ -55,10 +64,14 @@ class SwappedLayer:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_attention` did: the layers it swapped, and those it left alone with the reason why."""
+    """What `swap_attention` did: the layers it swapped, and those it left alone with the reason why.
+
+    As a context manager it undoes this on leaving: `with swap_attention(model): ...`
+    """
 
     layers: tuple[SwappedLayer, ...]
     skipped: tuple[tuple[str, str], ...]
+    model: nn.Module = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [f"swapped {len(self.layers)} attention layers, skipped {len(self.skipped)}"]
@@ -67,6 +80,21 @@ class SwapReport:
             lines.append(f"  {layer.name} ({layer.host}): {layer.slicing}{plan}")
         lines += [f"  {name}: skipped, {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
+
+    def __enter__(self) -> SwapReport:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        before = {id(layer.holder): layer.before for layer in reversed(self.layers)}
+        for _, parent, child, host in _attention_layers(self.model):
+            holder = host.holder(parent.get_submodule(child))
+            if id(holder) not in before:
+                continue
+            slicing = before[id(holder)]
+            if slicing is None:
+                host.restore(parent, child)
+            else:
+                holder.slicing = slicing
 
 
 def swap_attention(
@@ -81,10 +109,12 @@ def swap_attention(
         model: a UNet, VAE or any model with attention layers that a host recognises. Swapped in place; a second
             swap only changes the settings.
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
-        filter_fn: given a layer's path and module, whether to swap it.
+        filter_fn: given a layer's path and module, whether to swap it. Modules of unknown classes that have `to_q`,
+            `to_k`, `to_v`, `to_out` and `heads`, and are called as CrossAttention is, are swapped only where it
+            chooses them: that they compute softmax attention and nothing more is for you to know.
 
     Returns:
-        What was swapped, and what was skipped and why.
+        What was swapped, and what was skipped and why. Used in a `with` statement, it undoes the swap on leaving.
 
     Raises:
         ValueError: the model has no attention layer to swap.
@@ -93,10 +123,17 @@ def swap_attention(
     layers, skipped = [], []
     for name, parent, child, host in _attention_layers(model):
         module = parent.get_submodule(child)
+        holder = host.holder(module)
+        obstacle = None if holder is not None else host.obstacle(module)
         if filter_fn is not None and not filter_fn(name, module):
             skipped.append((name, "filter_fn said no"))
-        elif (obstacle := host.obstacle(module)) is not None:
+        elif obstacle is not None:
             skipped.append((name, obstacle))
+        elif holder is not None:
+            layers.append(SwappedLayer(name, host.name, slicing, holder, before=holder.slicing))
+            holder.slicing = slicing
+        elif host.guessed and filter_fn is None:
+            skipped.append((name, f"{type(module).__name__} only looks like attention; choose it with filter_fn"))
         else:
             layers.append(SwappedLayer(name, host.name, slicing, host.swap(parent, child, slicing)))
     if not layers:
@@ -106,20 +143,26 @@ def swap_attention(
             f"{'none' if not skipped else 'only such as cannot be swapped'} in {type(model).__name__}.{reasons} "
             "Pass the UNet or VAE itself, not a pipeline."
         )
-    return SwapReport(tuple(layers), tuple(skipped))
+    return SwapReport(tuple(layers), tuple(skipped), model)
 
 
 def restore_attention(model: nn.Module) -> int:
     """Give every swapped layer of `model` its own attention back, the very same object; return how many."""
-    return sum(host.restore(parent, child) for _, parent, child, host in _attention_layers(model))
+    restored = 0
+    for _, parent, child, host in _attention_layers(model):
+        if host.holder(parent.get_submodule(child)) is not None:
+            host.restore(parent, child)
+            restored += 1
+    return restored
 
 
 def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
     """Path, parent, name and host of every attention layer below `model`."""
-    return [
-        (f"{path}.{child}" if path else child, parent, child, host)
-        for path, parent in model.named_modules()
-        for child, module in vars(parent)["_modules"].items()  # named_children leaves out what occurs twice
-        for host in HOSTS
-        if module is not None and host.recognises(module)
-    ]
+    found = []
+    hosts = sorted(HOSTS, key=lambda host: host.guessed)
+    for path, parent in model.named_modules():
+        for child, module in vars(parent)["_modules"].items():  # named_children leaves out what occurs twice
+            host = next((host for host in hosts if module is not None and host.recognises(module)), None)
+            if host is not None:
+                found.append((f"{path}.{child}" if path else child, parent, child, host))
+    return found

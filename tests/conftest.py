@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import hypothesis
 import pytest
 import torch
@@ -36,3 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def omegaconf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LDM's UNet asks whether its `context_dim` is an omegaconf list; in tests it is a number."""
+    lists = types.ModuleType("omegaconf.listconfig")
+    vars(lists)["ListConfig"] = type("ListConfig", (list,), {})
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, "omegaconf.listconfig", lists)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from slicemod.reference import reference_attention
 
 Attention = Callable[..., Tensor]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -124,3 +125,11 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     scale = max(float(tensor.abs().max()) for tensor in theirs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * scale)
+
+
+def with_random_weights(model: Model) -> Model:
+    """The model with none of the zeros that its authors start some layers with, which would hide what they get."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model

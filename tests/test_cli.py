@@ -32,6 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         checkpoint = train_tiny(folder)
     checkpoint.rename(folder / "good.ckpt")
+    checkpoint.with_name("previous.ckpt").unlink()
     whole = (folder / "good.ckpt").read_bytes()
     (folder / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     (folder / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Intruder()}))

@@ -1,27 +1,76 @@
-"""The Python in README.md runs, in one session from top to bottom."""
+"""The Python in README.md and docs/ runs, page by page from top to bottom, and links lead somewhere."""
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from ldm.util import instantiate_from_config
+from torch import nn
 
-README = Path(__file__).parents[1] / "README.md"
+from slicemod import MemoryAwareCrossAttention, SliceConfig
+from tests.adapters import sgm_stand_in
+from tests.documents import PAGES, ROOT, python_blocks
+
+README = ROOT / "README.md"
 
 
-def test_python_blocks_of_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)  # our own text
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def run_blocks(page: Path) -> None:
+    """Runs blocks in one session; those with prompts are doctests, whose printed results have to come."""
+    names: dict[str, Any] = {}
+    for number, block in enumerate(python_blocks(page), 1):
+        title = f"{page.name}, block {number}"
+        if ">>> " in block:
+            test = doctest.DocTestParser().get_doctest(block, names, title, str(page), 0)
+            wrong: list[str] = []
+            doctest.DocTestRunner(verbose=False).run(test, out=wrong.append, clear_globs=False)
+            assert wrong == [], "".join(wrong)
+            names.update(test.globs)
+        else:
+            exec(compile(block, title, "exec"), names)  # our own text
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+def test_python_blocks_run(page: Path) -> None:
+    run_blocks(page)
+
+
+def test_python_blocks_of_the_readme_print_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(python_blocks(README)) >= 3
+    run_blocks(README)
     printed = capsys.readouterr().out
     assert "bytes (exact)" in printed
     assert re.search(r"swapped \d+ attention layers, skipped 0", printed)
 
 
-def test_pictures_and_files_that_the_readme_names_exist() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    assert targets
-    assert [target for target in targets if not (README.parent / target).exists()] == []
+def configs() -> dict[str, dict[str, object]]:
+    """The blocks of YAML, by the name that each begins with."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {name: block for text in blocks for name, block in yaml.safe_load(text).items()}
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_the_unet_config_of_the_readme_builds_a_swapped_unet() -> None:
+    unet: nn.Module = instantiate_from_config(configs()["unet_config"])
+    ours = [module for module in unet.modules() if isinstance(module, MemoryAwareCrossAttention)]
+    assert {layer.slicing for layer in ours} == {SliceConfig(budget="2GiB", policy="exact")}
+
+
+def test_the_network_config_of_the_readme_names_the_mode_of_the_sgm_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = sgm_stand_in.import_adapter(monkeypatch)
+    assert configs()["network_config"]["params"] == {"spatial_transformer_attn_type": adapter.MODE}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pictures_and_files_that_a_page_names_exist(page: Path) -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in target]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+    assert targets or page != README

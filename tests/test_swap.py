@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,4 +170,129 @@ def test_a_layer_in_two_places_is_swapped_in_both(places: tuple[str, str]) -> No
 
 
 def test_hosts_are_registered_by_importing_the_package() -> None:
-    assert [host.name for host in swap.HOSTS] == ["CompVis LDM", "diffusers"]
+    assert {host.name for host in swap.HOSTS} == {"CompVis LDM", "CompVis VAE", "diffusers", "lookalikes"}
+
+
+def test_a_with_statement_gives_the_same_objects_back() -> None:
+    model, x = blocks(), torch.randn(2, 61, 32)
+    before, expected = list(model.named_modules()), model(x)
+    with swap_attention(model, MATH) as report:
+        assert names(report) == ALL
+        torch.testing.assert_close(model(x), expected)
+        assert all(layer.plan is not None for layer in report.layers)
+    assert list(model.named_modules()) == before
+    assert torch.equal(model(x), expected)
+
+
+def test_a_with_statement_restores_after_an_exception_and_lets_it_pass() -> None:
+    model = blocks()
+    before = list(model.named_modules())
+    with pytest.raises(KeyError, match="step 7"), swap_attention(model, MATH):
+        raise KeyError("step 7")
+    assert list(model.named_modules()) == before
+
+
+def test_an_inner_with_statement_gives_back_the_settings_of_the_outer_one() -> None:
+    model = blocks()
+
+    def steps() -> list[int | None]:
+        return [vars(model.get_submodule(name))["slicing"].steps for name in ALL]
+
+    with swap_attention(model, MATH, filter_fn=lambda name, module: name != "1.attn2"):
+        with swap_attention(model, {"kernel": "math", "steps": 5}) as inner:
+            assert steps() == [5, 5, 5, 5]
+            assert [layer.before is None for layer in inner.layers] == [False, False, False, True]
+        assert type(model.get_submodule("1.attn2")) is CrossAttention
+        swap_attention(model, MATH, filter_fn=lambda name, module: name == "1.attn2")
+        assert steps() == [3, 3, 3, 3]
+    assert [type(model.get_submodule(name)) for name in ALL[:3]] == [CrossAttention] * 3
+    assert isinstance(model.get_submodule("1.attn2"), MemoryAwareCrossAttention)  # a swap of its own
+
+
+def test_leaving_a_with_statement_after_restoring_by_hand_changes_nothing() -> None:
+    model = blocks()
+    before = list(model.named_modules())
+    with swap_attention(model, MATH):
+        restore_attention(model)
+    assert list(model.named_modules()) == before
+
+
+def test_a_report_kept_with_its_model_can_be_copied_and_pickled() -> None:
+    model = blocks()
+    kept = {"model": model, "report": swap_attention(model, MATH)}
+    other: dict[str, Any] = pickle.loads(pickle.dumps(copy.deepcopy(kept)))
+    other["model"](torch.randn(2, 61, 32))
+    assert all(layer.plan is not None for layer in other["report"].layers)
+    assert kept["report"].layers[0].plan is None  # type: ignore[attr-defined]
+    with other["report"]:
+        pass
+    assert type(other["model"].get_submodule("0.attn1")) is CrossAttention
+    assert isinstance(model.get_submodule("0.attn1"), MemoryAwareCrossAttention)
+
+
+def test_backward_hooks_work_on_whichever_layer_is_there() -> None:
+    model, x = blocks(), torch.randn(2, 61, 32, requires_grad=True)
+    calls: list[str] = []
+
+    def hook(module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        assert grad_input[0].shape == grad_output[0].shape == x.shape
+        calls.append(type(module).__name__)
+
+    first = model.get_submodule("0.attn1").register_full_backward_hook(hook)
+    swap_attention(model, MATH)
+    second = model.get_submodule("1.attn1").register_full_backward_hook(hook)
+    model(x).sum().backward()
+    assert calls == ["MemoryAwareCrossAttention"] * 2
+    restore_attention(model)
+    model(x).sum().backward()
+    assert calls[2:] == ["CrossAttention"] * 2
+    first.remove()
+    second.remove()
+    model(x).sum().backward()
+    assert len(calls) == 4
+
+
+def test_projections_that_were_wrapped_after_the_swap_stay_wrapped() -> None:
+    """As LoRA does."""
+
+    class Doubled(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = 2 * self.base(x)
+            return output
+
+    model, x = blocks(), torch.randn(2, 61, 32)
+    plain = model(x)
+    swap_attention(model, MATH)
+    layer: Any = model.get_submodule("0.attn1")
+    layer.to_v = Doubled(layer.to_v)
+    expected, keys = model(x), list(model.state_dict())
+    assert not torch.allclose(expected, plain)
+    restore_attention(model)
+    torch.testing.assert_close(model(x), expected)
+    assert list(model.state_dict()) == keys
+    layer = model.get_submodule("0.attn1")
+    layer.to_v = layer.to_v.base
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("first", ["swap", "ddp"])
+def test_distributed_data_parallel_trains_a_model_that_is_swapped_before_or_after(first: str, tmp_path: Path) -> None:
+    model, x = blocks(), torch.randn(2, 61, 32)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if first == "swap":
+            swap_attention(model, MATH)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        if first == "ddp":
+            assert names(swap_attention(parallel, MATH)) == [f"module.{name}" for name in ALL]
+        parallel(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-3)

@@ -2,82 +2,124 @@
 
 from __future__ import annotations
 
-import torch
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
 from torch import nn
 
+from slicemod.adapters.replacement import ReplacingHost, extra_state
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.slice_config import SliceConfig
-from slicemod.swap import HOSTS
+from slicemod.swap import HOSTS, swap_attention
 
 _CLASSES = ("CrossAttention", "MemoryEfficientCrossAttention")
 _PARTS = ("to_q", "to_k", "to_v", "to_out")
-_ORIGINAL = "_slicemod_original"
+_ARGUMENTS = tuple(inspect.signature(MemoryAwareCrossAttention.forward).parameters)
 
 
-class CompVisHost:
+class CrossAttentionHost(ReplacingHost):
+    """Modules with the parts of CrossAttention that are called as it is."""
+
+    parts = _PARTS
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """A layer that holds more, is called otherwise or whose sizes do not fit is left alone."""
+        return extra_state(module, _PARTS) or _other_call(module) or _other_sizes(module)
+
+    def replacement(self, original: Any, slicing: SliceConfig) -> MemoryAwareCrossAttention:
+        """MemoryAwareCrossAttention of the same sizes."""
+        inner = original.to_q.out_features
+        swapped = MemoryAwareCrossAttention(
+            original.to_q.in_features,
+            original.to_k.in_features,
+            original.heads,
+            inner // original.heads,
+            slicing=slicing,
+        )
+        swapped.scale = float(getattr(original, "scale", swapped.scale))
+        return swapped
+
+
+class CompVisHost(CrossAttentionHost):
     """`CrossAttention` and `MemoryEfficientCrossAttention` of `ldm` and `sgm`, known by class name and parts."""
 
     name = "CompVis LDM"
 
-    def recognises(self, module: nn.Module) -> bool:
+    def matches(self, original: nn.Module) -> bool:
         """A CrossAttention by name, with its projections."""
-        if isinstance(module, MemoryAwareCrossAttention):
-            return _ORIGINAL in module.__dict__
-        return type(module).__name__ in _CLASSES and all(hasattr(module, part) for part in _PARTS)
+        return type(original).__name__ in _CLASSES and has_parts(original)
 
-    def obstacle(self, module: nn.Module) -> str | None:
-        """A layer that holds more than the four projections computes something else, and is left alone."""
-        if isinstance(module, MemoryAwareCrossAttention):
-            return None
-        more = [name for name, _ in module.named_children() if name not in _PARTS]
-        more += [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-        if more:
-            return f"it holds {', '.join(more)} besides {', '.join(_PARTS)}"
-        for part in ("to_q", "to_k", "to_v"):
-            kind = type(module.get_submodule(part))
-            if kind is not nn.Linear:
-                return f"its {part} is a {kind.__name__}, not nn.Linear"
+
+def has_parts(module: nn.Module) -> bool:
+    """The module has the four projections and a number of heads."""
+    parts = all(isinstance(getattr(module, part, None), nn.Module) for part in _PARTS)
+    return parts and isinstance(getattr(module, "heads", None), int)
+
+
+def _other_call(module: nn.Module) -> str | None:
+    """That the module's `forward` takes what MemoryAwareCrossAttention's does not; None where it does not."""
+    arguments = tuple(inspect.signature(type(module).forward).parameters)
+    if arguments == _ARGUMENTS[: len(arguments)]:
         return None
-
-    def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> MemoryAwareCrossAttention:
-        """Put a module with the same projections, hooks and modes in the layer's place."""
-        module = parent.get_submodule(child)
-        if isinstance(module, MemoryAwareCrossAttention):
-            module.slicing = slicing
-            return module
-        swapped = _with_parts_of(module, slicing)
-        setattr(parent, child, swapped)
-        return swapped
-
-    def restore(self, parent: nn.Module, child: str) -> bool:
-        """Put the layer itself back."""
-        module = parent.get_submodule(child)
-        if not isinstance(module, MemoryAwareCrossAttention):
-            return False
-        original: nn.Module = module.__dict__[_ORIGINAL]
-        original.training = module.training
-        setattr(parent, child, original)
-        return True
+    return f"its forward takes ({', '.join(arguments[1:])}) instead of ({', '.join(_ARGUMENTS[1:])})"
 
 
-def _with_parts_of(module: nn.Module, slicing: SliceConfig) -> MemoryAwareCrossAttention:
-    heads = int(vars(module)["heads"])
-    to_q, to_k = module.get_submodule("to_q"), module.get_submodule("to_k")
-    if not isinstance(to_q, nn.Linear) or not isinstance(to_k, nn.Linear):
-        raise TypeError(f"{type(module).__name__}: expected to_q and to_k to be nn.Linear, as `obstacle` asks for.")
-    with torch.device("meta"):  # its own projections are never used
-        swapped = MemoryAwareCrossAttention(
-            to_q.in_features, to_k.in_features, heads, to_q.out_features // heads, slicing=slicing
+def _other_sizes(module: Any) -> str | None:
+    """That the projections' sizes are not those of multi-head attention; None where they are."""
+    for part in ("to_q", "to_k", "to_v"):
+        projection = getattr(module, part)
+        if not all(isinstance(getattr(projection, size, None), int) for size in ("in_features", "out_features")):
+            return f"its {part} is a {type(projection).__name__}, not a linear layer"
+    query, key, value = module.to_q.out_features, module.to_k.out_features, module.to_v.out_features
+    if query != key or query % module.heads or value % module.heads:
+        return f"its projections give {query}, {key} and {value} channels, which {module.heads} heads cannot share"
+    if module.to_k.in_features != module.to_v.in_features:
+        return f"its to_k takes {module.to_k.in_features} channels and its to_v {module.to_v.in_features}"
+    if isinstance(module.to_out, nn.ModuleList | nn.ModuleDict):
+        return f"its to_out is a {type(module.to_out).__name__}, which cannot be called"
+    return None
+
+
+def build(unet: Mapping[str, Any], slicing: SliceConfig | Mapping[str, Any] | None = None) -> nn.Module:
+    """A model of an LDM config with its attention swapped, for `instantiate_from_config` of `ldm` and `sgm`.
+
+    In the config of a latent-diffusion model::
+
+        unet_config:
+          target: slicemod.adapters.compvis.build
+          params:
+            unet: {target: ldm.modules.diffusionmodules.openaimodel.UNetModel, params: {...}}
+            slicing: {budget: 2GiB, policy: exact}
+
+    Args:
+        unet: the block that was there before: `target`, the dotted name of a class, and `params`, its arguments.
+        slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
+
+    Returns:
+        The model that the block describes.
+
+    Raises:
+        ValueError: the block has no target, a target that does not exist, or a model without attention to swap.
+    """
+    target = unet.get("target") if isinstance(unet, Mapping) else None
+    if not isinstance(target, str):
+        raise ValueError(
+            f"unet: expected a block with target and params, as unet_config had it; got {unet!r}. "
+            "Move the former target and params of unet_config there."
         )
-    swapped.scale = float(vars(module).get("scale", swapped.scale))
-    for part in _PARTS:
-        setattr(swapped, part, module.get_submodule(part))
-    swapped.training = module.training
-    hooks = [name for name in vars(swapped) if "_hooks" in name]
-    swapped.__dict__.update({name: vars(module)[name] for name in hooks})
-    # Not through setattr: as a registered child it would double the keys of the state dict.
-    swapped.__dict__[_ORIGINAL] = module
-    return swapped
+    module, _, name = target.rpartition(".")
+    try:
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"unet.target: expected the dotted name of a class that can be imported; got {target!r}: {error}. "
+            "Correct the name or install the package."
+        ) from error
+    model: nn.Module = make(**unet.get("params", {}))
+    swap_attention(model, slicing)
+    return model
 
 
 HOSTS.append(CompVisHost())

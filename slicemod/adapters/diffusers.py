@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from slicemod.attention import attend
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
-from slicemod.swap import HOSTS
-
-# The processors that compute plain attention, which is what SlicemodAttnProcessor computes too.
-_PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
 
 class SlicemodAttnProcessor:
-    """Attention of a diffusers `Attention` layer, in slices; does all that diffusers' AttnProcessor2_0 does.
+    """Attention of a diffusers `Attention` layer, in slices; does all that diffusers' default processors do.
+
+    These are AttnProcessor2_0 and, for a layer with added key and value projections, AttnAddedKVProcessor2_0.
 
     Args:
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
@@ -30,7 +29,7 @@ class SlicemodAttnProcessor:
     def __init__(self, slicing: SliceConfig | Mapping[str, Any] | None = None) -> None:
         self.slicing = SliceConfig.of(slicing)
         self.plan: SlicePlan | None = None
-        self.replaced: object = None
+        self.replaced: Any = None  # what `swap_attention` found in its place
 
     def __repr__(self) -> str:
         plan = "" if self.plan is None else f", plan: {self.plan}"
@@ -55,94 +54,89 @@ class SlicemodAttnProcessor:
 
         Returns:
             As `hidden_states`.
+
+        Raises:
+            NotEnoughMemoryError: no plan fits the budget.
+        """
+        return self.attend_as(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    def make_way(self, attn: Any) -> None:
+        """Give `attn`, which has this processor, the one back that was replaced."""
+        attn.set_processor(self.replaced)
+
+    def attend_as(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+        more: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """What calling the processor does.
+
+        `more` turns the query `(B, H, N, D)` and the attention's output `(B, N, H D)` into the output to project.
         """
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
-        image_size = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
-        if image_size is not None:
-            hidden_states = rearrange(hidden_states, "b c h w -> b (h w) c")
+        added = attn.add_k_proj is not None
+        is_image = added or hidden_states.ndim == 4
+        if is_image:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (B, N, C)
+        tokens = hidden_states
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         if encoder_hidden_states is None:
-            encoder_hidden_states = hidden_states
+            encoder_hidden_states = tokens if added else hidden_states
         elif attn.norm_cross:
             encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
 
-        batch, keys, _ = encoder_hidden_states.shape
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, keys, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])  # (B, H, 1 or N, M)
+        mask = attention_mask
+        if mask is not None:
+            # A layer with added projections gets masks of the added keys, to which its own keys are appended.
+            mask = _key_mask(attn, mask, len(residual), (tokens if added else encoder_hidden_states).shape[1])
         query, key, value = (
-            rearrange(tensor, "b n (h d) -> b h n d", h=attn.heads)
-            for tensor in (
-                attn.to_q(hidden_states),
-                attn.to_k(encoder_hidden_states),
-                attn.to_v(encoder_hidden_states),
-            )
+            rearrange(projected, "b n (h d) -> b h n d", h=attn.heads)
+            for projected in _projections(attn, hidden_states, encoder_hidden_states)
         )
+        del tokens, hidden_states, encoder_hidden_states
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-
-        output = attend(self, query, key, value, attention_mask, self.slicing, attn.scale)
+        output: Tensor = attend(self, query, key, value, mask, self.slicing, attn.scale)
+        del key, value
         output = rearrange(output, "b h n d -> b n (h d)").to(query.dtype)
+        if more is not None:
+            output = more(query, output)
+        del query
         output = attn.to_out[1](attn.to_out[0](output))
-        if image_size is not None:
-            height, width = image_size
-            output = rearrange(output, "b (h w) c -> b c h w", h=height, w=width)
-        if attn.residual_connection:
+        if is_image:
+            output = output.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection or added:
             output = output + residual
-        result: Tensor = output / attn.rescale_output_factor
-        return result
+        if not added and attn.rescale_output_factor != 1:
+            output = output / attn.rescale_output_factor
+        return output
 
 
-class DiffusersHost:
-    """`diffusers.models.attention_processor.Attention`, known by its name and its processor."""
-
-    name = "diffusers"
-
-    def recognises(self, module: nn.Module) -> bool:
-        """An Attention with a processor."""
-        return type(module).__name__ == "Attention" and hasattr(module, "set_processor")
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        """A processor that computes something else than plain attention is left alone."""
-        processor = type(_processor(module)).__name__
-        if processor in (*_PLAIN_PROCESSORS, SlicemodAttnProcessor.__name__):
-            return None
-        return f"its processor {processor} does more than plain attention"
-
-    def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> SlicemodAttnProcessor:
-        """Set a `SlicemodAttnProcessor` on the layer, or new settings on the one it has."""
-        module = parent.get_submodule(child)
-        current = _processor(module)
-        if isinstance(current, SlicemodAttnProcessor):
-            current.slicing = slicing
-            return current
-        processor = SlicemodAttnProcessor(slicing)
-        processor.replaced = current
-        _set_processor(module, processor)
-        return processor
-
-    def restore(self, parent: nn.Module, child: str) -> bool:
-        """Set the processor that was there before."""
-        module = parent.get_submodule(child)
-        current = _processor(module)
-        if not isinstance(current, SlicemodAttnProcessor) or current.replaced is None:
-            return False
-        _set_processor(module, current.replaced)
-        return True
+def _projections(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query `(B, N, H D)`, key and value `(B, M, H D)`."""
+    query = attn.to_q(hidden_states)
+    if attn.add_k_proj is None:
+        return query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+    key, value = attn.add_k_proj(encoder_hidden_states), attn.add_v_proj(encoder_hidden_states)
+    if attn.only_cross_attention:
+        return query, key, value
+    own_key, own_value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+    return query, torch.cat([key, own_key], dim=1), torch.cat([value, own_value], dim=1)
 
 
-def _processor(module: nn.Module) -> object:
-    return vars(module).get("processor") or dict(module.named_children()).get("processor")
+def _key_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
+    """A mask as diffusers' models pass it, `(B or B H, ..., M)`, as `(B, 1 or H, 1 or N, M)`.
 
-
-def _set_processor(module: nn.Module, processor: object) -> None:
-    set_processor: Any = module.set_processor
-    set_processor(processor)
-
-
-HOSTS.append(DiffusersHost())
+    The layer's own method pads it, and would repeat it for every head unless told that there are no items.
+    """
+    mask = attn.prepare_attention_mask(mask, keys, 0)
+    return mask.reshape(batch, mask.shape[0] // batch, -1, mask.shape[-1])

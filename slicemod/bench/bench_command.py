@@ -1,118 +1,167 @@
-"""`slicemod bench`: ours against its peers, layer by layer, on the reader's own machine."""
+"""`slicemod bench`: ours against its peers, on the reader's own machine."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from itertools import groupby
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import slicemod
 from slicemod.arguments import ArgumentParser
-from slicemod.bench.comparing import Measurement, compare, product_rate
-from slicemod.bench.peers import QUICK_WORKLOADS, WORKLOADS
+from slicemod.bench.comparing import Comparison, Setting
+from slicemod.bench.machine import describe_machine
+from slicemod.bench.markdown_blocks import fill_blocks
+from slicemod.bench.peers import Peer, find_peers
+from slicemod.bench.pictures import save_pictures
+from slicemod.bench.results import Results, load_results
+from slicemod.bench.tables import comparison_tables, growth_table, left_out_lines, machine_line
+from slicemod.bench.workloads import GROWTH_TOKENS, WORK_NAMES, CallWork, Work, find_works
+from slicemod.budget import parse_budget
 from slicemod.user_error import UserError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
+QUICK_PEERS = ("sdpa", "sdpa-math", "full", "diffusers*", "ldm", "memory-*", "slicemod", "slicemod-exact")
+GROWTH_PEERS = ("sdpa", "slicemod", "slicemod-exact")
+GROWTH_HEADS, GROWTH_HEAD_DIM = 2, 40
+QUICK_SECONDS = 100.0  # after which no comparison and no further round begins
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Measures and prints; `arguments[0]` is the command's name."""
+    """Measures and prints, or prints what was measured; `arguments[0]` is the command's name."""
     options = _parser().parse_args(arguments[1:])
-    if options.rounds < 1:
-        raise UserError(f"--rounds: expected 1 or more; got {options.rounds}.")
-    out = None if options.json is None else Path(options.json)
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--json: {out.parent} is no folder; expected one to write {out.name} into. Make it first.")
-    rate = product_rate(_DTYPES[options.dtype])
-    machine = _machine(options.dtype, rate)
-    console = Console(width=max(Console().width, 100))
-    measured: list[Measurement] = []
-    try:
-        _measure(options, rate, measured, console)
-    except KeyboardInterrupt:
-        console.print("interrupted: what was measured so far follows")
-    for table in _tables(measured):
+    console = Console(width=max(Console().width, 110))
+    if options.from_file is not None:
+        results = load_results(Path(options.from_file))
+    else:
+        results = _measure(options, list(arguments[1:]), console)
+    in_tokens = any(row.unit == "tokens" for row in results.measurements)
+    for table in [growth_table(results)] if in_tokens else comparison_tables(results):
         console.print(table)
-    console.print(", ".join(f"{name} {value}" for name, value in machine.items()), style="dim")
-    if out is not None:
-        out.write_text(json.dumps({"machine": machine, "measurements": [asdict(row) for row in measured]}, indent=2))
-        console.print(f"written to {out}")
+    for line in left_out_lines(results.left_out):
+        console.print(f"left out: {line}", style="dim", highlight=False)
+    console.print(machine_line(results), style="dim", highlight=False)
+    pictures = [] if options.plots is None else save_pictures(results, Path(options.plots))
+    for path in [*pictures, *([options.json] if options.json else [])]:
+        console.print(f"written to {path}", highlight=False)
+    for page in map(Path, options.into):
+        page.write_text(fill_blocks(page, Path(options.from_file).name, results, pictures))
+        console.print(f"figures renewed in {page}", highlight=False)
     return 0
 
 
-def _measure(options: Any, rate: float, measured: list[Measurement], console: Console) -> None:
-    workloads = QUICK_WORKLOADS if options.quick else WORKLOADS
-    modes = [mode for mode in (False, True) if options.mode in ("both", "train" if mode else "inference")]
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(workloads) * len(modes) * (options.rounds + 1))
-        for work in workloads:
-            for training in modes:
-                dtype = _DTYPES[options.dtype]
-                for result in compare(work, dtype, training=training, rounds=options.rounds, rate=rate):
-                    if isinstance(result, Measurement):
-                        measured.append(result)
-                    else:
-                        progress.update(task, advance=1, description=result)
+def _measure(options: Any, command: list[str], console: Console) -> Results:
+    """Runs every comparison; after Ctrl-C what there is."""
+    _check(options)
+    device = torch.device(options.device)
+    peers = _peers(options)
+    works = _works(options)
+    modes = options.mode or (["inference"] if options.growth else ["inference", "training"])
+    settings = [Setting(dtype, mode, compiled=options.compile) for dtype in options.dtype for mode in modes]
+    results = Results(command, describe_machine(device))
+    until = time.monotonic() + (QUICK_SECONDS if options.quick else 60 * options.minutes)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    plan = [(work, setting) for work in works for setting in settings]
+    each = len(peers) + options.rounds
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(plan) * each)
+        try:
+            for number, (work, setting) in enumerate(plan):
+                progress.update(task, completed=number * each)
+                if time.monotonic() > until:
+                    console.print(f"out of time: {work.name} ({setting}) was not begun", highlight=False)
+                    continue
+                _compare(Comparison(work, peers, setting, device), options, until, results, progress)
+        except KeyboardInterrupt:
+            console.print("interrupted: what was measured so far follows", highlight=False)
+    return results
 
 
-def _machine(dtype: str, rate: float) -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "slicemod": slicemod.__version__,
-        "dtype": dtype,
-        "large_product_gflops": round(rate / 1e9, 1),
-    }
+def _compare(comparison: Comparison, options: Any, until: float, results: Results, progress: Progress) -> None:
+    """One comparison into `results` and its file, the rounds that were done before Ctrl-C too."""
+    name = f"{comparison.work.name} ({comparison.setting})"
+    task = progress.task_ids[0]
+    try:
+        for peer in comparison.prepare():
+            progress.update(task, advance=1, description=f"{name}: checking {peer}")
+        for turn in comparison.rounds(options.rounds, until):
+            progress.update(task, advance=1, description=f"{name}: round {turn} of {options.rounds}")
+    finally:
+        results.measurements += comparison.measurements()
+        results.left_out += comparison.left_out
+        if options.json is not None:
+            results.save(Path(options.json))
 
 
-def _tables(measured: list[Measurement]) -> Iterator[Table]:
-    """A table for each layer and mode."""
-    for (workload, training), rows in groupby(measured, lambda row: (row.workload, row.training)):
-        table = Table(
-            title=f"{workload}, {'a training step' if training else 'inference'}",
-            title_justify="left",
-            box=SIMPLE,
-            min_width=88,
+def _peers(options: Any) -> list[Peer]:
+    given = options.peers or (QUICK_PEERS if options.quick else GROWTH_PEERS if options.growth else ("*",))
+    return find_peers(list(given), options.budget)
+
+
+def _works(options: Any) -> list[Work]:
+    if options.growth:
+        return [CallWork(tokens, GROWTH_HEADS, GROWTH_HEAD_DIM) for tokens in options.tokens]
+    if options.quick:  # the largest comes last, where time may be up
+        return find_works(["sd15-layers"], [512], batch=1, largest=3)[::-1]
+    return find_works(options.work, options.resolution, batch=options.batch, largest=options.largest)
+
+
+def _check(options: Any) -> None:
+    for name in ("rounds", "batch", "largest"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: expected 1 or more; got {getattr(options, name)}.")
+    if options.minutes <= 0:
+        raise UserError(f"--minutes: expected more than 0; got {options.minutes:g}.")
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise UserError(
+            f"--json: {Path(options.json).parent} is no folder; expected one to write {Path(options.json).name} into. "
+            "Make it first."
         )
-        table.add_column("attention")
-        for column in ("time", "to SDPA", "quartiles", "peak", "of product rate", "error"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(
-                row.peer,
-                f"{row.seconds * 1e3:.1f} ms",
-                f"{row.ratio:.2f}",
-                f"{row.spread[0]:.2f}-{row.spread[1]:.2f}",
-                f"{row.peak_bytes / 2**20:.1f} MiB",
-                f"{row.rate_share:.0%}",
-                f"{row.error:.1e}",
-            )
-        yield table
+    if options.into:
+        raise UserError("--into: expected --from FILE.json with it, whose figures go into the pages. Name that file.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: expected a device that PyTorch sees; it sees no CUDA GPU. Take cpu.")
+    try:
+        parse_budget(options.budget)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from error
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         "slicemod bench",
-        description="Times cross-attention layers of Stable Diffusion on this machine's CPU, ours and its peers', in "
-        "interleaved rounds, and measures their peak memory.",
-        epilog="A ratio is the median over the rounds of a layer's time by that of SDPA in the same round. A peer "
-        "whose error against float64 is over 4 times SDPA's is left out.",
+        description="Measures attention on this machine, ours and its peers': checked against float64, then peak "
+        "memory by the allocator, then time in interleaved rounds.",
+        epilog="A ratio is the median over the rounds of a peer's time by that of SDPA in the same round, and a share "
+        "of the product rate that of its FLOP/s by a large matrix product's. A peer that cannot compute something, or "
+        "whose error against float64 is over 4 times SDPA's, is left out and the reason is said. Ctrl-C keeps what "
+        "was measured.",
     )
-    parser.add_argument("--dtype", default="float32", choices=tuple(_DTYPES), help="default: %(default)s")
-    parser.add_argument("--mode", default="both", choices=("inference", "train", "both"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two small layers only")
-    parser.add_argument("--json", metavar="FILE", help="also write the measurements here")
+    parser.add_argument(
+        "--quick", action="store_true", help="three layers of SD1.5, the main peers, under three minutes"
+    )
+    parser.add_argument("--growth", action="store_true", help="bare attention of 1,024 to 65,536 tokens instead")
+    parser.add_argument("--work", nargs="+", default=["sd15-layers"], metavar="WORK",
+                        help=f"{', '.join(WORK_NAMES)}, or of a YAML or folder (default: sd15-layers)")  # fmt: skip
+    parser.add_argument("--resolution", type=int, nargs="+", default=[512], help="edges in pixels (default: 512)")
+    parser.add_argument("--largest", type=int, default=4, help="of a model's kinds of layer, how many (default: 4)")
+    parser.add_argument("--batch", type=int, default=1, help="items (default: 1)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(GROWTH_TOKENS), help="of --growth")
+    parser.add_argument("--peers", nargs="+", metavar="PEER", help="names or patterns such as 'slicemod*'")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="default: float32")
+    parser.add_argument("--mode", nargs="+", default=None, choices=("inference", "training"),
+                        help="default: both; inference for --growth")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="every peer by torch.compile")
+    parser.add_argument("--budget", default="64MiB", help="of slicemod's exact plans (default: 64MiB)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="begin no comparison or round after these")
+    parser.add_argument("--json", metavar="FILE", help="write the results here, after every comparison")
+    parser.add_argument("--plots", metavar="FOLDER", help="write PNGs here")
+    parser.add_argument("--from", dest="from_file", metavar="FILE", help="show the results of an earlier --json")
+    parser.add_argument("--into", nargs="+", default=[], metavar="PAGE",
+                        help="with --from: renew the figures of these Markdown pages")  # fmt: skip
     return parser

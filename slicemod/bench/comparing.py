@@ -1,133 +1,311 @@
-"""Comparing peers: checked against float64 first, then timed in interleaved rounds, then their peak memory."""
+"""Comparing peers: checked against float64 first, then their peak memory, then timed in interleaved rounds."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from slicemod.bench.memory import peak_memory
-from slicemod.bench.peers import Workload, make_layer, oracle, peers_of
+from slicemod.bench.peers import SDPA, Peer
+from slicemod.bench.timing import LargeProduct, seconds_of
+from slicemod.bench.workloads import Exact, Work
+from slicemod.budget import free_memory
 
 MOST_ERROR = 4.0  # times SDPA's, on the same input; a peer beyond it is not timed
-RATE_SIZE = 2048
+COPIES_OF_SCORES = 2.5  # what unsliced attention holds of its scores at once; a peer without the room is not started
+
+# What a peer that cannot compute a work raises: PyTorch's and its compiler's errors are RuntimeErrors.
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, ImportError)
+
+Mode = Literal["inference", "training"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a work is run.
+
+    Attributes:
+        dtype: of weights and inputs, as "float32".
+        mode: a forward pass, or a training step with gradients of input and weights.
+        compiled: by `torch.compile`.
+    """
+
+    dtype: str
+    mode: Mode
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.mode}{', compiled' if self.compiled else ''}"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One peer on one workload.
+    """One peer on one work.
 
     Attributes:
-        workload: its name.
+        series: of the work.
+        size: of the work, in its `unit`.
+        unit: "px" or "tokens".
+        setting: how it ran.
         peer: its name.
-        dtype: of weights and input.
-        training: a training step rather than a forward pass.
-        error: relative error of the output against float64.
+        error: relative error of its attention against float64, of the worst layer.
+        rounds: how many were timed.
         seconds: median time.
         ratio: median over the rounds of its time by that of SDPA in the same round.
         spread: first and third quartile of those ratios.
         peak_bytes: peak memory beyond inputs and weights.
-        rate_share: share of the large matrix product's rate, counting the products of projections and attention.
+        output_bytes: of that, what it returns: its output, in training the gradients.
+        rate_share: median over the rounds of its FLOP/s by those of the large matrix product in the same round.
+        product_rate: median of the large product's FLOP/s.
     """
 
-    workload: str
+    series: str
+    size: int
+    unit: str
+    setting: Setting
     peer: str
-    dtype: str
-    training: bool
     error: float
+    rounds: int
     seconds: float
     ratio: float
     spread: tuple[float, float]
     peak_bytes: int
+    output_bytes: int
     rate_share: float
+    product_rate: float
+
+    @property
+    def work(self) -> str:
+        """Series and size."""
+        return f"{self.series}, {self.size} {self.unit}"
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product on this machine."""
-    left, right = torch.randn(2, RATE_SIZE, RATE_SIZE).to(dtype).unbind()
-    times = [_seconds(lambda: left @ right) for _ in range(4)]
-    return 2 * RATE_SIZE**3 / min(times[1:])
+@dataclass(frozen=True)
+class LeftOut:
+    """A peer that was not measured on a work, and why."""
+
+    work: str
+    setting: Setting
+    peer: str
+    reason: str
 
 
-def flops(work: Workload, *, training: bool) -> int:
-    """Floating-point operations of the layer's matrix products; a training step has three times the forward's."""
-    inner = work.heads * work.head_dim
-    tokens, width = work.context if work.context is not None else (work.queries, work.channels)
-    projections = 2 * work.queries * work.channels * inner + 2 * tokens * width * inner
-    attention = 2 * work.queries * tokens * inner
-    return 2 * work.batch * (projections + attention) * (3 if training else 1)
+@dataclass
+class _Runner:
+    """A peer ready to be timed."""
+
+    peer: str
+    call: Callable[[], object]
+    error: float
+    peak_bytes: int
+    output_bytes: int
+    times: list[float] = field(default_factory=list)
 
 
-def compare(
-    work: Workload, dtype: torch.dtype, *, training: bool, rounds: int, rate: float
-) -> Iterator[Measurement | str]:
-    """Measure every peer on one workload.
+class Comparison:
+    """All peers on one work in one setting.
 
-    Yields:
-        A line for every round, for a progress display, and then the measurements.
+    `prepare` and then `rounds` do the measuring a step at a time, so that whoever drives them may show progress and
+    stop at any step; `measurements` and `left_out` have what is known by then.
+
+    Args:
+        work: what is computed.
+        peers: who computes it; `SDPA` among them.
+        setting: how.
+        device: where.
     """
-    torch.manual_seed(0)
-    layer = make_layer(work).to(dtype)
-    x = torch.randn(work.batch, work.queries, work.channels).to(dtype)
-    context = None if work.context is None else torch.randn(work.batch, *work.context).to(dtype)
-    peers = peers_of(work, layer)
-    errors = _errors(peers, oracle(work, layer), x, context)
-    peers = {name: peer for name, peer in peers.items() if errors[name] <= MOST_ERROR * errors["SDPA"]}
-    calls = {name: _call(peer, x, context, training=training) for name, peer in peers.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            seconds = _seconds(call)
-            if turn:  # the first round warms up
-                times[name].append(seconds)
-        yield f"{work.name}, round {turn} of {rounds}"
-    for name, call in calls.items():
-        ratios = sorted(own / base for own, base in zip(times[name], times["SDPA"], strict=True))
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-        seconds = statistics.median(times[name])
-        yield Measurement(
-            workload=work.name,
-            peer=name,
-            dtype=str(dtype).removeprefix("torch."),
-            training=training,
-            error=errors[name],
-            seconds=seconds,
+
+    def __init__(self, work: Work, peers: Sequence[Peer], setting: Setting, device: torch.device) -> None:
+        self.work, self.peers, self.setting, self.device = work, peers, setting, device
+        self.left_out: list[LeftOut] = []
+        self._runners: list[_Runner] = []  # SDPA's first
+        self._products: list[float] = []
+        self._product = LargeProduct(self._dtype, device)
+        self._flops = self._scores = 0
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.setting.dtype)
+        return dtype
+
+    @property
+    def _training(self) -> bool:
+        return self.setting.mode == "training"
+
+    def prepare(self) -> Iterator[str]:
+        """Checks every peer and measures its peak; yields a peer's name before its turn."""
+        torch.manual_seed(0)
+        self._flops = self.work.flops(training=self._training)
+        self._scores = self.work.scores_bytes(self._dtype.itemsize, training=self._training)
+        with torch.device("meta"):
+            weights = sum(parameter.numel() for parameter in self.work.build().parameters()) * self._dtype.itemsize
+        needed, free = weights * (3 if self._training else 1), free_memory(self.device)
+        if needed > free:
+            everyone = (
+                f"weights{' and their gradients' if self._training else ''} need {needed:,} bytes, {free:,} are free"
+            )
+            self.left_out += [LeftOut(self.work.name, self.setting, peer.name, everyone) for peer in self.peers]
+            return
+        with self.device:
+            base = nn.Module.to(self.work.build(), self._dtype)  # diffusers' own `to` warns at half precision
+            inputs = tuple(_as_dtype(given, self._dtype) for given in self.work.inputs())
+        base.requires_grad_(self._training)
+        exact: list[Exact] | None = None
+        most_error = 0.0
+        for peer in self.peers:
+            yield peer.name
+            try:
+                module = self._fitted(peer, base)
+                if exact is None:
+                    exact = self.work.exact(base, inputs)
+                called: Any = torch.compile(module, dynamic=False) if self.setting.compiled else module
+                # A layer inside of a compiled UNet cannot be called by itself; it is checked uncompiled.
+                layers = (module.get_submodule(check.path) if check.path else called for check in exact)
+                error = max(_error(layer, check) for layer, check in zip(layers, exact, strict=True))
+                if peer is SDPA:
+                    most_error = MOST_ERROR * error
+                elif not error <= most_error:  # NaN is no better
+                    raise ValueError(f"its error against float64, {error:.1e}, is over {MOST_ERROR:g} times SDPA's")
+                self._runners.append(self._runner(peer, called, list(module.parameters()), inputs, error))
+            except REFUSALS as refusal:
+                self._leave_out(peer, refusal)
+                if peer is SDPA:
+                    return
+
+    def rounds(self, count: int, until: float) -> Iterator[int]:
+        """Times every peer once a round, in turns forwards and backwards; yields the number of the round done.
+
+        Args:
+            count: rounds.
+            until: a time of `time.monotonic` after which no other round begins.
+        """
+        if not self._runners:
+            return
+        seconds_of(self._product, self.device)
+        for turn in range(count):
+            if turn and time.monotonic() > until:
+                return
+            found = [
+                (runner, seconds_of(runner.call, self.device)) for runner in self._runners[:: -1 if turn % 2 else 1]
+            ]
+            self._products.append(seconds_of(self._product, self.device))
+            for runner, seconds in found:  # a round that is broken off counts for none
+                runner.times.append(seconds)
+            yield turn + 1
+
+    def measurements(self) -> list[Measurement]:
+        """What the rounds so far have shown."""
+        return [self._measurement(runner) for runner in self._runners if self._products]
+
+    def _fitted(self, peer: Peer, base: nn.Module) -> nn.Module:
+        missing = peer.missing(self.device)
+        if missing is not None:
+            raise ValueError(missing)
+        held = peer.scores_held * self._scores
+        free = free_memory(self.device)
+        if COPIES_OF_SCORES * held > free:
+            raise ValueError(f"would hold {COPIES_OF_SCORES * held:,.0f} bytes of scores, {free:,} are free")
+        module = self.work.computed_by(peer, base)
+        if module is None:
+            raise ValueError("comes with its projections only")
+        return module
+
+    def _runner(
+        self, peer: Peer, called: Any, weights: list[nn.Parameter], inputs: tuple[Any, ...], error: float
+    ) -> _Runner:
+        call = _training_step(called, inputs, weights) if self._training else _inference(called, inputs)
+        if self.setting.compiled:
+            call()
+        sizes: list[int] = []
+
+        def sized() -> object:
+            result = call()
+            sizes.append(_bytes_of(result))
+            return result
+
+        peak = peak_memory(sized, self.device)
+        return _Runner(peer.name, call, error, peak, sizes[0])
+
+    def _measurement(self, runner: _Runner) -> Measurement:
+        base = self._runners[0].times
+        ratios = [own / sdpa for own, sdpa in zip(runner.times, base, strict=True)]
+        shares = [
+            self._flops / own / (self._product.flops / product)
+            for own, product in zip(runner.times, self._products, strict=True)
+        ]
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
+        return Measurement(
+            series=self.work.series,
+            size=self.work.size,
+            unit=self.work.unit,
+            setting=self.setting,
+            peer=runner.peer,
+            error=runner.error,
+            rounds=len(ratios),
+            seconds=statistics.median(runner.times),
             ratio=statistics.median(ratios),
             spread=(quartiles[0], quartiles[2]),
-            peak_bytes=peak_memory(call),
-            rate_share=flops(work, training=training) / seconds / rate,
+            peak_bytes=runner.peak_bytes,
+            output_bytes=runner.output_bytes,
+            rate_share=statistics.median(shares),
+            product_rate=self._product.flops / statistics.median(self._products),
         )
 
+    def _leave_out(self, peer: Peer, refusal: Exception) -> None:
+        lines = str(refusal).strip().splitlines() or [type(refusal).__name__]
+        self.left_out.append(LeftOut(self.work.name, self.setting, peer.name, lines[0]))
+        gc.collect()  # what a failed call left behind would be freed in the next peer's measurement
 
-def _errors(peers: dict[str, nn.Module], exact: nn.Module, x: Tensor, context: Tensor | None) -> dict[str, float]:
+
+def _error(layer: Callable[..., Tensor], check: Exact) -> float:
     with torch.no_grad():
-        wanted = exact(x.double(), None if context is None else context.double())
-        return {
-            name: float((peer(x, context).double() - wanted).norm() / wanted.norm()) for name, peer in peers.items()
-        }
+        found = layer(*check.args)[..., check.rows, :].double()
+    return float((found - check.wanted).norm() / check.wanted.norm())
 
 
-def _call(peer: nn.Module, x: Tensor, context: Tensor | None, *, training: bool) -> Callable[[], object]:
-    if not training:
+def _inference(module: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], object]:
+    def infer() -> object:
+        with torch.no_grad():
+            return module(*inputs)
 
-        def infer() -> object:
-            with torch.no_grad():
-                return peer(x, context)
+    return infer
 
-        return infer
-    inputs = [x.clone().requires_grad_(), *peer.parameters()]
+
+def _training_step(
+    module: Callable[..., Any], inputs: tuple[Any, ...], parameters: list[nn.Parameter]
+) -> Callable[[], object]:
+    given = tuple(x.clone().requires_grad_() if _is_float(x) else x for x in inputs)
+    wanted = [*(x for x in given if _is_float(x)), *parameters]
 
     def step() -> object:
-        return torch.autograd.grad(peer(inputs[0], context).square().mean(), inputs)
+        output = module(*given)
+        output = output if isinstance(output, Tensor) else output.sample
+        output.square().mean().backward()  # not autograd.grad, which reentrant checkpoints refuse
+        grads = [tensor.grad for tensor in wanted]
+        for tensor in wanted:
+            tensor.grad = None
+        return grads
 
     return step
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_dtype(tensor, dtype) for name, tensor in value.items()}
+    return value.to(dtype) if _is_float(value) else value
+
+
+def _bytes_of(result: Any) -> int:
+    tensors = [result] if isinstance(result, Tensor) else list(result.values() if hasattr(result, "values") else result)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,25 +1,46 @@
 """Peak memory of a call, read off the allocator rather than off the process.
 
-RSS does not tell: glibc keeps freed pages, so a second call looks free of charge. The profiler records every
-allocation of PyTorch's CPU allocator, those inside operators included; their running sum has the true peak.
+RSS does not tell: glibc keeps freed pages, so a second call looks free of charge. On a CPU the profiler records every
+allocation of PyTorch's allocator, those inside operators included; their running sum has the true peak. A CUDA
+allocator keeps that maximum itself.
 """
 
 import os
 from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Peak bytes that `call` held at once on the CPU beyond what was allocated when it began.
+def peak_memory(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Peak bytes that `call` held at once on `device` beyond what was allocated when it began.
 
     What `call` returns counts while it lives; inputs made beforehand do not. Memory that libraries take outside
     PyTorch's allocator (MKL's packing buffers, Python objects) is not seen.
+
+    Args:
+        call: what is measured; called once.
+        device: a CPU or a CUDA device.
+
+    Raises:
+        ValueError: there is no way to measure on this kind of device.
+        RuntimeError: this PyTorch records no allocations.
 
     >>> import torch
     >>> peak_memory(lambda: torch.zeros(1000))
     4000
     """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _cpu_peak(call)
+    if device.type == "cuda":
+        return _cuda_peak(call, device)
+    raise ValueError(
+        f"peak_memory: expected a cpu or cuda device, whose allocators tell their peak; got {device}. Measure there."
+    )
+
+
+def _cpu_peak(call: Callable[[], object]) -> int:
     # Kineto reads this at its first use; below 6 it writes a line at every start and stop, and an error where a CUDA
     # build of PyTorch finds no GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -38,3 +59,13 @@ def peak_memory(call: Callable[[], object]) -> int:
         held += change.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before

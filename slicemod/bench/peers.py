@@ -1,41 +1,181 @@
-"""The peers: one cross-attention layer, its attention computed in several ways with the same weights."""
+"""The peers: ways to compute attention, each fitted into the same layer, the same UNet or taken alone."""
 
 from __future__ import annotations
 
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.plan import POLICIES
 from slicemod.reference import reference_attention
 from slicemod.slice_config import SliceConfig
+from slicemod.sliced import sliced_attention
+from slicemod.swap import swap_attention
+from slicemod.user_error import UserError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, N, D), (B, H, M, D) twice -> (B, H, N, D)
 
 
-class Workload(NamedTuple):
-    """One layer of a UNet: `(batch, queries, channels)` in, `heads` of `head_dim`, `context` tokens or its own."""
+class Peer(ABC):
+    """One way to compute attention.
 
-    name: str
-    batch: int
-    queries: int
-    channels: int
-    heads: int
-    head_dim: int
-    context: tuple[int, int] | None = None  # tokens, channels
+    Attributes:
+        name: what `--peers` calls it.
+        needs: the package that it comes from, which may not be installed; None for what slicemod needs itself.
+        scores_held: the share of all scores that it holds at once.
+        devices: the kinds of device that it exists for.
+    """
+
+    needs: str | None = None
+    scores_held = 0.0
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot be tried on this machine, or None."""
+        if self.needs is not None and find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        return None if device.type in self.devices else f"has no kernel for {device.type}"
+
+    @abstractmethod
+    def in_layer(self, layer: Any) -> nn.Module:
+        """A module that computes what the MemoryAwareCrossAttention `layer` does, with its projections."""
+
+    @abstractmethod
+    def in_unet(self, unet: Any) -> nn.Module:
+        """The diffusers UNet, or Attention layer, itself, its attention changed."""
+
+    def alone(self) -> nn.Module | None:
+        """Attention of query, key and value; None where the peer comes with projections only."""
+        return None
 
 
-WORKLOADS = (
-    Workload("SD1.5 64x64", 1, 4096, 320, 8, 40),
-    Workload("SD1.5 32x32", 1, 1024, 640, 8, 80),
-    Workload("SDXL 64x64", 1, 4096, 640, 10, 64),
-    Workload("SD1.5 64x64, 77 tokens", 1, 4096, 320, 8, 40, (77, 768)),
-)
-QUICK_WORKLOADS = (WORKLOADS[1], WORKLOADS[3])
+class AttentionFunction(Peer):
+    """A function of query, key and value."""
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Attend],
+        *,
+        needs: str | None = None,
+        scores_held: float = 0.0,
+        devices: tuple[str, ...] = Peer.devices,
+    ) -> None:
+        super().__init__(name)
+        self.make, self.needs, self.scores_held, self.devices = make, needs, scores_held, devices
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`(B, H, N, D)` and twice `(B, H, M, D)` to `(B, H, N, D)`."""
+        return self.make()(query, key, value)
+
+    def in_layer(self, layer: Any) -> nn.Module:
+        """The projections of `layer` around the function."""
+        return _LayerWith(layer, self.make())
+
+    def in_unet(self, unet: Any) -> nn.Module:
+        """Processors that project and call the function."""
+        attend = self.make()
+        return _with_processors(unet, lambda _: _Projecting(attend))
+
+    def alone(self) -> nn.Module | None:
+        """The function."""
+        return _Alone(self.make())
+
+
+class DiffusersProcessor(Peer):
+    """One of diffusers' own attention processors."""
+
+    def __init__(self, name: str, make: Callable[[Any], object], scores_held: float = 0.0) -> None:
+        super().__init__(name)
+        self.make, self.scores_held = make, scores_held
+
+    def in_layer(self, layer: Any) -> nn.Module:
+        """A diffusers Attention with the projections of `layer`."""
+        with torch.device("meta"):
+            attention: Any = Attention(
+                layer.to_q.in_features, layer.to_k.in_features, layer.heads, dim_head=layer.dim_head
+            )
+        attention.to_q, attention.to_k, attention.to_v = layer.to_q, layer.to_k, layer.to_v
+        attention.to_out[0] = layer.to_out[0]
+        return self.in_unet(attention)
+
+    def in_unet(self, unet: Any) -> nn.Module:
+        """The processor in every attention layer."""
+        return _with_processors(unet, self.make)
+
+
+class CompVisLayer(Peer):
+    """CrossAttention of CompVis LDM as it stands; in half precision under autocast, as its own scripts run it."""
+
+    needs, scores_held = "ldm", 1.0
+
+    def in_layer(self, layer: Any) -> nn.Module:
+        """A CrossAttention with the projections of `layer`."""
+        return _Autocast(self._with_parts_of(layer, layer.dim_head, layer.to_out))
+
+    def in_unet(self, unet: Any) -> nn.Module:
+        """A CrossAttention in the place of every processor."""
+
+        def processor(attention: Any) -> object:
+            dim_head = attention.to_q.out_features // attention.heads
+            own = _Autocast(self._with_parts_of(attention, dim_head, nn.Sequential(*attention.to_out)))
+            return lambda _, x, encoder_hidden_states=None, **rest: own(x, encoder_hidden_states)
+
+        return _with_processors(unet, processor)
+
+    def _with_parts_of(self, layer: Any, dim_head: int, to_out: nn.Module) -> nn.Module:
+        module: Any = import_module("ldm.modules.attention")
+        with torch.device("meta"):
+            own: nn.Module = module.CrossAttention(
+                layer.to_q.in_features, layer.to_k.in_features, layer.heads, dim_head
+            )
+        for part in ("to_q", "to_k", "to_v"):
+            setattr(own, part, layer.get_submodule(part))
+        own.to_out = to_out
+        return own
+
+
+class Slicemod(Peer):
+    """Ours, with some settings."""
+
+    def __init__(self, name: str, slicing: SliceConfig) -> None:
+        super().__init__(name)
+        self.slicing = slicing
+
+    def in_layer(self, layer: Any) -> nn.Module:
+        """A MemoryAwareCrossAttention with these settings and the projections of `layer`."""
+        with torch.device("meta"):
+            own = MemoryAwareCrossAttention(
+                layer.to_q.in_features, layer.to_k.in_features, layer.heads, layer.dim_head, slicing=self.slicing
+            )
+        for part in ("to_q", "to_k", "to_v", "to_out"):
+            setattr(own, part, layer.get_submodule(part))
+        return own
+
+    def in_unet(self, unet: Any) -> nn.Module:
+        """`swap_attention` with these settings."""
+        swap_attention(unet, self.slicing)
+        swapped: nn.Module = unet
+        return swapped
+
+    def alone(self) -> nn.Module | None:
+        """`sliced_attention` with these settings."""
+        return _Alone(lambda query, key, value: sliced_attention(query, key, value, slicing=self.slicing))
 
 
 class _LayerWith(nn.Module):
@@ -45,73 +185,157 @@ class _LayerWith(nn.Module):
         super().__init__()
         self.layer, self.attend = layer, attend
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         layer = self.layer
-        context = x if context is None else context
-        query, key, value = (
-            rearrange(tensor, "b n (h d) -> b h n d", h=layer.heads)
-            for tensor in (layer.to_q(x), layer.to_k(context), layer.to_v(context))
-        )
-        output: Tensor = layer.to_out(rearrange(self.attend(query, key, value), "b h n d -> b n (h d)"))
+        output: Tensor = layer.to_out(_projected(layer, x, context, self.attend))
         return output
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+class _Projecting:
+    """A processor of diffusers for the layers of its UNets, which have no mask, norm or residual of their own."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest: Any
+    ) -> Tensor:
+        output: Tensor = attn.to_out[1](
+            attn.to_out[0](_projected(attn, hidden_states, encoder_hidden_states, self.attend))
+        )
+        return output
+
+
+def _projected(layer: Any, x: Tensor, context: Tensor | None, attend: Attend) -> Tensor:
+    context = x if context is None else context
+    query, key, value = (
+        rearrange(tensor, "b n (h d) -> b h n d", h=layer.heads)
+        for tensor in (layer.to_q(x), layer.to_k(context), layer.to_v(context))
+    )
+    return rearrange(attend(query, key, value), "b h n d -> b n (h d)")
+
+
+class _Alone(nn.Module):
+    """An attention function as a module."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attend(query, key, value)
+
+
+class _Autocast(nn.Module):
+    """A module that gets half-precision inputs under autocast."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype.itemsize == 2):
+            output: Tensor = self.module(x, context)
+        return output
+
+
+def _with_processors(unet: Any, make: Callable[[Any], object]) -> nn.Module:
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            set_processor: Any = layer.set_processor
+            set_processor(make(layer))
+    changed: nn.Module = unet
+    return changed
+
+
+def _full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     output: Tensor = scores.softmax(-1) @ value
     return output
 
 
-def oracle(work: Workload, layer: MemoryAwareCrossAttention) -> nn.Module:
-    """The layer in float64 with unsliced attention."""
-    double = make_layer(work).double()
-    double.load_state_dict(layer.state_dict())
-    return _LayerWith(double, reference_attention)
+def _sdpa_by(backend: SDPBackend) -> Attend:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    return attend
 
 
-def peers_of(work: Workload, layer: MemoryAwareCrossAttention) -> dict[str, nn.Module]:
-    """The ways to compute the layer that are compared; "SDPA", what the others are measured against, comes first.
+def _flex() -> Attend:
+    flex_attention: Any = import_module("torch.nn.attention.flex_attention").flex_attention
+    compiled: Attend = torch.compile(flex_attention)
+    return compiled
 
-    diffusers' slicing is left out where diffusers is not installed.
+
+def _memory_efficient() -> Attend:
+    # It calls checkpoint without this argument in every training step.
+    warnings.filterwarnings("ignore", message=".*use_reentrant", category=UserWarning)
+    attend: Attend = import_module("memory_efficient_attention_pytorch").memory_efficient_attention
+    return attend
+
+
+def _xformers() -> Attend:
+    ops: Any = import_module("xformers.ops")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tokens_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        output: Tensor = ops.memory_efficient_attention(*tokens_first)
+        return output.transpose(1, 2)
+
+    return attend
+
+
+SDPA = AttentionFunction("sdpa", lambda: F.scaled_dot_product_attention)  # what the others are measured against
+FULL = AttentionFunction("full", lambda: _full, scores_held=1.0)
+REFERENCE = AttentionFunction("reference", lambda: reference_attention, scores_held=1.0)
+
+
+def all_peers(budget: str) -> tuple[Peer, ...]:
+    """Every peer there is, `SDPA` first.
+
+    Args:
+        budget: of slicemod's policy `exact`; the policies of others decide by the free memory, as they do at home.
     """
-    peers: dict[str, nn.Module] = {
-        "SDPA": _LayerWith(layer, F.scaled_dot_product_attention),
-        "full attention": _LayerWith(layer, _plain),
-    }
-    sliced = _diffusers_sliced(work, layer)
-    if sliced is not None:
-        peers["diffusers slicing"] = sliced
-    for slicing in (SliceConfig("64MiB", "exact"), SliceConfig("64MiB", "exact", kernel="math")):
-        peers[f"slicemod {slicing.kernel}"] = _with_slicing(work, layer, slicing)
-    return peers
+    cuda = ("cuda",)
+    ours = [Slicemod("slicemod", SliceConfig(budget, "exact")), Slicemod("slicemod-fused", SliceConfig(kernel="fused"))]
+    ours += [
+        Slicemod(f"slicemod-{policy}", SliceConfig(budget if policy == "exact" else "auto", policy, "math"))  # type: ignore[arg-type]
+        for policy in POLICIES
+    ]
+    return (
+        SDPA,
+        AttentionFunction("sdpa-flash", lambda: _sdpa_by(SDPBackend.FLASH_ATTENTION)),
+        AttentionFunction("sdpa-efficient", lambda: _sdpa_by(SDPBackend.EFFICIENT_ATTENTION), devices=cuda),
+        AttentionFunction("sdpa-cudnn", lambda: _sdpa_by(SDPBackend.CUDNN_ATTENTION), devices=cuda),
+        AttentionFunction("sdpa-math", lambda: _sdpa_by(SDPBackend.MATH), scores_held=1.0),
+        AttentionFunction("flex", _flex),
+        FULL,
+        DiffusersProcessor("diffusers", lambda _: AttnProcessor2_0()),
+        DiffusersProcessor("diffusers-full", lambda _: AttnProcessor(), scores_held=1.0),
+        # "auto" of diffusers' set_attention_slice halves the heads, "max" takes one at a time.
+        DiffusersProcessor(
+            "diffusers-sliced", lambda layer: SlicedAttnProcessor(-(-layer.heads // 2)), scores_held=0.5
+        ),
+        DiffusersProcessor("diffusers-sliced-max", lambda _: SlicedAttnProcessor(1), scores_held=0.2),
+        CompVisLayer("ldm"),
+        AttentionFunction(
+            "memory-efficient-attention-pytorch", _memory_efficient, needs="memory_efficient_attention_pytorch"
+        ),
+        AttentionFunction("xformers", _xformers, needs="xformers", devices=cuda),
+        *ours,
+    )
 
 
-def make_layer(work: Workload) -> MemoryAwareCrossAttention:
-    """The layer of a workload, with random weights."""
-    context_dim = None if work.context is None else work.context[1]
-    return MemoryAwareCrossAttention(work.channels, context_dim, work.heads, work.head_dim)
+def find_peers(patterns: list[str], budget: str) -> list[Peer]:
+    """The peers that any of some shell-style patterns matches, and `SDPA` before them.
 
-
-def _with_slicing(work: Workload, layer: MemoryAwareCrossAttention, slicing: SliceConfig) -> nn.Module:
-    with torch.device("meta"):
-        swapped = make_layer(work)
-    swapped.slicing = slicing
-    for part in ("to_q", "to_k", "to_v", "to_out"):
-        setattr(swapped, part, layer.get_submodule(part))
-    return swapped
-
-
-def _diffusers_sliced(work: Workload, layer: MemoryAwareCrossAttention) -> nn.Module | None:
-    try:
-        from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
-    except ModuleNotFoundError:
-        return None
-    context_dim = None if work.context is None else work.context[1]
-    with torch.device("meta"):
-        attention: Any = Attention(work.channels, context_dim, work.heads, dim_head=work.head_dim)
-    for part in ("to_q", "to_k", "to_v"):
-        setattr(attention, part, layer.get_submodule(part))
-    attention.to_out[0] = layer.to_out[0]
-    attention.set_processor(SlicedAttnProcessor(slice_size=1))
-    sliced: nn.Module = attention
-    return sliced
+    Raises:
+        UserError: a pattern matches no peer.
+    """
+    peers = all_peers(budget)
+    for pattern in patterns:
+        if not any(fnmatchcase(peer.name, pattern) for peer in peers):
+            names = ", ".join(peer.name for peer in peers)
+            raise UserError(f"--peers: expected names or patterns out of {names}; got {pattern!r}. Correct it.")
+    return [peer for peer in peers if peer is SDPA or any(fnmatchcase(peer.name, pattern) for pattern in patterns)]

@@ -1,1 +1,1 @@
-"""Ahead of time: what attention a UNet computes, and the plans it would get, without its weights or its device."""
+"""Ahead of time: the memory of a UNet's step and the plans of its attention, without its weights or its device."""

@@ -1,74 +1,95 @@
-"""`slicemod plan`: whether a UNet's attention fits, in how many slices, and up to which resolution."""
+"""`slicemod plan`: whether a UNet's step fits a device, in how many slices, and up to which resolution."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from slicemod.arguments import ArgumentParser
 from slicemod.budget import budget_bytes
-from slicemod.plan import POLICIES, NotEnoughMemoryError, SlicePlan, fused_peak, plan_slices
-from slicemod.planning.attention_calls import AttentionCall, at_resolution, record_attention_calls
-from slicemod.planning.unets import NAMED_UNETS, find_unet
-from slicemod.shapes import AttentionShape
+from slicemod.plan import POLICIES
+from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
+from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner
+from slicemod.planning.unet_step import StepKind
+from slicemod.planning.unets import NAMED_UNETS, UnetSource, find_unet
+from slicemod.slice_config import KERNELS, SliceConfig
 from slicemod.user_error import UserError
 
-_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_RESOLUTION_STEP, _HIGHEST_RESOLUTION = 64, 16384
+_DTYPES = ("float32", "float16", "bfloat16")
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Prints the plans; `arguments[0]` is the command's name."""
     options = _parser().parse_args(arguments[1:])
+    source = find_unet(options.model)
+    _check_resolutions(options.resolution, source)
+    batch = (1 if options.train else 2) if options.batch is None else options.batch
+    if batch < 1:
+        raise UserError(f"--batch: expected 1 or more items; got {batch}.")
+    if options.checkpoint_blocks and not options.train:
+        raise UserError("--checkpoint-blocks: expected together with --train; got it alone. Add --train or leave it.")
+    _check_picture(options.plot)
     memory = _memory(options.memory, options.device)
-    step = find_unet(options.model).resolution_step
-    for pixels in options.resolution:
-        if pixels < step or pixels % step:
-            raise UserError(
-                f"--resolution: expected multiples of {step} pixels, which {options.model} halves down to whole"
-                f" latents; got {pixels}. Take {max(1, round(pixels / step)) * step}."
-            )
-    if options.batch < 1:
-        raise UserError(f"--batch: expected 1 or more items; got {options.batch}.")
-    calls = record_attention_calls(options.model, batch=options.batch, itemsize=_ITEMSIZES[options.dtype])
-    if not calls:
-        raise UserError(
-            f"{options.model}: computes no attention, so that there is nothing to plan. Name another model."
-        )
+    kind = StepKind(getattr(torch, options.dtype), batch, options.device, options.train, options.checkpoint_blocks)
+    slicing = SliceConfig(policy=options.policy, kernel=options.kernel)
+    task = f"training{', blocks checkpointed' if options.checkpoint_blocks else ''}" if options.train else "inference"
+    title = (
+        f"{options.model}, {task}, batch {batch}, {options.dtype}, on {options.device} (simulated); "
+        f"slicemod: policy {options.policy}, kernel {options.kernel}"
+    )
 
-    def plan(shape: AttentionShape) -> SlicePlan:
-        return plan_slices(shape, memory, policy=options.policy, device_type=options.device, training=options.train)
+    with Console(stderr=True).status("") as status:
+        planner = StepPlanner(source, kind, memory, slicing, status.update)
+        status.update("looking for the largest resolutions")
+        plans = [planner.plan(pixels) for pixels in options.resolution]
+        limits = {way: planner.largest(way) for way in planner.ways}
+        if options.plot is not None:
+            status.update(f"drawing {options.plot}")
+            from slicemod.planning.plan_plot import plot_peaks
 
-    def peaks(shape: AttentionShape) -> dict[str, int]:
-        return {
-            "full attention": _full_peak(shape, training=options.train),
-            "fused": fused_peak(shape, options.device, training=options.train),
-        }
-
-    rows = [_row(at_resolution(call, pixels), pixels, plan, peaks) for pixels in options.resolution for call in calls]
-    limits = {
-        "full attention": _largest(calls, lambda shape: peaks(shape)["full attention"] <= memory),
-        "fused": _largest(calls, lambda shape: peaks(shape)["fused"] <= memory),
-        f"sliced, {options.policy}": _largest(calls, lambda shape: _fits(plan, shape, memory)),
-    }
+            plot_peaks(planner, options.plot, title)
     if options.json:
-        json.dump({"memory": memory, "layers": rows, "largest_resolution": limits}, sys.stdout, indent=2)
+        about = {"model": options.model, "device": options.device, "dtype": options.dtype, "batch": batch}
+        about |= {"training": options.train, "policy": options.policy, "kernel": options.kernel, "memory": memory}
+        json.dump(
+            about | {"resolutions": [as_json(plan) for plan in plans], "largest_resolution": limits},
+            sys.stdout,
+            indent=2,
+        )
         print()
         return 0
-    console = Console(width=max(Console().width, 100))
-    title = f"{options.model}, batch {options.batch}, {options.dtype}, {'training' if options.train else 'inference'}"
-    console.print(_table(f"{title}: attention within {_size(memory)} on {options.device}", rows))
-    for name, pixels in limits.items():
-        console.print(f"largest square image whose attention fits, {name}: {pixels}x{pixels}")
+    console = Console(width=max(Console().width, 110))
+    console.print(f"{title}\n", highlight=False)
+    console.print(attention_table(plans))
+    console.print(step_table(planner, plans))
+    for remark in remarks(planner, plans):
+        console.print(remark, highlight=False)
     return 0
+
+
+def _check_resolutions(resolutions: Sequence[int], source: UnetSource) -> None:
+    step = source.resolution_step
+    for pixels in resolutions:
+        if pixels < step or pixels % step or pixels > HIGHEST_RESOLUTION:
+            nearest = min(max(1, round(pixels / step)) * step, HIGHEST_RESOLUTION)
+            raise UserError(
+                f"--resolution: expected multiples of {step} pixels, which this model halves down to whole latents, up "
+                f"to {HIGHEST_RESOLUTION}; got {pixels}. Take {nearest}."
+            )
+
+
+def _check_picture(path: Path | None) -> None:
+    if path is not None and (path.suffix not in _PICTURES or not path.parent.is_dir()):
+        raise UserError(
+            f"--plot: expected a file in an existing folder, its name ending in {', '.join(_PICTURES)}; got "
+            f"{str(path)!r}. Correct the name or make the folder."
+        )
 
 
 def _memory(given: str, device: str) -> int:
@@ -82,85 +103,33 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def _full_peak(shape: AttentionShape, *, training: bool) -> int:
-    """Scores and their softmax; in training both live on, and their gradients come on top of them one at a time."""
-    return shape.scores_bytes * (3 if training else 2)
-
-
-def _fits(plan: Callable[[AttentionShape], SlicePlan], shape: AttentionShape, memory: int) -> bool:
-    try:
-        return plan(shape).peak_bytes <= memory
-    except NotEnoughMemoryError:
-        return False
-
-
-def _largest(calls: list[AttentionCall], fits: Callable[[AttentionShape], bool]) -> int:
-    """Pixels of the largest square whose every call fits; 0 where none does."""
-    pixels = 0
-    while pixels < _HIGHEST_RESOLUTION:
-        tried = pixels + _RESOLUTION_STEP
-        if not all(fits(at_resolution(call, tried).shape) for call in calls):
-            break
-        pixels = tried
-    return pixels
-
-
-def _row(
-    call: AttentionCall,
-    pixels: int,
-    plan: Callable[[AttentionShape], SlicePlan],
-    peaks: Callable[[AttentionShape], dict[str, int]],
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"resolution": pixels, "layers": call.layers, "shape": asdict(call.shape)}
-    row |= {"peaks": peaks(call.shape)}
-    try:
-        row["plan"] = asdict(plan(call.shape))
-    except NotEnoughMemoryError as error:
-        row["plan"], row["error"] = None, str(error)
-    return row
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("pixels", "layers", "heads x N x M x D", "full", "fused", "sliced", "slices"):
-        table.add_column(column, justify="right", no_wrap=True)
-    last = 0
-    for row in rows:
-        if row["resolution"] != last:
-            table.add_section()
-        last = row["resolution"]
-        shape, plan = row["shape"], row["plan"]
-        sizes = (shape["batch"] * shape["heads"], shape["queries"], shape["keys"], shape["head_dim"])
-        ours = ("too little", "-")
-        if plan is not None:
-            of = "rows" if plan["axis"] == "query" else "heads"
-            ours = (_size(plan["peak_bytes"]), f"{plan['steps']} x {plan['slice_size']} {of}")
-        peaks = (_size(peak) for peak in row["peaks"].values())
-        table.add_row(str(last), str(row["layers"]), "x".join(map(str, sizes)), *peaks, *ours)
-    return table
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f}M" if count < 2**30 else f"{count / 2**30:,.1f}G"
-
-
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         "slicemod plan",
-        description="Plans the attention of a UNet without its weights and without the device.",
-        epilog="Sizes are batch x heads, queries, keys, head dim; M and G are MiB and GiB. Peaks are those of "
-        "attention alone, beyond its inputs and outputs; the fused kernel's are measured on the CPU and estimated "
-        "elsewhere.",
+        description="Tells the peak memory of a UNet's step, and the plans of its attention, without the UNet's "
+        "weights and without the device: the step is run on tensors that have sizes and no memory.",
+        epilog="Each part of a peak is what it holds at that moment; attention may hold nothing then. Bytes are those "
+        "that PyTorch asks its allocator for. On a CPU the temporary memory of its operators is counted too, and the "
+        "figures have been held against measured ones. CUDA and MPS are simulated, which was never compared with a "
+        "real device: the workspace of cuDNN, the rounding of the allocator and the CUDA context come on top, and a "
+        "fused kernel is taken for granted on CUDA. Training is a step of AdamW in one dtype.",
     )
     parser.add_argument("model", help=f"{', '.join(NAMED_UNETS)}, a YAML of configs/, or a diffusers folder")
     parser.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="edges in pixels")
-    parser.add_argument("--memory", default="8GiB", help="what is free, such as 8GiB or auto (default: %(default)s)")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: %(default)s")
-    parser.add_argument("--dtype", default="float16", choices=tuple(_ITEMSIZES), help="default: %(default)s")
-    parser.add_argument("--policy", default="heuristic", choices=tuple(POLICIES), help="default: %(default)s")
     parser.add_argument(
-        "--batch", type=int, default=2, help="items in the UNet's batch; guidance takes two an image (default: 2)"
+        "--memory", default="8GiB", help="of the device, such as 8GiB; auto is what is free (default: %(default)s)"
     )
-    parser.add_argument("--train", action="store_true", help="count the backward pass")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "mps", "cpu"), help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", default="float16", choices=_DTYPES, help="of weights and activations (default: %(default)s)"
+    )
+    parser.add_argument("--policy", default="heuristic", choices=tuple(POLICIES), help="default: %(default)s")
+    parser.add_argument("--kernel", default="auto", choices=KERNELS, help="default: %(default)s, fused where it runs")
+    parser.add_argument(
+        "--batch", type=int, help="items in the UNet's batch (default: 1 with --train, otherwise 2, as for guidance)"
+    )
+    parser.add_argument("--train", action="store_true", help="a training step: gradients, AdamW's state")
+    parser.add_argument("--checkpoint-blocks", action="store_true", help="with the UNet's own gradient checkpointing")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the peaks against the resolution")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
 from slicemod.user_error import UserError
 
@@ -39,6 +39,7 @@ NAMED_UNETS: dict[str, dict[str, Any]] = {
     },
 }
 _CLIP_TOKENS = 77
+_LEVELS_OF_SD = 4  # of Stable Diffusion's autoencoders
 _DEFAULT_LEVELS = (320, 640, 1280, 1280)  # UNet2DConditionModel's own block_out_channels
 
 
@@ -70,18 +71,37 @@ def find_unet(source: str) -> UnetSource:
         UserError: there is no such model.
     """
     if source in NAMED_UNETS:
-        return UnetSource(NAMED_UNETS[source], 8, _CLIP_TOKENS)
+        return UnetSource(NAMED_UNETS[source], _pixels_per_latent(_LEVELS_OF_SD), _CLIP_TOKENS)
     path = Path(source)
     for folder in (path, path / "unet"):
         if (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text())
-            return UnetSource({key: value for key, value in config.items() if key[0] != "_"}, 8, _CLIP_TOKENS)
+            return _unet_of_folder(folder)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return _unet_of_yaml(path)
     raise UserError(
         f"model: expected {', '.join(NAMED_UNETS)}, a YAML of configs/ or a folder in diffusers' layout; got "
         f"{source!r}. Correct the name or the path."
     )
+
+
+def _unet_of_folder(folder: Path) -> UnetSource:
+    config = json.loads((folder / "config.json").read_text())
+    kind = config.get("_class_name", UNet2DConditionModel.__name__)
+    if kind != UNet2DConditionModel.__name__:
+        raise UserError(
+            f"{folder}: expected the config.json of a UNet2DConditionModel; got one of {kind}. Name the folder of a "
+            "pipeline or its unet folder."
+        )
+    autoencoder = folder.parent / "vae" / "config.json"
+    levels = len(json.loads(autoencoder.read_text())["block_out_channels"]) if autoencoder.is_file() else _LEVELS_OF_SD
+    return UnetSource(
+        {key: value for key, value in config.items() if key[0] != "_"}, _pixels_per_latent(levels), _CLIP_TOKENS
+    )
+
+
+def _pixels_per_latent(levels: int) -> int:
+    """Edge in pixels of what one latent stands for: AutoencoderKL halves between its blocks."""
+    return int(2 ** (levels - 1))
 
 
 def _unet_of_yaml(path: Path) -> UnetSource:
@@ -91,37 +111,53 @@ def _unet_of_yaml(path: Path) -> UnetSource:
     except (KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
             f"{path}: expected a YAML with model.unet.init_args and model.autoencoder.init_args, as in "
-            "configs/digits.yaml. Name another file."
+            "configs/digits.yaml. Name another file; one that only changes another's settings has no UNet of its own."
         ) from error
-    latent_pixels = 2 ** (len(autoencoder["block_out_channels"]) - 1)  # AutoencoderKL halves between its blocks
-    return UnetSource(unet, latent_pixels, 1)  # a class label is one token
+    # A class label is one token.
+    return UnetSource(unet, _pixels_per_latent(len(autoencoder["block_out_channels"])), 1)
 
 
-def fake_unet(source: UnetSource, mode: FakeTensorMode) -> Any:
-    """The `UNet2DConditionModel` with weights that take no memory; to be called within `mode`.
+def meta_unet(source: UnetSource, dtype: torch.dtype) -> Any:
+    """The `UNet2DConditionModel` on the device "meta", with weights of `dtype` that take no memory.
 
     Raises:
         UserError: its arguments build no UNet.
     """
+    build: Any = UNet2DConditionModel  # diffusers' classes have no types
     try:
-        with mode:
-            build: Any = UNet2DConditionModel  # diffusers' classes have no types
-            return build(**source.config)
+        with torch.device("meta"):
+            unet = build(**source.config)
     except (TypeError, ValueError) as error:
         raise UserError(f"model: describes no UNet2DConditionModel: {error}. Correct its entries.") from error
+    return nn.Module.to(unet, dtype)  # its own `to` warns of layers that trained weights would keep in float32
 
 
-def fake_inputs(unet: Any, batch: int, latent_size: int, tokens: int) -> dict[str, Any]:
+def meta_inputs(unet: Any, dtype: torch.dtype, batch: int, latent_size: int, tokens: int) -> dict[str, Any]:
     """Keyword arguments of one call of the UNet, `(batch, c, latent_size, latent_size)` latents and text."""
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta", dtype=dtype)
+
     config = unet.config
-    extra: dict[str, torch.Tensor] = {}
+    for name, known in (
+        ("addition_embed_type", (None, "text_time")),
+        ("class_embed_type", (None,)),
+        ("encoder_hid_dim_type", (None,)),
+    ):
+        if config.get(name) not in known:
+            raise UserError(
+                f"model: expected a UNet conditioned on text, or on text and sizes as SDXL is; got {name}="
+                f"{config[name]!r}. Name another model."
+            )
+    inputs: dict[str, Any] = {
+        "sample": empty(batch, config.in_channels, latent_size, latent_size),
+        "timestep": torch.empty(batch, device="meta", dtype=torch.long),
+        "encoder_hidden_states": empty(batch, tokens, config.cross_attention_dim),
+    }
     if config.addition_embed_type == "text_time":
         time_ids = 6
         text_width = config.projection_class_embeddings_input_dim - time_ids * config.addition_time_embed_dim
-        extra = {"text_embeds": torch.empty(batch, text_width), "time_ids": torch.empty(batch, time_ids)}
-    return {
-        "sample": torch.empty(batch, config.in_channels, latent_size, latent_size),
-        "timestep": torch.empty(batch, dtype=torch.long),
-        "encoder_hidden_states": torch.empty(batch, tokens, config.cross_attention_dim),
-        "added_cond_kwargs": extra,
-    }
+        inputs["added_cond_kwargs"] = {"text_embeds": empty(batch, text_width), "time_ids": empty(batch, time_ids)}
+    if config.num_class_embeds is not None:
+        inputs["class_labels"] = torch.empty(batch, device="meta", dtype=torch.long)
+    return inputs

@@ -48,7 +48,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is refused: a checkpoint is read as tensors and plain values only, and this file holds other"
             " pickled objects (code that would run on loading) or is no checkpoint at all."
-            " Use a checkpoint that `slicemod fit` wrote."
+            " Use a checkpoint that `slicemod fit` wrote, or a .safetensors file."
         ) from error
     except Exception as error:  # on bytes that are no checkpoint torch's reader raises what it likes
         raise CheckpointError(
@@ -109,6 +109,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # else a power cut could leave the new name with half its content
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         temporary.replace(target)
     except OSError as error:
@@ -145,7 +147,18 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os
     Raises:
         CheckpointError: keys are missing, unexpected, or of another shape; nothing is loaded then.
     """
-    own = module.state_dict()
+    require_matching(module.state_dict(), state, path, type(module).__name__)
+    module.load_state_dict(state)
+
+
+def require_matching(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | os.PathLike[str], owner: str
+) -> None:
+    """Checks that the keys and shapes of ``state``, read from ``path``, are exactly those of ``own``.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected, or of another shape.
+    """
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     reshaped = [
@@ -164,10 +177,9 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os
     ]
     if problems:
         raise CheckpointError(
-            f"{path} does not fit this {type(module).__name__}: expected its {len(own)} tensors by name and shape, but"
+            f"{path} does not fit this {owner}: expected its {len(own)} tensors by name and shape, but"
             f" {'; '.join(problems)}. Use the configuration that the file was trained with, or another file."
         )
-    module.load_state_dict(state)
 
 
 def _shape(value: object) -> str:

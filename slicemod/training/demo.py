@@ -18,10 +18,11 @@ from torch import Tensor
 from slicemod import NotEnoughMemoryError, SliceConfig, SlicePlan
 from slicemod.training.conditional_accuracy import DigitReader
 from slicemod.training.digits import DigitsDataModule
-from slicemod.training.fit_command import SlicemodCLI, fit
+from slicemod.training.fit_command import fit
 from slicemod.training.interruption import TrainingInterruptedError
 from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.latent_diffusion import LatentDiffusion, load_latent_diffusion
+from slicemod.training.lightning_cli import SlicemodCLI
 from slicemod.training.pictures import read_metric, save_digit_grid, save_loss_curve
 from slicemod.training.sampling import Sampling, sample_images
 from slicemod.training.step_memory import StepMemory, measure_training_steps

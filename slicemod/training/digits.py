@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypedDict
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from slicemod.training.resumable_batches import ResumableBatches
 from slicemod.user_error import UserError
 
 SplitName = Literal["train", "val", "test"]
@@ -60,11 +61,8 @@ def digit_splits(
     return {name: DigitSplit(images[rows], targets[rows]) for name, rows in chosen.items()}
 
 
-class DigitBatches:
-    """Iterates over a split in batches; a run that stopped in the middle of an epoch continues where it stopped.
-
-    Lightning stores ``state_dict()`` in its checkpoints. The order of an epoch depends on the seed and on the epoch's
-    number alone, so that a continued run sees the batches that an uninterrupted one sees.
+class DigitBatches(ResumableBatches[Tensor, DigitBatch]):
+    """Iterates over a split in batches.
 
     Args:
         split: what to iterate over.
@@ -73,42 +71,29 @@ class DigitBatches:
     """
 
     def __init__(self, split: DigitSplit, batch_size: int, shuffle_seed: int | None = None) -> None:
+        super().__init__()
         self.split = split
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
-        self._epoch = 0
-        self._next_batch = 0
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split.labels), self.batch_size)
         return full if self.shuffle_seed is not None or rest == 0 else full + 1
 
-    def __iter__(self) -> Iterator[DigitBatch]:
-        if self._next_batch >= len(self):
-            self._epoch, self._next_batch = self._epoch + 1, 0
-        order = self._order()  # (N,)
-        while self._next_batch < len(self):
-            start = self._next_batch * self.batch_size
-            self._next_batch += 1
-            yield self._batch(order[start : start + self.batch_size])
-
-    def state_dict(self) -> dict[str, int]:
-        """The position: the epoch and the number of its next batch."""
-        return {"epoch": self._epoch, "next_batch": self._next_batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues from a position that ``state_dict()`` gave."""
-        self._epoch, self._next_batch = state["epoch"], state["next_batch"]
-
-    def _order(self) -> Tensor:
+    def plan_epoch(self, epoch: int) -> Sequence[Tensor]:
+        """Places in the split, a tensor (B,) for each batch."""
         count = len(self.split.labels)
         if self.shuffle_seed is None:
-            return torch.arange(count)
-        generator = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + self._epoch)
-        return torch.randperm(count, generator=generator)
+            order = torch.arange(count)
+        else:
+            order = torch.randperm(
+                count, generator=torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + epoch)
+            )
+        return torch.split(order, self.batch_size)[: len(self)]
 
-    def _batch(self, index: Tensor) -> DigitBatch:
-        return {"image": self.split.images[index], "label": self.split.labels[index], "index": index}
+    def load(self, planned: Tensor, number: int) -> DigitBatch:
+        """The images and labels at these places."""
+        return {"image": self.split.images[planned], "label": self.split.labels[planned], "index": planned}
 
 
 class DigitsDataModule(pl.LightningDataModule):
@@ -121,6 +106,7 @@ class DigitsDataModule(pl.LightningDataModule):
         test_fraction: share of the 1,797 digits that training never sees.
         split_seed: chooses which digits go to which split.
         shuffle_seed: chooses the order of the training batches.
+        left_out: digits that are in no split.
     """
 
     def __init__(
@@ -131,6 +117,7 @@ class DigitsDataModule(pl.LightningDataModule):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         shuffle_seed: int = 0,
+        left_out: list[int] = [],  # noqa: B006 - never changed
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("image_size", image_size)):
@@ -146,13 +133,21 @@ class DigitsDataModule(pl.LightningDataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
+        if wrong := [digit for digit in left_out if digit not in range(NUM_CLASSES)]:
+            raise UserError(f"data.left_out must hold digits from 0 to 9, got {wrong}: correct them.")
         self.shuffle_seed = shuffle_seed
+        self.left_out = list(left_out)
         self._splits: dict[SplitName, DigitSplit] | None = None
 
     def split(self, name: SplitName) -> DigitSplit:
         """One of the splits ``train``, ``val`` and ``test``."""
         if self._splits is None:
-            self._splits = digit_splits(self.image_size, self.val_fraction, self.test_fraction, self.split_seed)
+            splits = digit_splits(self.image_size, self.val_fraction, self.test_fraction, self.split_seed)
+            absent = torch.tensor(self.left_out, dtype=torch.int64)
+            kept = {name: ~torch.isin(split.labels, absent) for name, split in splits.items()}
+            self._splits = {
+                name: DigitSplit(split.images[kept[name]], split.labels[kept[name]]) for name, split in splits.items()
+            }
         return self._splits[name]
 
     def train_dataloader(self) -> DigitBatches:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training run between two steps, where its state is whole."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a training run between two steps, where its state is whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class TrainingInterruptedError(Exception):
@@ -24,15 +24,17 @@ class TrainingInterruptedError(Exception):
 
 
 class StopBetweenSteps(pl.Callback):
-    """Turns the first SIGINT or SIGTERM into a ``TrainingInterruptedError`` at the end of the running step.
+    """Turns the first of these signals into a ``TrainingInterruptedError`` at the end of the running step.
 
     A signal's handler runs anywhere, also halfway through an optimizer's step; a checkpoint taken there would hold
     half of it. At the end of a step, ``LastCheckpoint`` then writes one that
-    `--ckpt_path last` continues from. A second signal acts as if this callback were not there.
+    `--ckpt_path last` continues from. A second signal acts as if this callback were not there. Of several processes
+    one that gets the signal is enough.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._step = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -40,9 +42,15 @@ class StopBetweenSteps(pl.Callback):
             self._received = None
             self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._received is not None:
-            raise TrainingInterruptedError(self._received)
+        if trainer.global_step == self._step:
+            return  # gradients are still accumulating, and no checkpoint holds them
+        received = self._received
+        if trainer.strategy.reduce_boolean_decision(received is not None, all=False):
+            raise TrainingInterruptedError(received or signal.SIGTERM)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()

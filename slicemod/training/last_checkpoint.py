@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from slicemod.user_error import UserError
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -26,9 +30,19 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
         )
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Removes what a process that was killed while it wrote left behind."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            for left in Path(str(self.dirpath)).glob(".last*.ckpt"):
+                left.unlink()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Saves `last.ckpt` alone, where ``ModelCheckpoint`` leaves a second file of the step beside it."""
-        if self._should_save_on_exception(trainer):
+        """Saves `last.ckpt` alone, where ``ModelCheckpoint`` leaves a second file of the step beside it.
+
+        Not where the loss or the disk failed: what there was before is better than what there is now.
+        """
+        if not isinstance(exception, UserError) and self._should_save_on_exception(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,11 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import (
-    LRSchedulerConfigType,
-    OptimizerLRScheduler,
-    OptimizerLRSchedulerConfig,
-)
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -28,6 +25,8 @@ from slicemod.training.autoencoder import decode_all, encode_all, load_autoencod
 from slicemod.training.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from slicemod.training.class_embedder import ClassEmbedder
 from slicemod.training.digits import DigitBatch
+from slicemod.training.optimizers import build_optimizer
+from slicemod.training.trained_weights import LoraSettings, Trained, choose_trained
 from slicemod.user_error import UserError
 
 COMPONENTS = "slicemod_components"  # where a checkpoint keeps what rebuilds the model
@@ -58,6 +57,8 @@ class LatentDiffusion(pl.LightningModule):
         seed: of noise, timesteps and dropped labels.
         autoencoder_weights: safetensors file of the autoencoder; None keeps the weights ``autoencoder`` came with.
         init_from: checkpoint whose weights training starts from; every key must fit.
+        trained: of the UNet: all weights, those of its attention, or low-rank adapters; ``class_embedder`` besides.
+        lora: of the adapters.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class LatentDiffusion(pl.LightningModule):
         seed: int = 0,
         autoencoder_weights: str | None = None,
         init_from: str | None = None,
+        trained: Trained = "full",
+        lora: LoraSettings = LoraSettings(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         _require_matching(unet, autoencoder, scheduler, class_embedder)
@@ -92,6 +95,9 @@ class LatentDiffusion(pl.LightningModule):
         self.seed = seed
         self.autoencoder_weights = autoencoder_weights
         self.init_from = init_from
+        self.trained: Trained = trained
+        self.lora = lora
+        self._adapted = False
         self.swap_report: SwapReport | None = None
         if attention is not None:
             self.swap_report = swap_attention(unet, attention)
@@ -173,8 +179,20 @@ class LatentDiffusion(pl.LightningModule):
         continued = self.init_from is not None or self.trainer.ckpt_path is not None
         if self.autoencoder_weights is not None and (Path(self.autoencoder_weights).exists() or not continued):
             load_autoencoder(self.autoencoder, self.autoencoder_weights)
-        if self.init_from is not None and self.trainer.ckpt_path is None:
+        self.prepare_weights()
+
+    def prepare_weights(self) -> None:
+        """Loads the base checkpoint and chooses what is trained, the first time that it is called."""
+        if self._adapted:
+            return
+        if self.init_from is not None:
             self.load_weights(self.init_from)
+        self.adapt()
+
+    def adapt(self) -> None:
+        """Chooses what is trained; adapters come into the state dict by this."""
+        choose_trained(self.unet, self.trained, self.lora, seed=self.seed)
+        self._adapted = True
 
     def on_fit_start(self) -> None:
         """Encodes the training images once: the autoencoder is frozen, so each epoch would encode the same."""
@@ -182,20 +200,9 @@ class LatentDiffusion(pl.LightningModule):
         self._train_latents = self.encode(images.to(self.device))  # (N, c, h, w)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        trained = [*self.unet.parameters(), *self.class_embedder.parameters()]
-        optimizer = self.make_optimizer(trained)
-        if self.make_lr_scheduler is None:
-            return optimizer
-        schedule = self.make_lr_scheduler(optimizer)
-        planned = self.trainer.estimated_stepping_batches
-        total = getattr(schedule, "total_steps", planned)
-        if total < planned:
-            raise UserError(
-                f"model.lr_scheduler.init_args.total_steps must be at least the run's {planned} steps, got"
-                f" {total}: raise it, or lower trainer.max_steps."
-            )
-        stepped = LRSchedulerConfigType(scheduler=schedule, interval="step")
-        return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler=stepped)
+        parameters = [*self.unet.parameters(), *self.class_embedder.parameters()]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return build_optimizer(self.trainer, trained, self.make_optimizer, self.make_lr_scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the model: plain values, so that ``weights_only=True`` reads them."""
@@ -205,6 +212,8 @@ class LatentDiffusion(pl.LightningModule):
             "scheduler": json.loads(self.scheduler.to_json_string()),
             "class_embedder": {"num_classes": self.class_embedder.num_classes, "dim": self.class_embedder.dim},
             "attention": None if self.attention is None else self.attention.as_dict(),
+            "trained": self.trained,
+            "lora": asdict(self.lora),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -281,7 +290,10 @@ def load_latent_diffusion(
             ClassEmbedder(**parts["class_embedder"]),
             attention=attention,
             compile=compile,
+            trained=parts["trained"],
+            lora=LoraSettings(**parts["lora"]),
         )
+        model.adapt()
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} describes no model that can be built ({type(error).__name__}: {error}): expected the components"
@@ -309,7 +321,7 @@ def stored_components(checkpoint: Mapping[str, Any], path: str | os.PathLike[str
         CheckpointError: the checkpoint does not hold it.
     """
     parts = checkpoint.get(COMPONENTS)
-    expected = {"unet", "autoencoder", "scheduler", "class_embedder", "attention"}
+    expected = {"unet", "autoencoder", "scheduler", "class_embedder", "attention", "trained", "lora"}
     if not isinstance(parts, dict) or set(parts) != expected:
         raise CheckpointError(
             f"{path} is no checkpoint of `slicemod fit`: expected `{COMPONENTS}` with {', '.join(sorted(expected))},"

@@ -19,17 +19,17 @@ GAP = 2  # black pixels between tiles
 
 
 def save_tiles(images: Tensor, path: str | os.PathLike[str], columns: int | None = None) -> None:
-    """Writes images (N, 1, H, W) in [-1, 1] side by side, row by row; about a square when ``columns`` is None."""
+    """Writes images (N, 1 or 3, H, W) in [-1, 1] side by side, row by row; about a square without ``columns``."""
     wide = columns or math.ceil(math.sqrt(len(images)))
     high = math.ceil(len(images) / wide)
-    pixels = ((images[:, 0].clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()  # (N, H, W)
-    height, width = pixels.shape[1:]
-    canvas = np.zeros((high * (height + GAP) - GAP, wide * (width + GAP) - GAP), dtype=np.uint8)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).cpu().numpy()  # (N, H, W, 1 or 3)
+    height, width, channels = pixels.shape[1:]
+    canvas = np.zeros((high * (height + GAP) - GAP, wide * (width + GAP) - GAP, channels), dtype=np.uint8)
     for place, tile in enumerate(pixels):
         top, left = place // wide * (height + GAP), place % wide * (width + GAP)
         canvas[top : top + height, left : left + width] = tile
     with replacing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG")
+        Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(temporary, format="PNG")
 
 
 def save_digit_grid(panels: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

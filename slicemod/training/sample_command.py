@@ -1,23 +1,27 @@
-"""`slicemod sample`: a PNG of images drawn from a checkpoint."""
+"""`slicemod sample`: a PNG of images drawn from a checkpoint, of a digit or of prompts."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from slicemod.arguments import ArgumentParser
-from slicemod.training.checkpoints import ensure_writable_folder
+from slicemod.training.checkpoints import ensure_writable_folder, read_checkpoint
 from slicemod.training.latent_diffusion import checkpoint_attention, load_latent_diffusion
 from slicemod.training.pictures import save_tiles
+from slicemod.training.prompt_sampling import draw_prompts, encode_prompts, require_size
 from slicemod.training.sampling import Sampling, sample_images
+from slicemod.training.stable_diffusion import STORED, load_stable_diffusion
 from slicemod.user_error import UserError
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Draws images of one class; ``arguments[0]`` is the command's name."""
+    """Draws images; ``arguments[0]`` is the command's name."""
     options = _parser().parse_args(arguments[1:])
     out = Path(options.out)
     if out.suffix.lower() != ".png":
@@ -26,36 +30,72 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--count must be at least 1, got {options.count}: say how many images to draw.")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}: give another whole number.")
-    if not math.isfinite(options.guidance):
-        raise UserError(f"--guidance must be a finite number, got {options.guidance}: 1 to 5 are usual.")
-    model = load_latent_diffusion(
-        options.checkpoint, attention=checkpoint_attention(options.checkpoint), compile=options.compile
-    )
+    if options.guidance is not None and not math.isfinite(options.guidance):
+        raise UserError(f"--guidance must be a finite number, got {options.guidance}: 1 to 8 are usual.")
+    by_prompt = STORED in read_checkpoint(options.checkpoint)
+    missing, other = ("--prompt", "--class") if by_prompt else ("--class", "--prompt")
+    if (options.prompt if by_prompt else options.label) is None:
+        raise UserError(f"{missing} is missing: {options.checkpoint} draws by it, not by {other}. Say what to draw.")
     ensure_writable_folder(out.parent)
-    images = sample_images(
-        model,
-        torch.full((options.count,), options.label),
-        Sampling(steps=options.steps, guidance=options.guidance, seed=options.seed),
-        resolution=options.resolution,
-    )
+    images = _of_prompt(options) if by_prompt else _of_class(options)
     save_tiles(images, out)
-    print(f"{options.count} images of class {options.label}: {out}")
+    what = repr(options.prompt) if by_prompt else f"class {options.label}"
+    print(f"{options.count} images of {what}: {out}")
     return 0
 
 
+def _of_class(options: argparse.Namespace) -> Tensor:
+    model = load_latent_diffusion(
+        options.checkpoint, attention=checkpoint_attention(options.checkpoint), compile=options.compile
+    )
+    return sample_images(
+        model,
+        torch.full((options.count,), options.label),
+        Sampling(
+            steps=options.steps, guidance=2.0 if options.guidance is None else options.guidance, seed=options.seed
+        ),
+        resolution=options.resolution,
+    )
+
+
+def _of_prompt(options: argparse.Namespace) -> Tensor:
+    model = load_stable_diffusion(options.checkpoint, source=options.source)
+    height = options.height or options.resolution or model.native_resolution
+    width = options.width or options.resolution or model.native_resolution
+    require_size(model, height, width)
+    encoded = encode_prompts(model, [options.prompt])
+    if options.compile:
+        model.unet.compile(fullgraph=True)
+    return draw_prompts(
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
+        encoded * options.count,
+        height=height,
+        width=width,
+        steps=options.steps,
+        guidance=7.0 if options.guidance is None else options.guidance,
+        seed=options.seed,
+    )
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser("slicemod sample", description="Draws images of one class from a checkpoint.")
+    parser = ArgumentParser("slicemod sample", description="Draws images of one class or prompt from a checkpoint.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN.ckpt", help="written by `slicemod fit`")
-    parser.add_argument("--class", dest="label", type=int, required=True, help="the digit to draw, 0 to 9")
+    parser.add_argument("--class", dest="label", type=int, help="of a model of the digits: the digit to draw, 0 to 9")
+    parser.add_argument("--prompt", help="of a Stable Diffusion model: what to draw")
     parser.add_argument("--count", type=int, default=16, help="how many images (default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="where the picture goes")
     parser.add_argument(
         "--resolution", type=int, help="edge in pixels, such as 2 or 4 times the trained one (default: the trained one)"
     )
+    parser.add_argument("--height", type=int, help="of images of a prompt, in pixels (default: --resolution)")
+    parser.add_argument("--width", type=int, help="of images of a prompt, in pixels (default: --resolution)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
     parser.add_argument(
-        "--guidance", type=float, default=2.0, help="weight of the class, 1 is no guidance (default: %(default)s)"
+        "--guidance",
+        type=float,
+        help="weight of class or prompt, 1 is no guidance (default: 2 of a class, 7 of a prompt)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="run the UNet under torch.compile(fullgraph=True)")
+    parser.add_argument("--source", help="where the model that a prompt's run began from lies now")
     return parser

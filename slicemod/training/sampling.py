@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
+from slicemod.training.denoiser import Conditioning, Denoiser
 from slicemod.training.latent_diffusion import LatentDiffusion
 from slicemod.user_error import UserError
 
@@ -73,7 +73,7 @@ def sample_images(
     with Progress(disable=not progress) as bar:
         task = bar.add_task("sampling", total=len(groups[0]) * (how.steps + again))
         for first, second, wanted in zip(*groups, strict=True):
-            denoiser = _Denoiser(model, wanted, how, lambda: bar.advance(task))
+            denoiser = _denoiser(model, wanted, how, lambda: bar.advance(task))
             drawn = model.decode(denoiser.run(first.to(model.device), how.steps))
             if again:
                 enlarged = F.interpolate(drawn, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
@@ -82,43 +82,11 @@ def sample_images(
     return torch.cat(images)
 
 
-class _Denoiser:
-    """Runs the last steps of a schedule for one batch of labels."""
-
-    def __init__(self, model: LatentDiffusion, labels: Tensor, how: Sampling, tick: Callable[[], None]) -> None:
-        self.model = model
-        self.how = how
-        self.tick = tick
-        self.guided = how.guidance != 1
-        labels = labels.to(model.device)
-        if self.guided:
-            labels = torch.cat([torch.full_like(labels, model.class_embedder.null_class), labels])
-        self.context: Tensor = model.class_embedder(labels)  # (2B, 1, d) where guided, else (B, 1, d)
-
-    def run(self, noise: Tensor, steps: int, start: Tensor | None = None) -> Tensor:
-        """Denoises ``noise`` (B, c, h, w), or ``start`` of that shape noised as the last ``steps`` steps find it."""
-        scheduler = copy.deepcopy(self.model.scheduler)  # set_timesteps writes into it
-        scheduler.set_timesteps(self.how.steps)
-        remaining = scheduler.timesteps[len(scheduler.timesteps) - steps :]
-        if start is None:
-            latents = noise * scheduler.init_noise_sigma
-        else:
-            latents = scheduler.add_noise(start, noise, remaining[:1].expand(len(noise)))
-        for timestep in remaining:
-            predicted = self._predict(scheduler.scale_model_input(latents, timestep), timestep)
-            latents = scheduler.step(predicted, timestep, latents).prev_sample
-            self.tick()
-        denoised: Tensor = latents
-        return denoised
-
-    def _predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        if not self.guided:
-            plain: Tensor = self.model.unet(latents, timestep, self.context).sample
-            return plain
-        both: Tensor = self.model.unet(torch.cat([latents, latents]), timestep, self.context).sample
-        none, labelled = both.chunk(2)
-        guided: Tensor = none + self.how.guidance * (labelled - none)
-        return guided
+def _denoiser(model: LatentDiffusion, labels: Tensor, how: Sampling, tick: Callable[[], None]) -> Denoiser:
+    labels = labels.to(model.device)
+    none = torch.full_like(labels, model.class_embedder.null_class)
+    wanted, nothing = (Conditioning(model.class_embedder(part), {}) for part in (labels, none))
+    return Denoiser(model.unet, model.scheduler, wanted, nothing, how.guidance, how.steps, tick)
 
 
 def _require_valid(model: LatentDiffusion, labels: Tensor, resolution: int, how: Sampling) -> None:

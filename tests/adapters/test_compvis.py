@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import types
 from typing import Any
 
 import pytest
 import torch
-from ldm.modules.attention import CrossAttention
+from ldm.modules.attention import CrossAttention, MemoryEfficientCrossAttention
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.util import instantiate_from_config
 from torch import Tensor, nn
 
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.slice_config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
-from tests.oracle import assert_same
+from tests.oracle import assert_same, with_random_weights
 
 SLICINGS: dict[str, dict[str, Any]] = {
     "auto": {"budget": "1GiB"},
@@ -26,39 +27,32 @@ SLICINGS: dict[str, dict[str, Any]] = {
 every_slicing = pytest.mark.parametrize("slicing", SLICINGS.values(), ids=SLICINGS.keys())
 
 
-@pytest.fixture(autouse=True)
-def _omegaconf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LDM's UNet asks whether its `context_dim` is an omegaconf list; ours is a number."""
-    lists = types.ModuleType("omegaconf.listconfig")
-    vars(lists)["ListConfig"] = type("ListConfig", (list,), {})
-    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
-    monkeypatch.setitem(sys.modules, "omegaconf.listconfig", lists)
+pytestmark = pytest.mark.usefixtures("omegaconf")
 
 
-def unet(use_checkpoint: bool = False) -> nn.Module:
-    """Random weights throughout: the original starts with zeros in the last layer of each block."""
-    model: nn.Module = UNetModel(
-        image_size=8,
-        in_channels=3,
-        model_channels=32,
-        out_channels=3,
-        num_res_blocks=1,
-        attention_resolutions=(1, 2),
-        channel_mult=(1, 2),
-        num_head_channels=16,
-        use_spatial_transformer=True,
-        context_dim=23,
-        legacy=False,
-        use_checkpoint=use_checkpoint,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-    return model
+UNET: dict[str, Any] = {
+    "image_size": 8,
+    "in_channels": 3,
+    "model_channels": 32,
+    "out_channels": 3,
+    "num_res_blocks": 1,
+    "attention_resolutions": (1, 2),
+    "channel_mult": (1, 2),
+    "num_head_channels": 16,
+    "use_spatial_transformer": True,
+    "context_dim": 23,
+    "legacy": False,
+}
+
+
+def unet(**changed: Any) -> nn.Module:
+    """The original starts with zeros in the last layer of each block."""
+    model: nn.Module = UNetModel(**{**UNET, **changed})
+    return with_random_weights(model)
 
 
 @pytest.fixture
-def model(_omegaconf: None) -> nn.Module:
+def model(omegaconf: None) -> nn.Module:
     return unet()
 
 
@@ -191,6 +185,16 @@ def test_a_copy_of_a_swapped_model_is_a_model_of_its_own(model: nn.Module, dupli
     assert isinstance(model.get_submodule("middle_block.1.transformer_blocks.0.attn1"), MemoryAwareCrossAttention)
 
 
+def test_xformers_layers_are_swapped_and_need_no_xformers_then(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = CrossAttention(29, 23, heads=3, dim_head=11)
+    model = nn.Sequential(MemoryEfficientCrossAttention(29, 23, heads=3, dim_head=11))
+    capsys.readouterr()  # LDM prints what it builds
+    model[0].load_state_dict(plain.state_dict())
+    swap_attention(model, SLICINGS["rows"])
+    x, context = torch.randn(2, 61, 29), torch.randn(2, 53, 23)
+    torch.testing.assert_close(model[0](x, context=context), plain(x, context))
+
+
 def test_dropout_of_the_host_is_kept() -> None:
     model = nn.Sequential(CrossAttention(32, dropout=0.5))
     swap_attention(model, SLICINGS["rows"])
@@ -239,7 +243,7 @@ def test_a_layers_own_scale_is_kept() -> None:
     ("more", "reason"),
     [
         ({"q_norm": nn.LayerNorm(26)}, "it holds q_norm besides to_q, to_k, to_v, to_out"),
-        ({"to_k": nn.Sequential(nn.Linear(26, 26))}, "its to_k is a Sequential, not nn.Linear"),
+        ({"to_k": nn.Sequential(nn.Linear(26, 26))}, "its to_k is a Sequential, not a linear layer"),
     ],
 )
 def test_a_layer_that_computes_something_else_is_left_alone(more: dict[str, nn.Module], reason: str) -> None:
@@ -248,3 +252,49 @@ def test_a_layer_that_computes_something_else_is_left_alone(more: dict[str, nn.M
     report = swap_attention(model)
     assert report.skipped == (("other", reason),)
     assert model["other"] is layer
+
+
+# From the config: LDM's own `instantiate_from_config` resolves the block.
+
+TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+
+
+def config(unet: Any, **more: Any) -> dict[str, Any]:
+    return {"target": "slicemod.adapters.compvis.build", "params": {"unet": unet, **more}}
+
+
+@pytest.mark.parametrize("mapping", [dict, types.MappingProxyType], ids=["dict", "any mapping"])
+def test_a_unet_config_builds_the_same_unet_with_its_attention_swapped(mapping: Any) -> None:
+    torch.manual_seed(3)
+    plain = with_random_weights(instantiate_from_config({"target": TARGET, "params": UNET}))
+    torch.manual_seed(3)
+    unet = mapping({"target": TARGET, "params": mapping(UNET)})
+    ours = with_random_weights(instantiate_from_config(config(unet, slicing=mapping(SLICINGS["rows"]))))
+    assert type(ours) is type(plain)
+    layer: Any = ours.get_submodule("middle_block.1.transformer_blocks.0.attn1")
+    assert layer.slicing == SliceConfig(**SLICINGS["rows"])
+    given = inputs()
+    assert_same(results(ours, given), results(plain, given))
+    ours.load_state_dict(plain.state_dict())
+
+
+def test_a_unet_config_without_slicing_takes_the_default_one() -> None:
+    ours = instantiate_from_config(config({"target": TARGET, "params": UNET}))
+    layer: Any = ours.get_submodule("middle_block.1.transformer_blocks.0.attn1")
+    assert layer.slicing == SliceConfig()
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        ({"params": {}}, r"unet: expected a block with target and params, as unet_config had it; got \{'params'"),
+        ("ldm.UNet", "unet: expected a block with target and params"),
+        ({"target": "ldm.nowhere.UNet"}, r"unet.target: .*got 'ldm.nowhere.UNet': No module named 'ldm.nowhere'"),
+        ({"target": "ldm.util.UNet"}, "unet.target: .*has no attribute 'UNet'"),
+        ({"target": "UNet"}, "unet.target: expected the dotted name of a class that can be imported; got 'UNet'"),
+        ({"target": "torch.nn.Identity"}, "found none in Identity"),
+    ],
+)
+def test_a_config_that_builds_nothing_is_an_error_that_says_why(unet: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        instantiate_from_config(config(unet))

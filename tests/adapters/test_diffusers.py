@@ -15,11 +15,13 @@ from diffusers.models.attention_processor import (
     AttnAddedKVProcessor2_0,
     AttnProcessor,
     AttnProcessor2_0,
+    FusedAttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from torch import Tensor, nn
 
 from slicemod.adapters.diffusers import SlicemodAttnProcessor
+from slicemod.bench.memory import peak_memory
 from slicemod.slice_config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
 from tests.oracle import assert_same
@@ -168,7 +170,7 @@ def test_each_option_of_a_layer_is_that_of_its_own_processor(name: str, image: b
     torch.testing.assert_close(layer(x, context), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 53), (2, 1, 53), (2, 61, 53)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 53), (2, 1, 53), (2, 61, 53), (6, 1, 53)], ids=str)
 def test_an_additive_mask_is_that_of_attn_processor_2_0(sizes: tuple[int, ...]) -> None:
     layer = attention({"cross_attention_dim": 24})
     x, context = torch.randn(2, 61, 24), torch.randn(2, 53, 24)
@@ -206,7 +208,9 @@ class WatermarkModule(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "processor", [WatermarkProcessor(), WatermarkModule(), AttnAddedKVProcessor2_0()], ids=lambda p: type(p).__name__
+    "processor",
+    [WatermarkProcessor(), WatermarkModule(), AttnAddedKVProcessor2_0(), FusedAttnProcessor2_0()],
+    ids=lambda p: type(p).__name__,
 )
 def test_a_processor_that_does_more_is_left_alone_and_named(processor: Any) -> None:
     special, plain = attention({}), attention({})
@@ -214,7 +218,27 @@ def test_a_processor_that_does_more_is_left_alone_and_named(processor: Any) -> N
     report = swap_attention(nn.Sequential(special, plain))
     assert [layer.name for layer in report.layers] == ["1"]
     assert special.processor is processor
-    assert report.skipped == (("0", f"its processor {type(processor).__name__} does more than plain attention"),)
+    assert report.skipped == (
+        ("0", f"its processor {type(processor).__name__} computes something else than plain attention"),
+    )
+
+
+def test_a_layer_with_added_projections_keeps_a_processor_that_ignores_them() -> None:
+    special = attention({"added_kv_proj_dim": 5, "norm_num_groups": 4})
+    special.set_processor(AttnProcessor2_0())
+    report = swap_attention(nn.Sequential(special, attention({})))
+    reason = "its processor AttnProcessor2_0 computes something else than plain attention with added projections"
+    assert report.skipped == (("0", reason),)
+
+
+def test_a_mask_is_not_repeated_for_every_head() -> None:
+    layer = attention({})
+    layer.set_processor(SlicemodAttnProcessor({"kernel": "math", "budget": "200KiB", "policy": "exact"}))
+    x, mask = torch.randn(1, 509, 24), torch.randn(1, 509, 509)
+    with torch.no_grad():
+        layer(x, attention_mask=mask)
+        peak = peak_memory(lambda: layer(x, attention_mask=mask))
+    assert peak < mask.numel() * mask.element_size()
 
 
 def test_repr_shows_settings_and_once_called_the_plan() -> None:

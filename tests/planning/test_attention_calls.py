@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from slicemod.bench.memory import peak_memory
-from slicemod.planning.attention_calls import AttentionCall, at_resolution, record_attention_calls
+from slicemod.planning.attention_calls import LayersAlike, at_resolution, record_attention_calls
 from slicemod.shapes import AttentionShape
 from slicemod.user_error import UserError
 
@@ -53,7 +53,7 @@ def test_calls_scaled_to_a_resolution_are_those_recorded_there(tmp_path: Path) -
 
 
 def test_cross_attention_keeps_its_keys_at_every_resolution() -> None:
-    call = AttentionCall(AttentionShape(1, 8, 4096, 77, 40, 2), 5, 512)
+    call = LayersAlike(AttentionShape(1, 8, 4096, 77, 40, 2), 5, 512)
     assert at_resolution(call, 1024).shape == AttentionShape(1, 8, 16384, 77, 40, 2)
 
 

@@ -1,9 +1,10 @@
-"""`slicemod plan`: tables, JSON and errors."""
+"""`slicemod plan`: tables, JSON, the picture and errors."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,52 +13,99 @@ from slicemod.planning.plan_command import run
 from slicemod.user_error import UserError
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+QUICK = [DIGITS, "--resolution", "256", "512", "--memory", "64MiB", "--policy", "exact", "--kernel", "math"]
 
 
-def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert run(["plan", *arguments, "--json"]) == 0
-    printed: dict[str, object] = json.loads(capsys.readouterr().out)
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
     return printed
 
 
-def test_every_row_is_the_plan_of_plan_slices(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = _json(capsys, "sd15", "--resolution", "512", "1024", "--memory", "2GiB", "--policy", "exact", "--train")
-    rows = printed["layers"]
-    assert isinstance(rows, list)
-    assert {row["resolution"] for row in rows} == {512, 1024}
-    for row in rows:
-        plan = plan_slices(AttentionShape(**row["shape"]), 2 * 2**30, policy="exact", training=True)
-        assert row["plan"]["peak_bytes"] == plan.peak_bytes <= 2 * 2**30
-        assert (row["plan"]["axis"], row["plan"]["steps"]) == (plan.axis, plan.steps)
+def test_every_layer_has_the_plan_of_plan_slices(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _json(capsys, *QUICK, "--train")
+    assert [step["pixels"] for step in printed["resolutions"]] == [256, 512]
+    step = printed["resolutions"][0]
+    for layer in step["layers"]:
+        plan = plan_slices(AttentionShape(**layer["shape"]), step["budget"], policy="exact", training=True)
+        assert layer["plan"]["peak_bytes"] == plan.peak_bytes <= step["budget"]
+        assert (layer["plan"]["axis"], layer["plan"]["steps"]) == (plan.axis, plan.steps)
+
+
+def test_parts_add_up_to_the_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    training = _json(capsys, *QUICK, "--train")["resolutions"][0]["peaks"]["fused"]
+    inference = _json(capsys, *QUICK, "--batch", "1")["resolutions"][0]["peaks"]["fused"]
+    for peak in (training, inference):
+        assert peak.pop("total") == sum(peak.values())
+    assert training["optimizer"] == 2 * training["weights"] == 2 * inference["weights"]
+    assert inference["optimizer"] == inference["gradients"] == 0
 
 
 def test_slices_reach_further_than_full_attention(capsys: pytest.CaptureFixture[str]) -> None:
-    limits = _json(capsys, "sd15", "--memory", "4GiB")["largest_resolution"]
-    assert isinstance(limits, dict)
-    assert 512 <= limits["full attention"] < limits["sliced, heuristic"]
+    printed = _json(capsys, *QUICK)
+    limits = printed["largest_resolution"]
+    assert 0 < limits["full attention"] < limits["slicemod"]
+    assert (printed["batch"], printed["memory"], printed["training"]) == (2, 2**26, False)
+    assert _json(capsys, *QUICK, "--train")["batch"] == 1
 
 
-def test_what_does_not_fit_is_said_in_its_row(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["plan", "sd15", "--resolution", "512", "4096", "--memory", "1GiB"]) == 0
+def test_the_tables_show_shapes_plans_and_the_whole_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *QUICK, "--train", "--batch", "2", "--memory", "256MiB"]) == 0
     printed = capsys.readouterr().out
-    assert "too little" in printed
-    assert "16x4096x4096x40" in printed
+    for expected in (
+        "on cuda (simulated)",
+        "8 x 1024 x 1024 x 16",
+        "B*H x N x M x D",
+        "query",
+        "gradients   optimizer",
+        "full attention",
+        "largest square image within 256.0 MiB, slicemod: ",
+        "256 x 256: the rest of the step leaves attention a budget of",
+    ):
+        assert expected in printed
 
 
-def test_a_config_plans_with_its_own_pixels_a_latent(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = _json(capsys, DIGITS, "--resolution", "512", "--device", "cpu", "--memory", "64MiB", "--batch", "1")
-    rows = printed["layers"]
-    assert isinstance(rows, list)
-    assert max(row["shape"]["queries"] for row in rows) == (512 // 4 // 2) ** 2  # attention starts one level down
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *QUICK, "--resolution", "4096"]) == 0
+    printed = capsys.readouterr().out
+    assert "none fits" in printed
+    assert "4096 x 4096: memory: expected more than" in printed
+
+
+def test_a_device_without_a_known_fused_kernel_is_planned_without(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *QUICK, "--device", "mps"]) == 0
+    assert "fused: it is not known whether PyTorch has a fused kernel on mps" in capsys.readouterr().out
+
+
+def test_sdxl_is_planned_at_4096(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _json(capsys, "sdxl", "--resolution", "4096", "--memory", "16GiB", "--policy", "exact")
+    (step,) = printed["resolutions"]
+    assert step["layers"][0]["shape"]["queries"] == (4096 // 16) ** 2
+    assert step["peaks"]["slicemod"]["total"] <= 2**34 < step["peaks"]["full attention"]["total"]
+
+
+def test_the_readmes_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.png"
+    arguments = ["sd15", "--memory", "8GiB", "--policy", "exact", "--kernel", "math", "--plot", str(picture)]
+    assert run(["plan", *arguments]) == 0
+    assert "largest square image within 8.00 GiB" in capsys.readouterr().out
+    committed = Path(__file__).parents[2] / "docs" / "images" / "plan.png"
+    for path in (picture, committed):
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert path.read_bytes()[16:24] == picture.read_bytes()[16:24]  # the same width and height
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["sd15", "--memory", "lots"], "--memory: .*expected .*got 'lots'"),
-        (["sd15", "--resolution", "500"], "--resolution: expected multiples of 64"),
+        (["sd15", "--resolution", "500"], "--resolution: expected multiples of 64 .*got 500. Take 512"),
+        (["sd15", "--resolution", "65536"], "--resolution: expected .* up to 16384"),
         (["sd15", "--batch", "0"], "--batch: expected 1 or more"),
         (["sd15", "--policy", "best"], "--policy"),
+        (["sd15", "--checkpoint-blocks"], "--checkpoint-blocks: expected together with --train"),
+        (["sd15", "--plot", "no/such/folder.png"], "--plot: expected a file in an existing folder"),
+        (["sd15", "--plot", "plan.txt"], "--plot: .*ending in .png"),
         ([], "model"),
     ],
 )

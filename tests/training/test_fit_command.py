@@ -31,7 +31,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
         assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize("name", ["digits.yaml", "digits_finetune.yaml"])
+@pytest.mark.parametrize("name", ["digits.yaml", "digits_finetune.yaml", "digits_lora.yaml"])
 def test_every_shipped_config_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     overlay = ["--config", str(CONFIGS / name)] if name != "digits.yaml" else []
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,93 @@
+"""The VAE's attention in CompVis LDM and Stability sgm: one head over all pixels of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from slicemod.adapters.replacement import ReplacingHost, extra_state
+from slicemod.attention import attend
+from slicemod.plan import SlicePlan
+from slicemod.slice_config import SliceConfig
+from slicemod.swap import HOSTS
+
+_CLASSES = ("AttnBlock", "MemoryEfficientAttnBlock", "SpatialSelfAttention")
+_PARTS = ("norm", "q", "k", "v", "proj_out")
+
+
+class MemoryAwareAttnBlock(nn.Module):
+    """`x + proj_out(attention(q(norm(x)), k(norm(x)), v(norm(x))))`, attention of every pixel to all of them.
+
+    Args:
+        in_channels: channels `C`, a multiple of 32; the width of the one head.
+        slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
+
+    >>> import torch
+    >>> MemoryAwareAttnBlock(32)(torch.zeros(1, 32, 5, 7)).shape
+    torch.Size([1, 32, 5, 7])
+    """
+
+    def __init__(self, in_channels: int, slicing: SliceConfig | Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.slicing = SliceConfig.of(slicing)
+        self.plan: SlicePlan | None = None  # of the last eager call
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(in_channels, in_channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor, **_unused: Any) -> Tensor:
+        """Attend.
+
+        Args:
+            x: `(B, C, height, width)`.
+            _unused: what Stability sgm's decoders pass to every block.
+
+        Returns:
+            As `x`.
+
+        Raises:
+            NotEnoughMemoryError: no plan fits the budget.
+        """
+        height, width = x.shape[2:]
+        normed = self.norm(x)
+        query, key, value = (
+            rearrange(projected, "b c h w -> b 1 (h w) c")
+            for projected in (self.q(normed), self.k(normed), self.v(normed))
+        )
+        del normed
+        output = attend(self, query, key, value, None, self.slicing, self.in_channels**-0.5)
+        del query, key, value
+        output = rearrange(output, "b 1 (h w) c -> b c h w", h=height, w=width)
+        out: Tensor = x + self.proj_out(output)
+        return out
+
+    def extra_repr(self) -> str:
+        plan = "" if self.plan is None else f", plan: {self.plan}"
+        return f"in_channels={self.in_channels}, {self.slicing}{plan}"
+
+
+class AttnBlockHost(ReplacingHost):
+    """`AttnBlock` and `MemoryEfficientAttnBlock` of `ldm` and `sgm`, and `SpatialSelfAttention`, which is the same."""
+
+    name = "CompVis VAE"
+    parts = _PARTS
+
+    def matches(self, original: nn.Module) -> bool:
+        """An AttnBlock by name, with its norm and projections."""
+        return type(original).__name__ in _CLASSES and all(
+            isinstance(getattr(original, part, None), nn.Module) for part in _PARTS
+        )
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """A block that holds more than its norm and its projections is left alone."""
+        return extra_state(module, _PARTS)
+
+    def replacement(self, original: Any, slicing: SliceConfig) -> MemoryAwareAttnBlock:
+        """MemoryAwareAttnBlock with as many channels."""
+        return MemoryAwareAttnBlock(original.in_channels, slicing)
+
+
+HOSTS.append(AttnBlockHost())

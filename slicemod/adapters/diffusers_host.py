@@ -1,0 +1,71 @@
+"""The attention layers of diffusers' models: which are swapped, and how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from slicemod.adapters.diffusers import SlicemodAttnProcessor
+from slicemod.slice_config import SliceConfig
+from slicemod.swap import HOSTS
+
+# The processors whose attention SlicemodAttnProcessor computes: plain, of a layer with added projections, IP-Adapter's.
+_PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+_ADDED = (
+    "AttnAddedKVProcessor",
+    "AttnAddedKVProcessor2_0",
+    "SlicedAttnAddedKVProcessor",
+    "XFormersAttnAddedKVProcessor",
+)
+_IP_ADAPTER = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
+
+
+class DiffusersHost:
+    """`diffusers.models.attention_processor.Attention`, known by its name and its processor."""
+
+    name = "diffusers"
+    guessed = False
+
+    def recognises(self, module: nn.Module) -> bool:
+        """An Attention with a processor."""
+        return type(module).__name__ == "Attention" and hasattr(module, "set_processor")
+
+    def holder(self, module: nn.Module) -> SlicemodAttnProcessor | None:
+        """The layer's processor where it is one of ours that took another's place."""
+        processor = _processor(module)
+        return processor if isinstance(processor, SlicemodAttnProcessor) and processor.replaced is not None else None
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """A processor that computes something else is left alone."""
+        processor = type(_processor(module)).__name__
+        has_added = getattr(module, "add_k_proj", None) is not None
+        if processor in (SlicemodAttnProcessor.__name__, *(_ADDED if has_added else _PLAIN + _IP_ADAPTER)):
+            return None
+        more = " with added projections" if has_added else ""
+        return f"its processor {processor} computes something else than plain attention{more}"
+
+    def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> SlicemodAttnProcessor:
+        """Set a `SlicemodAttnProcessor` on the layer; an IP-Adapter's, which has weights, becomes one."""
+        module: Any = parent.get_submodule(child)
+        replaced = _processor(module)
+        if type(replaced).__name__ in _IP_ADAPTER:
+            from slicemod.adapters.ip_adapter import slice_ip_adapter
+
+            return slice_ip_adapter(replaced, slicing)
+        processor = SlicemodAttnProcessor(slicing)
+        processor.replaced = replaced
+        module.set_processor(processor)
+        return processor
+
+    def restore(self, parent: nn.Module, child: str) -> None:
+        """Set the processor that was there before."""
+        module = parent.get_submodule(child)
+        _processor(module).make_way(module)
+
+
+def _processor(module: nn.Module) -> Any:
+    return getattr(module, "processor", None)
+
+
+HOSTS.append(DiffusersHost())

@@ -1,0 +1,150 @@
+"""Results as tables: for the terminal, and in Markdown for README and docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from slicemod.bench.comparing import LeftOut, Measurement
+from slicemod.bench.results import Results
+
+COLUMNS = ("attention", "time", "to SDPA", "quartiles", "peak", "of product", "error")
+
+
+def comparison_tables(results: Results) -> Iterator[Table]:
+    """A table for each work and setting, a row for each peer."""
+    for work, setting, rows in results.comparisons():
+        table = _table(f"{work}: {setting}", COLUMNS)
+        for row in rows:
+            table.add_row(*_cells(row), style="bold" if row.peer.startswith("slicemod") else "")
+        yield table
+
+
+def growth_table(results: Results) -> Table:
+    """Time per N^2 and peak beyond inputs and output against N, for works of several numbers of tokens."""
+    table = _table("how cost grows with the number of tokens N", GROWTH_COLUMNS)
+    for cells in _growth_rows(results):
+        table.add_row(*cells)
+    return table
+
+
+GROWTH_COLUMNS = ("attention", "N", "time", "time / N²", "to median", "of product", "peak beyond in- and output")
+
+
+def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """A line for each peer and reason, with the number of comparisons that it was left out of."""
+    found: dict[tuple[str, str], list[LeftOut]] = {}
+    for entry in left_out:
+        found.setdefault((entry.peer, entry.reason), []).append(entry)
+    return [
+        f"{peer}: {reason}"
+        + (f" ({entries[0].work}: {entries[0].setting})" if len(entries) == 1 else f" ({len(entries)} times)")
+        for (peer, reason), entries in found.items()
+    ]
+
+
+def machine_line(results: Results) -> str:
+    """The machine in a sentence."""
+    machine = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
+    rates = {row.setting.dtype: row.product_rate for row in results.measurements}
+    products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+    return (
+        f"{where} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cores']} cores, {versions}, "
+        f"{machine['date']}. A large matrix product runs at {products}."
+    )
+
+
+def markdown_tables(results: Results) -> str:
+    """Every comparison as a Markdown table under its heading."""
+    blocks = [
+        f"### {work}: {setting}\n\n{_markdown(COLUMNS, [_cells(row) for row in rows])}"
+        for work, setting, rows in results.comparisons()
+    ]
+    left_out = "\n".join(f"- {line}" for line in left_out_lines(results.left_out))
+    return "\n\n".join([*blocks, *([f"Left out:\n\n{left_out}"] if left_out else [])])
+
+
+def markdown_summary(results: Results) -> str:
+    """A row for each comparison at a series' largest size: SDPA, ours, and the fastest and the smallest of the rest."""
+    columns = ("work", "SDPA", "slicemod", "slicemod, sliced", "fastest of the others", "least memory of the others")
+    lines = []
+    largest = {row.series: row.size for row in sorted(results.measurements, key=lambda row: row.size)}
+    for work, setting, rows in results.comparisons():
+        if rows[0].size < largest[rows[0].series]:
+            continue
+        named = {row.peer: row for row in rows}
+        others = [row for row in rows if not row.peer.startswith(("slicemod", "sdpa"))]
+        chosen = [named.get("slicemod"), named.get("slicemod-exact")]
+        best = [min(others, key=key, default=None) for key in (lambda row: row.ratio, lambda row: row.peak_bytes)]
+        lines.append(
+            (
+                f"{work}: {setting}",
+                f"{_time(named['sdpa'].seconds)}, {_size(named['sdpa'].peak_bytes)}",
+                *(_brief(row) for row in chosen),
+                *("-" if row is None else f"{row.peer}: {_brief(row)}" for row in best),
+            )
+        )
+    return _markdown(columns, lines)
+
+
+def markdown_growth(results: Results) -> str:
+    """`growth_table` in Markdown."""
+    return _markdown(GROWTH_COLUMNS, list(_growth_rows(results)))
+
+
+def _growth_rows(results: Results) -> Iterator[tuple[str, ...]]:
+    for peer, rows in by_peer([row for row in results.measurements if row.unit == "tokens"]):
+        pace = [row.seconds / row.size**2 for row in rows]
+        middle = sorted(pace)[len(pace) // 2]
+        for row, own in zip(rows, pace, strict=True):
+            share, beyond = f"{row.rate_share:.0%}", _size(row.peak_bytes - row.output_bytes)
+            yield peer, f"{row.size:,}", _time(row.seconds), f"{own * 1e9:.2f} ns", f"{own / middle:.2f}", share, beyond
+
+
+def by_peer(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
+    """The measurements of each peer by size, for peers in the order in which they come."""
+    order = list(dict.fromkeys(row.peer for row in rows))
+    ordered = sorted(rows, key=lambda row: (order.index(row.peer), row.size))
+    for peer, group in groupby(ordered, lambda row: row.peer):
+        yield peer, list(group)
+
+
+def _cells(row: Measurement) -> tuple[str, ...]:
+    return (
+        row.peer,
+        _time(row.seconds),
+        f"{row.ratio:.2f}",
+        f"{row.spread[0]:.2f}-{row.spread[1]:.2f}",
+        _size(row.peak_bytes),
+        f"{row.rate_share:.0%}",
+        f"{row.error:.1e}",
+    )
+
+
+def _brief(row: Measurement | None) -> str:
+    return "-" if row is None else f"{row.ratio:.2f} ({row.spread[0]:.2f}-{row.spread[1]:.2f}), {_size(row.peak_bytes)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, min_width=88)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "attention" else "right", no_wrap=True)
+    return table
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join(head + [f"| {' | '.join(row)} |" for row in rows])

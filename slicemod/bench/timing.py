@@ -1,0 +1,46 @@
+"""How long a call takes on a device, and the large matrix product that other calls are measured by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PRODUCT_SIZE = 2048
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on a CUDA device between two events on its stream, the work before it done.
+
+    >>> seconds_of(lambda: sum(range(1000)), torch.device("cpu")) > 0
+    True
+    """
+    if device.type == "cuda":
+        event: Any = torch.cuda.Event  # PyTorch leaves it without types
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1e3
+    start_time = time.perf_counter()
+    call()
+    return time.perf_counter() - start_time
+
+
+class LargeProduct:
+    """A square matrix product of `PRODUCT_SIZE` rows, whose FLOP/s are what this machine can do."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.left, self.right = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device=device).to(dtype).unbind()
+
+    def __call__(self) -> object:
+        return self.left @ self.right
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one call."""
+        return int(2 * self.left.shape[0] ** 3)

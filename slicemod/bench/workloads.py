@@ -1,0 +1,288 @@
+"""What is computed by every peer: attention layers, whole UNets, and bare attention calls, with random weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.bench.peers import FULL, REFERENCE, Peer
+from slicemod.planning.attention_calls import at_resolution, record_attention_calls
+from slicemod.planning.unets import NAMED_UNETS, find_unet, meta_inputs
+from slicemod.shapes import AttentionShape
+from slicemod.user_error import UserError
+
+WORK_NAMES = tuple(f"{model}-{part}" for part in ("layers", "unet") for model in NAMED_UNETS)
+GROWTH_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+_CHECKED_ROWS = 64  # of queries, compared with float64; the scores of all rows of a large image would not fit
+
+
+class Exact(NamedTuple):
+    """Some `rows` of what float64 makes of the attention layer at `path` of a module, given `args`."""
+
+    path: str
+    args: tuple[Tensor, ...]
+    rows: Tensor
+    wanted: Tensor  # (..., rows, C)
+
+
+class Work(ABC):
+    """Something to compute. Modules and inputs are made on the ambient `torch.device`, in float32.
+
+    Attributes:
+        series: what stays the same while the size changes.
+        size: edge of the image in pixels, or tokens of a bare call.
+        unit: of `size`.
+    """
+
+    series: str
+    size: int
+    unit = "px"
+
+    @property
+    def name(self) -> str:
+        """Series and size."""
+        return f"{self.series}, {self.size} {self.unit}"
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The module whose weights all peers share."""
+
+    @abstractmethod
+    def inputs(self) -> tuple[Any, ...]:
+        """Positional arguments of the module, the first a tensor."""
+
+    @abstractmethod
+    def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
+        """A module with the weights of `base` and the attention of `peer`; None where the peer has no such form."""
+
+    @abstractmethod
+    def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
+        """What float64 makes of one attention layer of each kind."""
+
+    @abstractmethod
+    def attention(self) -> list[tuple[AttentionShape, int]]:
+        """The attention calls, in float32, and how many there are of each."""
+
+    def scores_bytes(self, itemsize: int, *, training: bool) -> int:
+        """Bytes of the scores that unsliced attention holds at once: all layers' in training, else the largest's."""
+        sizes = [(shape.scores_bytes // shape.itemsize * itemsize, count) for shape, count in self.attention()]
+        return sum(size * count for size, count in sizes) if training else max(size for size, _ in sizes)
+
+    def flops(self, *, training: bool) -> int:
+        """Floating-point operations of products and convolutions; a training step has three times the forward's."""
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module = self.computed_by(FULL, self.build())
+            if module is not None:
+                module(*self.inputs())
+        return int(counter.get_total_flops()) * (3 if training else 1)
+
+
+@dataclass(frozen=True)
+class LayerWork(Work):
+    """One cross-attention layer: `(batch, queries, channels)` in, `context` tokens and channels or its own."""
+
+    series: str
+    size: int
+    batch: int
+    queries: int
+    channels: int
+    heads: int
+    head_dim: int
+    context: tuple[int, int] | None = None
+
+    def build(self) -> nn.Module:
+        """A MemoryAwareCrossAttention."""
+        context_dim = None if self.context is None else self.context[1]
+        return MemoryAwareCrossAttention(self.channels, context_dim, self.heads, self.head_dim)
+
+    def inputs(self) -> tuple[Any, ...]:
+        """`x` `(batch, queries, channels)`, and `context` where there is one."""
+        x = torch.randn(self.batch, self.queries, self.channels)
+        return (x,) if self.context is None else (x, torch.randn(self.batch, *self.context))
+
+    def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
+        """The layer around the attention of `peer`."""
+        return peer.in_layer(base)
+
+    def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
+        """Of this one layer."""
+        return [_exact_layer("", REFERENCE.in_layer(deepcopy(base).double()), inputs)]
+
+    def attention(self) -> list[tuple[AttentionShape, int]]:
+        """This one call."""
+        keys = self.queries if self.context is None else self.context[0]
+        return [(AttentionShape(self.batch, self.heads, self.queries, keys, self.head_dim, 4), 1)]
+
+
+@dataclass(frozen=True)
+class UnetWork(Work):
+    """One step of a whole UNet of diffusers: its name in `NAMED_UNETS`, a YAML of configs/ or a diffusers folder."""
+
+    model: str
+    size: int
+    batch: int
+
+    @property
+    def series(self) -> str:  # type: ignore[override]
+        """The model."""
+        return f"{Path(self.model).name} UNet"
+
+    def build(self) -> nn.Module:
+        """A `UNet2DConditionModel`."""
+        unet: nn.Module = UNet2DConditionModel(**find_unet(self.model).config)
+        return unet
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Latents, time, text, and what SDXL adds, in the order of `UNet2DConditionModel.forward`."""
+        source = find_unet(self.model)
+        with torch.device("meta"):
+            unet = self.build()
+        latents = self.size // source.latent_pixels
+        given = meta_inputs(unet, torch.float32, self.batch, latents, source.context_tokens)
+        added = {name: torch.randn(tensor.shape) for name, tensor in given.get("added_cond_kwargs", {}).items()}
+        sample, text = (torch.randn(given[name].shape) for name in ("sample", "encoder_hidden_states"))
+        return (sample, torch.full(given["timestep"].shape, 500), text, None, None, None, None, added)
+
+    def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
+        """Another UNet with the same weights and the attention of `peer`."""
+        with torch.device("meta"):
+            twin = self.build()
+        twin.load_state_dict(base.state_dict(), assign=True)
+        return peer.in_unet(twin)
+
+    def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
+        """Of the first layer of each pair of sizes, with what goes into it in this UNet."""
+        first: dict[tuple[torch.Size, ...], tuple[str, nn.Module, tuple[Tensor, ...]]] = {}
+
+        def noting(path: str) -> Any:
+            def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                given = tuple(x for x in (*args, kwargs.get("encoder_hidden_states")) if x is not None)
+                first.setdefault(tuple(x.shape for x in given), (path, layer, given))
+
+            return note
+
+        layers = [(path, layer) for path, layer in base.named_modules() if isinstance(layer, Attention)]
+        hooks = [layer.register_forward_pre_hook(noting(path), with_kwargs=True) for path, layer in layers]
+        with torch.no_grad():
+            base(*inputs)
+        for hook in hooks:
+            hook.remove()
+        return [
+            _exact_layer(path, REFERENCE.in_unet(deepcopy(layer).double()), given)
+            for path, layer, given in first.values()
+        ]
+
+    def attention(self) -> list[tuple[AttentionShape, int]]:
+        """The calls of all layers."""
+        calls = record_attention_calls(self.model, batch=self.batch, itemsize=4)
+        return [(at_resolution(call, self.size).shape, call.layers) for call in calls]
+
+
+@dataclass(frozen=True)
+class CallWork(Work):
+    """Attention without projections of `(1, heads, size, head_dim)` queries, keys and values."""
+
+    size: int
+    heads: int
+    head_dim: int
+    unit = "tokens"
+
+    @property
+    def series(self) -> str:  # type: ignore[override]
+        """Heads and head dim."""
+        return f"attention, {self.heads} heads of {self.head_dim}"
+
+    def build(self) -> nn.Module:
+        """Nothing: a call has no weights to share."""
+        return nn.Module()
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Query, key and value."""
+        return torch.randn(3, 1, self.heads, self.size, self.head_dim).unbind()
+
+    def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
+        """The attention of `peer` alone."""
+        return peer.alone()
+
+    def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
+        """Of this call."""
+        rows = _some_rows(self.size)
+        query, key, value = (tensor.double() for tensor in inputs)
+        return [Exact("", inputs, rows, REFERENCE.attend(query[:, :, rows], key, value))]
+
+    def attention(self) -> list[tuple[AttentionShape, int]]:
+        """This one call."""
+        return [(AttentionShape(1, self.heads, self.size, self.size, self.head_dim, 4), 1)]
+
+
+def find_works(names: list[str], sizes: list[int], *, batch: int, largest: int) -> list[Work]:
+    """The works of some names at some edges in pixels.
+
+    Args:
+        names: "MODEL-layers" or "MODEL-unet", where MODEL is what `find_unet` takes.
+        sizes: edges of the image.
+        batch: items.
+        largest: of a model's layers, how many kinds, from the largest on.
+
+    Raises:
+        UserError: a name or a size that does not exist.
+    """
+    works: list[Work] = []
+    for name in names:
+        model, _, part = name.rpartition("-")
+        if part not in ("layers", "unet"):
+            raise UserError(f"--work: expected such as {', '.join(WORK_NAMES)}; got {name!r}. Correct the name.")
+        source = find_unet(model)
+        if wrong := [size for size in sizes if size < source.resolution_step or size % source.resolution_step]:
+            raise UserError(
+                f"--resolution: expected multiples of {source.resolution_step} pixels, which {model} halves down to "
+                f"whole latents; got {wrong[0]}. Take one of these."
+            )
+        if part == "unet":
+            works += [UnetWork(model, size, batch) for size in sizes]
+            continue
+        calls = record_attention_calls(model, batch=batch, itemsize=4)[:largest]
+        works += [_layer_of(model, at_resolution(call, size).shape, size) for call in calls for size in sizes]
+    return works
+
+
+def _layer_of(model: str, shape: AttentionShape, size: int) -> LayerWork:
+    """The layer around a call of a UNet, in which channels are heads times head dim."""
+    own = shape.queries == shape.keys
+    tokens = "self" if own else f"{shape.keys} tokens"
+    inner = shape.heads * shape.head_dim
+    text_width = find_unet(model).config.get("cross_attention_dim", inner)
+    return LayerWork(
+        f"{Path(model).name} {shape.heads}x{shape.head_dim} {tokens}",
+        size,
+        shape.batch,
+        shape.queries,
+        inner,
+        shape.heads,
+        shape.head_dim,
+        None if own else (shape.keys, text_width),
+    )
+
+
+def _exact_layer(path: str, layer: nn.Module | None, inputs: tuple[Tensor, ...]) -> Exact:
+    """Attention of some rows of the first input to the last, which is what looking at all of them gives these rows."""
+    if layer is None:
+        raise TypeError("REFERENCE: expected a peer for layers and UNets.")
+    rows = _some_rows(inputs[0].shape[1])
+    with torch.no_grad():
+        return Exact(path, inputs, rows, layer(inputs[0][:, rows].double(), inputs[-1].double()))
+
+
+def _some_rows(count: int) -> Tensor:
+    return torch.linspace(0, count - 1, min(count, _CHECKED_ROWS)).long()

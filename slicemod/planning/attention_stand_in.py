@@ -1,0 +1,104 @@
+"""A stand-in for PyTorch's attention that computes nothing and tells what was asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from slicemod.fused import fused_obstacle
+from slicemod.math_kernel import attention_shape, attention_sizes
+from slicemod.planning.memory_timeline import MemoryRecorder
+from slicemod.shapes import AttentionShape
+
+FUSING_DEVICES = ("cpu", "cuda")  # where it is known which calls PyTorch fuses
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call: its sizes, and why PyTorch would not fuse it, or None if it would."""
+
+    shape: AttentionShape
+    fused_obstacle: str | None
+
+
+class AttentionStandIn:
+    """What `F.scaled_dot_product_attention` is while `installed`: its output is empty, and its gradients are too.
+
+    Args:
+        recorder: told when a call works and what it keeps for its backward pass.
+        device_type: that the step is planned for; it decides about fused kernels and the dtype of scores.
+
+    Attributes:
+        calls: in the order in which they came; a call that is computed again for the backward pass comes twice.
+    """
+
+    def __init__(self, recorder: MemoryRecorder, device_type: str) -> None:
+        self._recorder, self._device_type = recorder, device_type
+        self.calls: list[AttentionCall] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Puts it in the function's place; a TorchFunctionMode would miss what backward computes again."""
+        original = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self
+        try:
+            yield
+        finally:
+            F.scaled_dot_product_attention = original
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Notes the call, whose tensors are `(B, H, N, D)` on the device "meta"."""
+        upcast = self._device_type == "cpu" and query.element_size() < 4  # as `sliced_attention` has it
+        sizes = attention_sizes(query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
+        obstacle: str | None = f"it is not known whether PyTorch runs a fused kernel on {self._device_type!r}"
+        if self._device_type in FUSING_DEVICES:  # that a GPU fuses what the CPU does is an assumption
+            mask = None if attn_mask is None else _as_if_on_cpu(attn_mask)
+            inputs = _as_if_on_cpu(query), _as_if_on_cpu(key), _as_if_on_cpu(value), mask
+            obstacle = fused_obstacle(*inputs, dropout_p, is_causal, enable_gqa)
+        self.calls.append(AttentionCall(attention_shape(sizes), obstacle))
+        output: Tensor = _Empty.apply(self._recorder, len(self.calls) - 1, query, key, value)
+        return output
+
+
+def _as_if_on_cpu(tensor: Tensor) -> Tensor:
+    return FakeTensor(_FAKE, tensor.detach(), torch.device("cpu")).requires_grad_(tensor.requires_grad)
+
+
+_FAKE = FakeTensorMode()
+
+
+class _Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recorder: MemoryRecorder, call: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, queries, _ = query.shape
+        output = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)  # (B, H, N, Dv), as it lies
+        marker = query.new_empty(1)
+        recorder.keep_for_backward(marker, call)
+        recorder.work(call)
+        ctx.recorder, ctx.call = recorder, call
+        ctx.save_for_backward(query, key, value, marker)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, _marker = ctx.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in inputs]
+        ctx.recorder.work(ctx.call)
+        return None, None, *gradients

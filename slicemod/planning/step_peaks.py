@@ -1,0 +1,183 @@
+"""The peak of a UNet's step at any resolution, for each way to compute its attention, and where each stops fitting.
+
+A step is traced at two resolutions. Everything but attention grows in proportion to the pixels, so that the rows of
+the two timelines give those of every other resolution; attention is counted by its own formulas. Only on a CPU is that
+not the whole truth: PyTorch convolves tiny images in another way, which takes less than what is told for them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+
+from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
+from slicemod.planning.attention_costs import (
+    full_attention_cost,
+    fused_attention_cost,
+    kept_by_fused,
+    planned_attention_cost,
+)
+from slicemod.planning.attention_stand_in import FUSING_DEVICES, AttentionCall
+from slicemod.planning.memory_timeline import AttentionCost, StepPeak, Timeline
+from slicemod.planning.unet_step import StepKind, trace_step
+from slicemod.planning.unets import UnetSource
+from slicemod.shapes import AttentionShape
+from slicemod.slice_config import SliceConfig
+from slicemod.user_error import UserError
+
+Way = Literal["full attention", "fused", "slicemod"]
+WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
+TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet's own
+HIGHEST_RESOLUTION = 2**14
+
+
+class LayerPlan(NamedTuple):
+    """The plan of all attention layers of one shape, or the error that says why there is none."""
+
+    shape: AttentionShape
+    layers: int
+    plan: SlicePlan | NotEnoughMemoryError
+
+
+@dataclass(frozen=True)
+class ResolutionPlan:
+    """What one step needs at one resolution.
+
+    Attributes:
+        pixels: edge of the square image.
+        budget: bytes that the rest of the step leaves for attention: `SliceConfig.budget` of these plans.
+        layers: every shape of attention, largest scores first.
+        peaks: of the whole step, for each way to compute attention that is possible.
+    """
+
+    pixels: int
+    budget: int
+    layers: tuple[LayerPlan, ...]
+    peaks: dict[Way, StepPeak]
+
+
+class StepPlanner:
+    """Plans one kind of step of one UNet on a device with so much memory.
+
+    Args:
+        source: the UNet.
+        kind: what the step is.
+        memory: bytes for the whole step, weights included.
+        slicing: policy and kernel of slicemod's attention; its budget is what the rest of the step leaves.
+        progress: told what is being done, where that takes seconds.
+
+    Raises:
+        UserError: `source` describes no UNet, or one without attention.
+    """
+
+    def __init__(
+        self,
+        source: UnetSource,
+        kind: StepKind,
+        memory: int,
+        slicing: SliceConfig,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.kind, self.memory, self.slicing = kind, memory, slicing
+        self.resolution_step = source.resolution_step
+        self._full_upcasts = bool(source.config.get("upcast_attention"))
+        self._traced = []
+        for pixels in (steps * self.resolution_step for steps in TRACED_STEPS):
+            progress(f"tracing the step at {pixels} x {pixels} pixels")
+            self._traced.append(trace_step(source, kind, pixels))
+        if not self._traced[0].calls:
+            raise UserError("model: it computes no attention, so that there is nothing to plan. Name another one.")
+        if not self._traced[0].timeline.has_the_rows_of(self._traced[1].timeline):
+            raise UserError(
+                "model: expected a UNet that runs the same operators at every resolution; got one that does not. Name "
+                "another one."
+            )
+        self._plans: dict[int, ResolutionPlan] = {}
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The ways to compute attention that can be planned: whether PyTorch fuses is not known on every device."""
+        return tuple(way for way in WAYS if way != "fused" or self.kind.device_type in FUSING_DEVICES)
+
+    def plan(self, pixels: int) -> ResolutionPlan:
+        """The step on square images with edges of `pixels`, a multiple of `resolution_step`."""
+        if pixels not in self._plans:
+            self._plans[pixels] = self._plan(pixels)
+        return self._plans[pixels]
+
+    def largest(self, way: Way) -> int:
+        """Edge in pixels of the largest square image whose step fits, up to `HIGHEST_RESOLUTION`; 0 where none does."""
+        least, most = 0, HIGHEST_RESOLUTION // self.resolution_step
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if self.fits(way, middle * self.resolution_step) else (least, middle - 1)
+        return least * self.resolution_step
+
+    def fits(self, way: Way, pixels: int) -> bool:
+        """The step fits the memory, and no tensor of full attention exceeds what the device gives at once."""
+        plan = self.plan(pixels)
+        scores = max(layer.shape.scores_bytes for layer in plan.layers) if way == "full attention" else 0
+        if scores > BUFFER_CAPS.get(self.kind.device_type, scores):
+            return False
+        return way in plan.peaks and plan.peaks[way].total <= self.memory
+
+    def at(self, pixels: int) -> tuple[Timeline, list[AttentionCall]]:
+        """The timeline and the attention calls at a resolution, from those that were traced."""
+        first, second = self._traced
+        low, high = (steps * self.resolution_step for steps in TRACED_STEPS)
+        part, whole = pixels**2 - low**2, high**2 - low**2
+
+        def scaled(a: AttentionShape, b: AttentionShape) -> AttentionShape:
+            queries = a.queries + (b.queries - a.queries) * part // whole
+            return replace(a, queries=queries, keys=a.keys + (b.keys - a.keys) * part // whole)
+
+        calls = [replace(a, shape=scaled(a.shape, b.shape)) for a, b in zip(first.calls, second.calls, strict=True)]
+        return first.timeline.between(second.timeline, part, whole), calls
+
+    def _plan(self, pixels: int) -> ResolutionPlan:
+        timeline, calls = self.at(pixels)
+        training, device = self.kind.training, self.kind.device_type
+        kept = [kept_by_fused(call.shape, training=training) if call.fused_obstacle is None else 0 for call in calls]
+        budget = self.memory - timeline.held_at_attention([AttentionCost(size, 0) for size in kept])
+        answers = {call: self._answer(call, budget) for call in set(calls)}
+        plans = [plan for call in calls if isinstance(plan := answers[call], SlicePlan)]
+        shapes = [call.shape for call in calls]
+        costs: dict[Way, list[AttentionCost]] = {}
+        costs["full attention"] = [
+            full_attention_cost(shape, training=training, upcast=self._full_upcasts) for shape in shapes
+        ]
+        if "fused" in self.ways:
+            costs["fused"] = [fused_attention_cost(shape, device, training=training) for shape in shapes]
+        if len(plans) == len(calls):
+            costs["slicemod"] = [
+                planned_attention_cost(shape, plan, training=training)
+                for shape, plan in zip(shapes, plans, strict=True)
+            ]
+        counted = Counter(calls[: self._traced[0].layers])
+        largest_first = sorted(counted.items(), key=lambda item: -item[0].shape.scores_bytes)
+        return ResolutionPlan(
+            pixels,
+            budget,
+            tuple(LayerPlan(call.shape, layers, answers[call]) for call, layers in largest_first),
+            {way: timeline.peak(cost) for way, cost in costs.items()},
+        )
+
+    def _answer(self, call: AttentionCall, budget: int) -> SlicePlan | NotEnoughMemoryError:
+        if budget < 1:
+            return NotEnoughMemoryError(
+                f"memory: expected more than the {self.memory - budget:,} bytes that the step holds beside its "
+                f"attention; got {self.memory:,}. Lower the resolution or the batch."
+            )
+        try:
+            return replace(self.slicing, budget=budget).plan(
+                call.shape,
+                torch.device(self.kind.device_type),
+                training=self.kind.training,
+                fused_obstacle=call.fused_obstacle,
+            )
+        except NotEnoughMemoryError as error:
+            return error

@@ -1,0 +1,298 @@
+"""A folder of captioned images as batches of cached latents and embeddings, one aspect-ratio bucket a batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict, cast
+
+import lightning.pytorch as pl
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from slicemod.training.aspect_buckets import Bucket, nearest_bucket, plan_buckets
+from slicemod.training.captioned_images import (
+    CaptionedImage,
+    Crop,
+    covering_size,
+    find_captioned_images,
+    read_crop,
+)
+from slicemod.training.content_hash import text_digest
+from slicemod.training.frozen_stages import FrozenStages
+from slicemod.training.resumable_batches import ResumableBatches
+from slicemod.training.tensor_cache import TensorCache
+from slicemod.user_error import UserError
+
+
+class LatentBatch(TypedDict):
+    """What a training step gets: this process's part of a batch that may be shared between processes.
+
+    ``mean`` and ``std`` (B, c, h, w) of the latents; ``context`` (B, tokens, d), ``pooled`` (B, p) or None, the same
+    of the empty caption, ``empty_context`` (1, tokens, d) and ``empty_pooled``; ``time_ids`` (B, 6): height and width
+    of the image, top and left of the crop, height and width of the bucket; ``files``; ``number`` of the batch from
+    the first epoch on; ``first``, the place of the first image in the shared batch, and ``total``, its images.
+    """
+
+    mean: Tensor
+    std: Tensor
+    context: Tensor
+    pooled: Tensor | None
+    empty_context: Tensor
+    empty_pooled: Tensor | None
+    time_ids: Tensor
+    files: list[str]
+    number: int
+    first: int
+    total: int
+
+
+class PlannedBatch(NamedTuple):
+    """The images of a shared batch by their places, and the variant of each."""
+
+    images: list[int]
+    variants: list[int]
+
+
+class BucketBatches(ResumableBatches[PlannedBatch, LatentBatch]):
+    """Batches of one bucket each; every process takes its own part of the same batch.
+
+    Where images are left over, a bucket's last batch is smaller; fewer images than processes wait for the next epoch.
+
+    Args:
+        buckets: of every image.
+        batch_size: images of one process.
+        variants: crops and flips of each image to draw from; each epoch draws one.
+        seed: of order and variants; None keeps the order and takes the first variant.
+        load_part: given this process's images and variants, the batch without number, first and total.
+        rank: number of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        batch_size: int,
+        variants: int,
+        seed: int | None,
+        load_part: Callable[[Sequence[int], Sequence[int]], dict[str, Any]],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.buckets = list(buckets)
+        self.batch_size = batch_size
+        self.variants = variants
+        self.seed = seed
+        self.load_part = load_part
+        self.rank = rank
+        self.world_size = world_size
+        self._length = len(self.plan_epoch(0))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def plan_epoch(self, epoch: int) -> Sequence[PlannedBatch]:
+        """The shared batches of an epoch, the same on every process."""
+        draw = torch.Generator().manual_seed((self.seed or 0) * 1_000_003 + epoch)
+        shared = self.batch_size * self.world_size
+        batches = []
+        for bucket in sorted(set(self.buckets)):
+            members = torch.tensor([place for place, own in enumerate(self.buckets) if own == bucket])
+            variants = torch.zeros_like(members)
+            if self.seed is not None:
+                members = members[torch.randperm(len(members), generator=draw)]
+                variants = torch.randint(self.variants, members.shape, generator=draw)
+            usable = len(members) - len(members) % self.world_size
+            for images, chosen in zip(
+                *(torch.split(part[:usable], shared) for part in (members, variants)), strict=True
+            ):
+                if len(images):
+                    batches.append(PlannedBatch(images.tolist(), chosen.tolist()))
+        if self.seed is None:
+            return batches
+        return [batches[place] for place in torch.randperm(len(batches), generator=draw).tolist()]
+
+    def load(self, planned: PlannedBatch, number: int) -> LatentBatch:
+        """This process's part."""
+        share = len(planned.images) // self.world_size
+        first = self.rank * share
+        own = slice(first, first + share)
+        part = self.load_part(planned.images[own], planned.variants[own])
+        return cast(LatentBatch, {**part, "number": number, "first": first, "total": len(planned.images)})
+
+
+class CaptionedFolder(pl.LightningDataModule):
+    """Images (png, jpg, webp) with captions from ``metadata.jsonl`` or from a ``.txt`` beside each.
+
+    Args:
+        folder: searched with its subfolders; broken files are named on stderr and left out.
+        cache: folder of the cached latents and embeddings, keyed by content and settings.
+        resolution: edge in pixels of the square bucket; the others have about its area.
+        batch_size: images a step and process.
+        bucket_step: distance between bucket edges in pixels.
+        max_ratio: longest edge of a bucket over its shortest; 1 crops everything to squares.
+        crops: cuts of each image to draw from: the first is the centre, the others are random and fixed.
+        flip: draw mirrored images too.
+        val_count: images held out for validation, chosen by their content.
+        shuffle_seed: chooses the order of the batches, and crop and flip of each image in each epoch.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        cache: str,
+        resolution: int = 512,
+        batch_size: int = 1,
+        bucket_step: int = 64,
+        max_ratio: float = 2.0,
+        crops: int = 1,
+        flip: bool = False,
+        val_count: int = 0,
+        shuffle_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("crops", crops, 1), ("val_count", val_count, 0)):
+            if value < least:
+                raise UserError(f"data.{name} must be at least {least}, got {value}: give a larger whole number.")
+        self.folder = folder
+        self.cache = TensorCache(cache)
+        self.resolution = resolution
+        self.batch_size = batch_size
+        self.crops = crops
+        self.flip = flip
+        self.val_count = val_count
+        self.shuffle_seed = shuffle_seed
+        self.buckets = plan_buckets(resolution, bucket_step, max_ratio)
+        self.bucket_step = bucket_step
+        self.train_images: list[CaptionedImage] = []
+        self.val_images: list[CaptionedImage] = []
+        self._digests = ("", "")  # of what encoded latents and embeddings
+
+    @property
+    def variants(self) -> int:
+        """Crops times flips of each image."""
+        return self.crops * (2 if self.flip else 1)
+
+    def bucket(self, image: CaptionedImage) -> Bucket:
+        """The bucket of an image."""
+        return nearest_bucket(image.height, image.width, self.buckets)
+
+    def find(self, *, progress: bool = True) -> None:
+        """Looks through the folder; names what is left out on stderr. Does nothing the second time.
+
+        Raises:
+            UserError: there is no usable image, or none left to train on.
+        """
+        if self.train_images:
+            return
+        found = find_captioned_images(self.folder, progress=progress)
+        for path, reason in found.skipped:
+            print(f"{path} is left out: {reason}.", file=sys.stderr)
+        if len(found.images) <= self.val_count:
+            raise UserError(
+                f"data.val_count must leave images to train on, got {self.val_count} of {len(found.images)}: give a"
+                " smaller number."
+            )
+        held_out = sorted(found.images, key=lambda image: image.digest)[: self.val_count]
+        self.val_images = [image for image in found.images if image in held_out]
+        self.train_images = [image for image in found.images if image not in held_out]
+
+    def fill_cache(self, stages: FrozenStages, *, rank: int = 0, world_size: int = 1, progress: bool = True) -> None:
+        """Computes the latents and embeddings that are missing, every process its share.
+
+        An interrupted run continues where it stopped: each entry is written whole or not at all.
+
+        Args:
+            stages: autoencoder and text encoders.
+            rank: number of this process.
+            world_size: number of processes; wait for all of them before reading.
+            progress: whether to show a progress bar.
+        """
+        self.find(progress=progress)
+        self._digests = (stages.latents_digest, stages.embeddings_digest)
+        captions = sorted({"", *(image.caption for image in (*self.train_images, *self.val_images))})
+        crops = [(image, variant) for image in self.train_images for variant in range(self.variants)]
+        crops += [(image, 0) for image in self.val_images]
+        with Progress(disable=not progress, transient=True) as bar:
+            for caption in bar.track(captions[rank::world_size], description="caching captions"):
+                if not self.cache.has(key := self._caption_key(caption)):
+                    context, pooled = stages.encode_captions([caption])
+                    self.cache.write(key, {"context": context[0]} | ({} if pooled is None else {"pooled": pooled[0]}))
+            for image, variant in bar.track(crops[rank::world_size], description="caching latents"):
+                if not self.cache.has(key := self._latents_key(image, variant)):
+                    pixels = read_crop(image, self.bucket(image), self._crop(image, variant))
+                    latents = stages.encode_images(pixels[None])
+                    self.cache.write(key, {"mean": latents.mean[0], "std": latents.std[0]})
+
+    def train_dataloader(self) -> BucketBatches:
+        """Batches of one bucket each, in another order each epoch; every process its share.
+
+        Raises:
+            UserError: no bucket has an image for every process.
+        """
+        trainer: Any = self.trainer
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        batches = self._batches(self.train_images, self.shuffle_seed, rank, world_size)
+        if not len(batches):
+            images = self.train_images
+            raise UserError(
+                f"data.folder: expected a bucket with at least {world_size} images, one for each process, got"
+                f" {len(images)} images in {len({self.bucket(image) for image in images})} buckets. Add images, use"
+                " fewer processes, or lower data.max_ratio."
+            )
+        return batches
+
+    def val_dataloader(self) -> BucketBatches | list[Any]:
+        """The images held out, in a fixed order and all of them on every process; none where none are."""
+        return self._batches(self.val_images, None, 0, 1) if self.val_images else []
+
+    def _batches(self, images: list[CaptionedImage], seed: int | None, rank: int, world_size: int) -> BucketBatches:
+        return BucketBatches(
+            [self.bucket(image) for image in images],
+            self.batch_size,
+            self.variants,
+            seed,
+            lambda places, variants: self._load([images[place] for place in places], variants),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def _load(self, images: Sequence[CaptionedImage], variants: Sequence[int]) -> dict[str, Any]:
+        latents = [self.cache.read(self._latents_key(*pair)) for pair in zip(images, variants, strict=True)]
+        texts = [self.cache.read(self._caption_key(image.caption)) for image in images]
+        empty = self.cache.read(self._caption_key(""))
+        pooled = "pooled" in empty
+        return {
+            "mean": torch.stack([entry["mean"] for entry in latents]),
+            "std": torch.stack([entry["std"] for entry in latents]),
+            "context": torch.stack([entry["context"] for entry in texts]),
+            "pooled": torch.stack([entry["pooled"] for entry in texts]) if pooled else None,
+            "empty_context": empty["context"][None],
+            "empty_pooled": empty["pooled"][None] if pooled else None,
+            "time_ids": torch.tensor(
+                [self._time_ids(*pair) for pair in zip(images, variants, strict=True)], dtype=torch.float32
+            ),
+            "files": [str(image.path) for image in images],
+        }
+
+    def _time_ids(self, image: CaptionedImage, variant: int) -> list[int]:
+        bucket, crop = self.bucket(image), self._crop(image, variant)
+        return [image.height, image.width, crop.top, crop.left, bucket.height, bucket.width]
+
+    def _crop(self, image: CaptionedImage, variant: int) -> Crop:
+        bucket, number = self.bucket(image), variant % self.crops
+        height, width = covering_size(image, bucket)
+        spare = torch.tensor([height - bucket.height, width - bucket.width])
+        draw = torch.Generator().manual_seed(int(text_digest(image.digest, number)[:12], 16))
+        share = torch.rand(2, generator=draw) if number else torch.tensor([0.5, 0.5])
+        top, left = (share * (spare + 1)).long().minimum(spare).tolist()
+        return Crop(top, left, flipped=variant >= self.crops)
+
+    def _latents_key(self, image: CaptionedImage, variant: int) -> str:
+        return text_digest("latents", self._digests[0], image.digest, self.bucket(image), self._crop(image, variant))
+
+    def _caption_key(self, caption: str) -> str:
+        return text_digest("caption", self._digests[1], caption)

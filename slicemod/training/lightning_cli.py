@@ -1,0 +1,284 @@
+"""LightningCLI as `slicemod fit` and `slicemod validate` use it, whatever is trained."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from slicemod import SliceConfig
+from slicemod.plan import POLICIES
+from slicemod.slice_config import KERNELS
+from slicemod.training.checkpoints import CheckpointError, ensure_writable_folder, read_checkpoint
+from slicemod.training.interruption import StopBetweenSteps, TrainingInterruptedError
+from slicemod.training.last_checkpoint import last_checkpoint
+from slicemod.training.whole_checkpoint_io import PREVIOUS, WholeCheckpointIO
+from slicemod.user_error import UserError
+
+
+class SaveConfigBesideLogs(SaveConfigCallback):
+    """Saves the resolved configuration beside the logs, and none where there are none to be beside."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Saves it."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class SlicemodCLI(LightningCLI):
+    """LightningCLI with the top-level block ``attention``; a subclass for each kind of model.
+
+    Args:
+        model_class: what is trained.
+        datamodule_class: what it is trained on.
+        arguments: a subcommand, `fit` or `validate`, and its options.
+
+    Raises:
+        UserError: what was given cannot be parsed, built or read.
+        TrainingInterruptedError: a signal stopped the training.
+    """
+
+    example: str  # a configuration that works, for messages
+
+    def __init__(
+        self,
+        model_class: type[pl.LightningModule],
+        datamodule_class: type[pl.LightningDataModule],
+        arguments: Sequence[str],
+    ) -> None:
+        _silence_known_warnings()
+        try:
+            super().__init__(
+                model_class,
+                datamodule_class,
+                trainer_defaults={"callbacks": [StopBetweenSteps()]},
+                save_config_callback=SaveConfigBesideLogs,
+                auto_configure_optimizers=False,  # they are arguments of the model, whose schedule steps every step
+                load_from_checkpoint_support=False,  # the models store what rebuilds them themselves
+                args=list(arguments),
+            )
+        except (ArgumentError, argparse.ArgumentError) as error:
+            files = ", ".join(config_files(arguments)) or "no file"
+            raise UserError(
+                f"{self._readable(str(error))} (configuration from {files} and the command line)"
+            ) from error
+        except MisconfigurationException as error:
+            raise UserError(f"Lightning cannot run this configuration: {error}") from error
+
+    @abstractmethod
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], path: str) -> None:
+        """Raises a ``CheckpointError`` where the checkpoint at ``path`` is not one of this model."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`; ``weights_only`` is no option because no checkpoint is read without it."""
+        skipped = {"model", "datamodule", "weights_only"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
+            "validate": skipped | {"dataloaders"},
+        }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that raises instead of printing its usage and exiting."""
+        return super().init_parser(exit_on_error=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the kind of model and the block ``attention``, which the model gets."""
+        parser.add_argument("--task", type=str, help="What is trained: digits or stable_diffusion.")
+        parser.add_argument(
+            "--attention",
+            type=SliceConfig | None,
+            default=None,
+            help="How the UNet's attention is sliced; null or leaving it out keeps the UNet's own attention.",
+        )
+        parser.link_arguments("attention", "model.attention")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses ``args`` alone: Lightning's own method warns where ``sys.argv`` holds anything besides."""
+        self.config = parser.parse_args(cast("Sequence[str]", args))
+
+    def _parse_ckpt_path(self) -> None:
+        """Replaces Lightning's, which reads hyperparameters that these checkpoints do not have, errors unhandled."""
+
+    def before_instantiate_classes(self) -> None:
+        """Checks the attention block by itself: jsonargparse buries its error under the types it tried besides."""
+        block = self._get(self.config, "attention")
+        if block is not None:
+            try:
+                given = block.as_dict()
+                SliceConfig(**given.get("init_args", given))
+            except ValueError as error:
+                raise UserError(f"The configuration's block attention cannot be used: {error}") from error
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer.
+
+        Raises:
+            UserError: a value has the right type but cannot be used.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UserError(
+                f"The configuration cannot be built: {error}. Correct the init_args of model or trainer that this is"
+                f" about; {self.example} is an example that works."
+            ) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Builds the trainer, which writes checkpoints whole or not at all."""
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, WholeCheckpointIO()]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
+
+    def _set_seed(self) -> None:
+        """Seeds everything.
+
+        Raises:
+            UserError: the seed is out of range.
+        """
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: expected a whole number from 0 to 4294967295; {error}.") from error
+
+    def before_fit(self) -> None:
+        """Checks the checkpoint to continue from and the folders to write to."""
+        options: Namespace = self.config_init["fit"]
+        if options.get("ckpt_path") is not None:
+            options["ckpt_path"] = self._readable_checkpoint(options["ckpt_path"])
+        self.require_writable_folders()
+
+    def before_validate(self) -> None:
+        """Checks the checkpoint, without which there is nothing to measure."""
+        options: Namespace = self.config_init["validate"]
+        if options.get("ckpt_path") is None:
+            raise UserError("--ckpt_path is missing: expected the checkpoint to validate, written by `slicemod fit`.")
+        options["ckpt_path"] = self._readable_checkpoint(options["ckpt_path"])
+        self.require_writable_folders()
+
+    def fit(self, **kwargs: Any) -> None:
+        """``Trainer.fit`` that says what an interrupted run continues from."""
+        if self.model.swap_report is not None and self.trainer.is_global_zero:
+            print(self.model.swap_report)
+        try:
+            self.trainer.fit(**kwargs, weights_only=True)
+        except TrainingInterruptedError as stop:
+            stop.checkpoint = last_checkpoint(self.trainer)
+            raise
+
+    def validate(self, **kwargs: Any) -> None:
+        """``Trainer.validate`` that unpickles no code."""
+        self.trainer.validate(**kwargs, weights_only=True)
+
+    def folders(self) -> list[str | Path | None]:
+        """Folders that the run writes to."""
+        folders: list[str | Path | None] = [logger.save_dir for logger in self.trainer.loggers]
+        return folders + [callback.dirpath for callback in self._model_checkpoints()]
+
+    def require_writable_folders(self) -> None:
+        """Checks them.
+
+        Raises:
+            UserError: a folder cannot be written, or an earlier run's configuration would be overwritten.
+        """
+        for folder in self.folders():
+            if folder is not None:
+                ensure_writable_folder(folder)
+        saved = Path(self.trainer.log_dir or ".") / "config.yaml"
+        if self.trainer.loggers and saved.exists() and self.trainer.is_global_zero:
+            raise UserError(
+                f"{saved} of an earlier run would be overwritten: expected a new folder of logs. Remove the file, or"
+                " use loggers without a fixed version."
+            )
+
+    def _readable_checkpoint(self, wanted: str) -> str:
+        if wanted != "last":
+            self._check(read_checkpoint(wanted), wanted)
+            return wanted
+        files = self._last_checkpoints()
+        for place, path in enumerate(files):
+            try:
+                checkpoint = read_checkpoint(path)
+            except CheckpointError as error:
+                if place + 1 == len(files):
+                    raise
+                print(f"{error} Trying {files[place + 1]}, the one before.", file=sys.stderr)
+                continue
+            self._check(checkpoint, path)
+            if self.trainer.is_global_zero:
+                print(f"--ckpt_path last: {path}, the newest of its folder, after step {checkpoint['global_step']}")
+            return path
+        raise AssertionError("there is a last checkpoint or an error")  # _last_checkpoints raised already
+
+    def _check(self, checkpoint: Mapping[str, Any], path: str) -> None:
+        self.check_checkpoint(checkpoint, path)
+        needed: tuple[str, ...] = ("pytorch-lightning_version", "global_step", "epoch", "loops")
+        if self.subcommand == "fit":
+            needed = (*needed, "optimizer_states", "lr_schedulers")
+        if missing := [key for key in needed if key not in checkpoint]:
+            raise CheckpointError(
+                f"{path} is no checkpoint to continue from: expected Lightning's {', '.join(needed)}, it lacks"
+                f" {', '.join(missing)}. Name a whole checkpoint, or start a new run from its weights."
+            )
+
+    def _last_checkpoints(self) -> list[str]:
+        """Files that a run may continue from, the newest first."""
+        folders = [Path(callback.dirpath) for callback in self._model_checkpoints() if callback.dirpath is not None]
+        names = (ModelCheckpoint.CHECKPOINT_NAME_LAST, PREVIOUS)
+        files = [file for folder in folders for name in names for file in folder.glob(f"{name}*.ckpt")]
+        if not files:
+            looked = ", ".join(map(str, folders)) or "no folder: no ModelCheckpoint has a dirpath"
+            raise UserError(
+                f"--ckpt_path last finds no checkpoint: expected a file last*.ckpt, looked in {looked}. Name a file, or"
+                " leave --ckpt_path out to start anew."
+            )
+        return [str(file) for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
+
+    def _model_checkpoints(self) -> list[ModelCheckpoint]:
+        return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+    def _readable(self, error: str) -> str:
+        """The parser's message in words of the configuration, with what to do."""
+        advice = f"`slicemod fit --help` lists what is accepted; {self.example} is an example that works."
+        if 'key "attention"' not in error:
+            return f"{error.rstrip('.')}. {advice}"
+        unknown = re.search(r"Option '([^']+)' is not accepted", error)
+        given = re.search(r"Given value: (.+)", error)
+        what = f"the unknown key {unknown[1]!r}" if unknown else (given[1].strip() if given else "something else")
+        return (
+            "attention: expected null or a block with keys out of budget (such as 64MiB), policy"
+            f" ({', '.join(POLICIES)}), kernel ({', '.join(KERNELS)}), steps, checkpoint and upcast; got {what}."
+            f" {advice}"
+        )
+
+
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The files that `--config` names, in order."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [after for option, after in pairs if option in ("-c", "--config")]
+    return named + [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+
+
+def _silence_known_warnings() -> None:
+    for message in (
+        r"\s*(``instantiate_classes``|skip_none parameter) was deprecated",  # old names that Lightning 2.6 uses
+        r"\s*By default only one JsonargparseDeprecationWarning",  # and what jsonargparse adds to that
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # so does its use of torch's pytrees
+        r"The \.grad attribute of a Tensor that is not a leaf",  # torch.compile looks at every input's
+        r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen autoencoder, on purpose
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,341 @@
+"""Fine-tunes the UNet of SD1.x, SD2.x or SDXL on cached latents and embeddings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from slicemod import SliceConfig, SwapReport, swap_attention
+from slicemod.training.captioned_folder import CaptionedFolder, LatentBatch
+from slicemod.training.checkpoints import CheckpointError, read_checkpoint, require_matching
+from slicemod.training.content_hash import module_digest
+from slicemod.training.denoiser import Conditioning
+from slicemod.training.denoising_objective import Objective
+from slicemod.training.frozen_stages import FrozenStages, pixels_per_latent
+from slicemod.training.last_checkpoint import last_checkpoint
+from slicemod.training.nonfinite import NonFiniteError
+from slicemod.training.optimizers import build_optimizer
+from slicemod.training.pretrained import Pretrained
+from slicemod.training.text_encoders import TextEmbeddings, load_text_encoders
+from slicemod.training.trained_weights import LoraSettings, Trained, choose_trained, trained_names
+from slicemod.user_error import UserError
+
+STORED = "slicemod_stable_diffusion"  # where a checkpoint keeps what rebuilds the model
+WEIGHTS = ("state_dict", "current_model_state")  # the second is Lightning's, beside an average in the first
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StableDiffusion(pl.LightningModule):
+    """Trains the UNet of a Stable Diffusion model; autoencoder and text encoders stay as they are.
+
+    Checkpoints hold the trained weights alone. Noise, timesteps, dropped captions and dropout depend on ``seed`` and
+    the batch's number alone, so that a continued run draws what an uninterrupted one draws, and several processes
+    together draw what one draws.
+
+    Logs ``train/loss``, and in validation ``val/loss``, the mean over fixed timesteps and noise, and ``val/loss_t<T>``
+    for each of these timesteps.
+
+    Args:
+        source: a folder or hub id in diffusers' layout, or a ``.safetensors`` or ``.ckpt`` file of CompVis or sgm.
+        config_source: folder or hub id with the configs and the vocabulary of a single file.
+        trained: all weights of the UNet, those of its attention, or low-rank adapters.
+        lora: of the adapters.
+        objective: loss and noise.
+        optimizer: given the parameters, makes the optimizer.
+        lr_scheduler: given the optimizer, makes a schedule that steps once a training step.
+        attention: how attention is sliced, of the UNet and of the autoencoder; None leaves them their own.
+        block_checkpointing: recompute the UNet's blocks in the backward pass.
+        compile: run the UNet under ``torch.compile(fullgraph=True)``; each bucket is compiled once.
+        frozen_dtype: of the UNet's weights beside adapters; what is trained is float32.
+        seed: of noise, timesteps, dropped captions and the adapters' first values.
+        val_timesteps: where the validation loss is measured.
+
+    Raises:
+        UserError: the settings do not go together, or the model cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        config_source: str | None = None,
+        trained: Trained = "lora",
+        lora: LoraSettings = LoraSettings(),  # noqa: B008 - frozen
+        objective: Objective = Objective(),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        attention: SliceConfig | None = None,
+        block_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002  (the name of the option, `--model.compile`)
+        frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        seed: int = 0,
+        val_timesteps: list[int] = [100, 300, 500, 700, 900],  # noqa: B006 - never changed
+    ) -> None:
+        super().__init__()
+        self.pretrained = Pretrained(source, config_source)
+        self.trained: Trained = trained
+        self.lora = lora
+        self.objective = objective
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.attention = attention
+        self.frozen_dtype = frozen_dtype
+        self.seed = seed
+        self.val_timesteps = list(val_timesteps)
+        if frozen_dtype != "float32" and trained != "lora":
+            raise UserError(
+                f"model.frozen_dtype: expected float32 where model.trained is {trained}, got {frozen_dtype}: weights"
+                " that are trained are float32; use trainer.precision for the arithmetic."
+            )
+        self.unet = self.pretrained.load_unet()
+        scheduler_config = self.pretrained.load_scheduler().config
+        self.scheduler = self.pretrained.load_scheduler(**objective.scheduler_changes(dict(scheduler_config)))
+        steps = self.scheduler.config.num_train_timesteps
+        if not all(0 <= timestep < steps for timestep in self.val_timesteps):
+            raise UserError(f"model.val_timesteps must be from 0 to {steps - 1}, got {self.val_timesteps}.")
+        # Of what the checkpoints leave out, so that a run does not continue beside other frozen weights.
+        self.base_digest = None if trained == "full" else module_digest(self.unet)
+        if frozen_dtype != "float32":
+            self.unet.to(DTYPES[frozen_dtype])
+        self.swap_report: SwapReport | None = None
+        if attention is not None:
+            self.swap_report = swap_attention(self.unet, attention)
+        choose_trained(self.unet, trained, lora, seed=seed)
+        self._trained_names = trained_names(self)
+        self.strict_loading = trained == "full"  # what checkpoints leave out has its values already
+        if block_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.unet.train()  # diffusers gives it for inference; blocks are checkpointed in training alone
+        if compile:
+            self.unet.compile(fullgraph=True)  # in place: the state dict keeps its keys
+        self.stages = FrozenStages(self._load_autoencoder, lambda: load_text_encoders(self.pretrained))
+        self.val_losses = torch.nn.ModuleDict({str(timestep): MeanMetric() for timestep in self.val_timesteps})
+        self._files: list[str] = []
+
+    def _load_autoencoder(self) -> Any:
+        autoencoder = self.pretrained.load_autoencoder()
+        if self.attention is not None and autoencoder.config.mid_block_add_attention:
+            swap_attention(autoencoder, self.attention)
+        return autoencoder
+
+    @property
+    def is_sdxl(self) -> bool:
+        """The UNet looks at a summary of the caption and at image sizes besides."""
+        return bool(self.unet.config.addition_embed_type == "text_time")
+
+    @property
+    def native_resolution(self) -> int:
+        """Edge in pixels of the images that the UNet was made for."""
+        return int(self.unet.config.sample_size) * pixels_per_latent(self.pretrained.autoencoder_config())
+
+    def conditioning(self, text: TextEmbeddings, time_ids: Tensor) -> Conditioning:
+        """What the UNet looks at, on the device of its weights.
+
+        Args:
+            text: ``context`` (B, tokens, d) and ``pooled`` (B, p) or None.
+            time_ids: (B, 6), used by SDXL alone.
+
+        Raises:
+            UserError: the embeddings are not of this UNet's width.
+        """
+        width = self.unet.config.cross_attention_dim
+        if text.context.shape[-1] != width:
+            raise UserError(
+                f"model.source: expected text encoders whose embeddings are {width} wide, as the UNet looks at, got"
+                f" {text.context.shape[-1]}. Name a folder whose parts belong together."
+            )
+        added: dict[str, Tensor] = {}
+        if self.is_sdxl:
+            assert text.pooled is not None  # two text encoders give one
+            added = {"text_embeds": text.pooled.to(self.device), "time_ids": time_ids.to(self.device)}
+        return Conditioning(text.context.to(self.device), added)
+
+    def sampling_scheduler(self) -> DDIMScheduler:
+        """The schedule of the training, for drawing."""
+        return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
+
+    # The loss
+
+    def denoising_losses(self, batch: LatentBatch, timesteps: Tensor | None = None) -> Tensor:
+        """Weighted squared error of each image's prediction, (B,) float32.
+
+        Args:
+            batch: from ``CaptionedFolder``.
+            timesteps: (B,), with every caption kept; None draws them.
+        """
+        part = slice(batch["first"], batch["first"] + len(batch["mean"]))
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + batch["number"])
+        shape = torch.Size([batch["total"], *batch["mean"].shape[1:]])  # of all processes together
+        noise = self.objective.noise(shape, draw)[part].to(self.device)
+        posterior = torch.randn(shape, generator=draw)[part].to(self.device)
+        drawn = torch.randint(self.scheduler.config.num_train_timesteps, shape[:1], generator=draw)[part]
+        drop = (torch.rand(shape[:1], generator=draw) < self.objective.caption_dropout)[part].to(self.device)
+        if timesteps is not None:
+            drawn, drop = timesteps, torch.zeros_like(drop)
+        drawn = drawn.to(self.device)
+        latents = batch["mean"] + batch["std"] * posterior
+        noisy = self.scheduler.add_noise(latents, noise, drawn)
+        context, added = self.conditioning(_dropped(batch, drop), batch["time_ids"])
+        predicted = self.unet(noisy, drawn, context, added_cond_kwargs=added).sample
+        target = self.objective.target(self.scheduler, latents, noise, drawn)
+        errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        return self.objective.weights(self.scheduler, drawn) * errors
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        self._files = batch["files"]
+        torch.manual_seed(self.seed * 1_000_003 + batch["number"] * 1_009 + batch["first"])  # of dropout
+        loss = self.denoising_losses(batch).mean()
+        self._require_finite(loss.detach(), "loss")
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["mean"]), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        count = len(batch["mean"])
+        for name, metric in self.val_losses.items():
+            losses = self.denoising_losses(batch, torch.full((count,), int(name)))
+            metric(losses.mean(), weight=count)
+            self.log(f"val/loss_t{name}", cast(MeanMetric, metric), batch_size=count)
+
+    def on_validation_epoch_end(self) -> None:
+        means = [cast(MeanMetric, metric).compute() for metric in self.val_losses.values()]
+        self.log("val/loss", torch.stack(means).mean(), prog_bar=True)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # fp16's loss scaling skips the steps whose gradients overflow
+        gradients = [p.grad for p in self.unet.parameters() if p.grad is not None]
+        self._require_finite(torch.nn.utils.get_total_norm(gradients), "norm of the gradients")
+
+    def _require_finite(self, value: Tensor, name: str) -> None:
+        if not bool(torch.isfinite(value)):
+            raise NonFiniteError(name, float(value), self.global_step, self._files, last_checkpoint(self.trainer))
+
+    # Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Fills the cache of latents and embeddings, every process its share."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, CaptionedFolder):
+            self.stages.to(self.trainer.strategy.root_device)
+            data.fill_cache(
+                self.stages,
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+                progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
+            )
+            self.stages.to(torch.device("cpu"))
+            self.trainer.strategy.barrier("cache")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return build_optimizer(self.trainer, trained, self.make_optimizer, self.make_lr_scheduler)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out what is not trained and adds what rebuilds the model, as plain values."""
+        for key in WEIGHTS:
+            if key in checkpoint:
+                checkpoint[key] = {
+                    name: value for name, value in checkpoint[key].items() if name in self._trained_names
+                }
+        checkpoint[STORED] = {
+            "source": self.pretrained.source,
+            "config_source": self.pretrained.config_source,
+            "trained": self.trained,
+            "lora": asdict(self.lora),
+            "objective": asdict(self.objective),
+            "attention": None if self.attention is None else self.attention.as_dict(),
+            "frozen_dtype": self.frozen_dtype,
+            "seed": self.seed,
+            "val_timesteps": self.val_timesteps,
+            "prediction_type": self.scheduler.config.prediction_type,
+            "unet": json.loads(self.unet.to_json_string()),
+            "base_digest": self.base_digest,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Completes an average's trained weights by those that are not: Lightning loads them strictly."""
+        if all(key in checkpoint for key in WEIGHTS):
+            own = {name: tensor for name, tensor in self.state_dict().items() if name not in self._trained_names}
+            for key in WEIGHTS:
+                checkpoint[key] = {**own, **checkpoint[key]}
+
+    def require_checkpoint(self, checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+        """Checks that a checkpoint's weights belong into this model.
+
+        Raises:
+            CheckpointError: they were trained in another model, or in another part of it.
+        """
+        stored = stored_settings(checkpoint, path)
+        if stored["trained"] != self.trained or stored["base_digest"] != self.base_digest:
+            raise CheckpointError(
+                f"{path} does not belong to this model: expected {self.trained} weights beside the frozen ones of"
+                f" {self.pretrained.source}, got {stored['trained']} weights trained beside those of"
+                f" {stored['source']}. Use the configuration that the checkpoint was trained with."
+            )
+        trained = {name: tensor for name, tensor in self.state_dict().items() if name in self._trained_names}
+        for key in WEIGHTS:
+            if key in checkpoint:
+                require_matching(trained, checkpoint[key], path, type(self).__name__)
+
+
+def _dropped(batch: LatentBatch, drop: Tensor) -> TextEmbeddings:
+    """The captions' embeddings, the empty caption's where ``drop`` (B,) is true."""
+    context = torch.where(drop[:, None, None], batch["empty_context"], batch["context"])
+    if batch["pooled"] is None or batch["empty_pooled"] is None:
+        return TextEmbeddings(context, None)
+    return TextEmbeddings(context, torch.where(drop[:, None], batch["empty_pooled"], batch["pooled"]))
+
+
+def stored_settings(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What rebuilds the model of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold it.
+    """
+    stored = checkpoint.get(STORED)
+    if not isinstance(stored, dict) or "source" not in stored:
+        raise CheckpointError(
+            f"{path} is no checkpoint of a Stable Diffusion fine-tuning: expected `{STORED}` in it. Use a checkpoint"
+            " that `slicemod fit` wrote."
+        )
+    return stored
+
+
+def load_stable_diffusion(path: str | os.PathLike[str], *, source: str | None = None) -> StableDiffusion:
+    """Rebuilds a fine-tuned model from its checkpoint and the model that it started from, in evaluation mode.
+
+    Args:
+        path: a checkpoint that `slicemod fit` wrote. Where weights were averaged, it is the average.
+        source: where the model that it started from lies now; None is where it lay then.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unsafe, or does not belong to the source.
+        UserError: the source cannot be read.
+    """
+    checkpoint = read_checkpoint(path)
+    stored = stored_settings(checkpoint, path)
+    model = StableDiffusion(
+        source or stored["source"],
+        stored["config_source"],
+        trained=stored["trained"],
+        lora=LoraSettings(**stored["lora"]),
+        objective=Objective(**stored["objective"]),
+        attention=None if stored["attention"] is None else SliceConfig.of(stored["attention"]),
+        frozen_dtype=stored["frozen_dtype"],
+        seed=stored["seed"],
+        val_timesteps=stored["val_timesteps"],
+    )
+    model.require_checkpoint(checkpoint, path)
+    model.load_state_dict(checkpoint["state_dict"], strict=False)  # what is frozen has its values
+    return model.eval()

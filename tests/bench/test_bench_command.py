@@ -1,0 +1,135 @@
+"""`slicemod bench`: what it prints and writes, what Ctrl-C leaves, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from slicemod.bench import bench_command, timing
+from slicemod.bench.bench_command import run
+from slicemod.bench.comparing import Comparison
+from slicemod.bench.results import load_results
+from slicemod.user_error import UserError
+from tests.bench.tiny import made_up_results, write_unet
+
+
+@pytest.fixture(autouse=True)
+def _small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Arguments that measure one layer and a UNet of a small model."""
+    model = write_unet(tmp_path / "unet")
+    few = ["--peers", "full", "slicemod", "--resolution", "64", "--largest", "1", "--rounds", "2"]
+    return ["bench", "--work", f"{model}-layers", f"{model}-unet", *few]
+
+
+def test_tables_json_and_pictures_say_the_same(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    arguments = [*tiny, "--mode", "training", "inference", "--json", str(out), "--plots", str(tmp_path / "plots")]
+    assert run(arguments) == 0
+    first = capsys.readouterr().out
+    results = load_results(out)
+    assert results.command == arguments[1:]
+    assert results.machine["versions"]["torch"] == torch.__version__
+    assert results.machine["threads"] == torch.get_num_threads()
+    assert len(results.measurements) == 2 * 2 * 3  # works, modes, peers
+    assert len(list((tmp_path / "plots").iterdir())) == 2
+    assert run(["bench", "--from", str(out)]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[:20] == first.strip().splitlines()[:20]
+
+
+def test_growth_measures_bare_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "growth.json"
+    assert run(["bench", "--growth", "--tokens", "61", "127", "--rounds", "1", "--json", str(out)]) == 0
+    assert "time / N²" in capsys.readouterr().out
+    rows = load_results(out).measurements
+    assert {(row.size, row.unit, row.setting.mode) for row in rows} == {
+        (61, "tokens", "inference"), (127, "tokens", "inference")
+    }  # fmt: skip
+    assert {row.peer for row in rows} == set(bench_command.GROWTH_PEERS)
+
+
+def test_ctrl_c_keeps_the_rounds_that_were_done(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds, begun = Comparison.rounds, 0
+
+    def interrupted(comparison: Comparison, count: int, until: float) -> Iterator[int]:
+        nonlocal begun
+        begun += 1
+        for turn in rounds(comparison, count, until):
+            yield turn
+            if begun == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "rounds", interrupted)
+    out = tmp_path / "bench.json"
+    assert run([*tiny, "--mode", "inference", "--json", str(out)]) == 0
+    assert "interrupted: what was measured so far follows" in capsys.readouterr().out
+    rows = load_results(out).measurements
+    assert [row.rounds for row in rows] == [2, 2, 2, 1, 1, 1]
+
+
+def test_json_is_written_after_every_comparison(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, prepare, seen = tmp_path / "bench.json", Comparison.prepare, []
+
+    def noting(comparison: Comparison) -> Iterator[str]:
+        seen.append(len(json.loads(out.read_text())["measurements"]) if out.exists() else 0)
+        yield from prepare(comparison)
+
+    monkeypatch.setattr(Comparison, "prepare", noting)
+    assert run([*tiny, "--mode", "inference", "--json", str(out)]) == 0
+    assert seen == [0, 3]
+
+
+def test_nothing_begins_after_the_time_is_up(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*tiny, "--minutes", "1e-9"]) == 0
+    assert capsys.readouterr().out.count("out of time") == 4
+
+
+def test_pages_get_their_figures_from_the_json(tmp_path: Path) -> None:
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    made_up_results().save(results)
+    page.write_text("<!-- slicemod bench results.json summary -->\n<!-- end -->\n")
+    assert run(["bench", "--from", str(results), "--into", str(page)]) == 0
+    assert "| layer, 512 px: float32, inference | 51.20 s, 4.4 MiB |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--rounds", "0"], "--rounds: expected 1 or more; got 0"),
+        (["--batch", "0"], "--batch"),
+        (["--minutes", "0"], "--minutes"),
+        (["--json", "no/such/folder/b.json"], "--json: no/such/folder is no folder"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--mode", "sleeping"], "--mode"),
+        (["--budget", "lots"], "--budget: .*got 'lots'"),
+        (["--peers", "nobody"], "--peers: .*got 'nobody'"),
+        (["--work", "sd99-layers"], "sd99"),
+        (["--resolution", "500"], "--resolution: expected multiples of 64"),
+        (["--into", "README.md"], "--into: expected --from"),
+        (["--from", "missing.json"], "missing.json"),
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_are_named(arguments: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        run(["bench", *arguments])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"--device: .*sees no CUDA GPU"):
+        run(["bench", "--device", "cuda"])

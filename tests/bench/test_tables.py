@@ -1,0 +1,97 @@
+"""Tables show the figures that were measured, and Markdown blocks hold the same."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from slicemod.bench.comparing import LeftOut
+from slicemod.bench.markdown_blocks import FORMS, fill_blocks, named_results
+from slicemod.bench.tables import (
+    comparison_tables,
+    growth_table,
+    left_out_lines,
+    machine_line,
+    markdown_growth,
+    markdown_summary,
+    markdown_tables,
+)
+from slicemod.user_error import UserError
+from tests.bench.tiny import INFERENCE, made_up_results
+
+
+def test_every_measurement_has_its_row() -> None:
+    console = Console(width=120, file=StringIO(), record=True)
+    for table in comparison_tables(made_up_results()):
+        console.print(table)
+    printed = console.export_text()
+    assert printed.count("slicemod") == 2
+    assert "layer, 512 px: float32, inference" in printed
+    assert "51.20 s" in printed  # SDPA's
+    assert "1.0e-07" in printed
+
+
+def test_the_growth_table_is_relative_to_the_median_pace() -> None:
+    console = Console(width=120, file=StringIO(), record=True)
+    console.print(growth_table(made_up_results()))
+    rows = [line.split() for line in console.export_text().splitlines() if line.strip().startswith("sdpa")]
+    assert [(row[1], *row[4:7]) for row in rows] == [
+        ("1,024", "1.00", "ns", "1.00"), ("2,048", "1.10", "ns", "1.10"), ("4,096", "0.90", "ns", "0.90")
+    ]  # fmt: skip
+
+
+def test_the_summary_has_a_row_for_each_comparison_at_the_largest_size() -> None:
+    lines = markdown_summary(made_up_results()).splitlines()
+    assert len(lines) == 2 + 2  # the layer, and the bare call, which has no peer but SDPA
+    assert lines[2].startswith("| layer, 512 px: float32, inference | 51.20 s, 4.4 MiB |")
+    assert "full: 1536.00 (0.97-1.03), 43.9 MiB" in lines[2]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_all_tables_come_in_markdown_with_what_was_left_out() -> None:
+    text = markdown_tables(made_up_results())
+    assert text.count("### layer") == 2
+    assert "- xformers: is not installed" in text
+    assert "0.90 ns" in markdown_growth(made_up_results())
+
+
+def test_reasons_are_said_once() -> None:
+    twice = [LeftOut(f"layer, {size} px", INFERENCE, "xformers", "is not installed") for size in (256, 512)]
+    assert left_out_lines(twice) == ["xformers: is not installed (2 times)"]
+
+
+def test_the_machine_is_named() -> None:
+    line = machine_line(made_up_results())
+    assert "Some CPU (AVX2), 2 threads on 3 cores" in line
+    assert "200 GFLOP/s in float32" in line
+
+
+def test_blocks_of_a_page_are_filled_and_nothing_else_changes(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n\n<!-- slicemod bench one.json summary -->\nold\n<!-- end -->\n\nbetween\n\n"
+        "<!-- slicemod bench one.json pictures -->\n<!-- end -->\n"
+        "<!-- slicemod bench two.json machine -->\nkept\n<!-- end -->\n"
+    )
+    filled = fill_blocks(page, "one.json", made_up_results(), [tmp_path / "images" / "trade-float32.png"])
+    assert FORMS["summary"](made_up_results()) in filled
+    assert "old" not in filled
+    assert "![trade float32](images/trade-float32.png)" in filled
+    assert "machine -->\nkept\n" in filled
+    assert filled.startswith("before\n\n<!-- slicemod bench one.json summary -->\n")
+    page.write_text(filled)
+    assert fill_blocks(page, "one.json", made_up_results(), [tmp_path / "images" / "trade-float32.png"]) == filled
+    assert named_results(filled) == {"one.json", "two.json"}
+
+
+def test_a_page_without_such_a_block_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(UserError, match=r"page\.md: expected a block"):
+        fill_blocks(page, "one.json", made_up_results(), [])
+    page.write_text("<!-- slicemod bench one.json chart -->\n<!-- end -->")
+    with pytest.raises(UserError, match="'chart'"):
+        fill_blocks(page, "one.json", made_up_results(), [])

@@ -1,0 +1,40 @@
+"""Times are of the call, and the large product counts its operations."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from slicemod.bench import timing
+from slicemod.bench.machine import describe_machine
+from slicemod.bench.timing import LargeProduct, seconds_of
+
+CPU = torch.device("cpu")
+
+
+def test_a_call_takes_as_long_as_it_takes() -> None:
+    assert seconds_of(lambda: time.sleep(0.05), CPU) >= 0.05
+
+
+def test_the_product_counts_two_operations_for_each_multiplication(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+    product = LargeProduct(torch.bfloat16, CPU)
+    result = product()
+    assert isinstance(result, torch.Tensor)
+    assert (result.dtype, result.shape) == (torch.bfloat16, (67, 67))
+    assert product.flops == 2 * 67**3
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_waited_for() -> None:
+    large = torch.randn(4096, 4096, device="cuda")
+    assert seconds_of(lambda: large @ large @ large, torch.device("cuda")) > 1e-4
+
+
+def test_the_machine_names_its_versions() -> None:
+    machine = describe_machine(CPU)
+    assert machine["versions"]["torch"] == torch.__version__
+    assert machine["device"] == "cpu"
+    assert machine["processor"]

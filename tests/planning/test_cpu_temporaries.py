@@ -1,0 +1,57 @@
+"""The temporary memory of CPU operators is what the allocator is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from slicemod.bench.memory import peak_memory
+from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
+
+_aten = torch.ops.aten
+
+
+def _convolution(image: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    padding = weight[2] // 2
+    tensors = torch.randn(image).to(dtype), torch.randn(weight).to(dtype), torch.randn(weight[0]).to(dtype)
+    return (*tensors, [1, 1], [padding, padding], [1, 1], False, [0, 0], 1)
+
+
+def _gradients(image: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    x, w, bias, *settings = _convolution(image, weight, dtype)
+    grad_output = torch.randn(image[0], weight[0], *image[2:]).to(dtype)
+    return (grad_output, x, w, [len(bias)], *settings, [True, True, True])
+
+
+CASES = {
+    "wide convolution": (_aten.convolution.default, _convolution((1, 640, 32, 32), (320, 640, 3, 3), torch.float32)),
+    "large image": (_aten.convolution.default, _convolution((2, 64, 64, 64), (64, 64, 3, 3), torch.float32)),
+    "bfloat16": (_aten.convolution.default, _convolution((1, 640, 16, 16), (320, 640, 3, 3), torch.bfloat16)),
+    "small image": (_aten.convolution.default, _convolution((1, 256, 8, 8), (128, 256, 3, 3), torch.float32)),
+    "backward": (_aten.convolution_backward.default, _gradients((1, 320, 32, 32), (320, 320, 3, 3), torch.float32)),
+    "norm of a view": (
+        _aten.native_layer_norm.default,
+        (torch.randn(1, 320, 1021).transpose(1, 2), [320], torch.ones(320), torch.zeros(320), 1e-5),
+    ),
+    "norm": (
+        _aten.native_layer_norm.default,
+        (torch.randn(1, 1021, 320), [320], torch.ones(320), torch.zeros(320), 1e-5),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_temporaries_are_the_measured_ones(case: str) -> None:
+    func, args = CASES[case]
+    result = func(*args)
+    results = result if isinstance(result, tuple) else (result,)
+    predicted = sum(tensor.nbytes for tensor in results) + max(cpu_temporaries(func, args, result), default=0)
+    assert predicted == pytest.approx(peak_memory(lambda: func(*args)), rel=0.05)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_devices_have_none_that_are_known(case: str) -> None:
+    func, args = CASES[case]
+    assert no_temporaries(func, args, func(*args)) == ()

@@ -1,0 +1,78 @@
+"""Every command in README.md and docs/ runs as it is written, on networks and works that take seconds.
+
+In a folder of its own each page's commands run from top to bottom: `configs/digits.yaml` is there with small networks
+and few steps, and `slicemod bench` finds small works under the names that it knows.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slicemod.bench import bench_command, timing
+from slicemod.bench.workloads import LayerWork, Work
+from slicemod.cli import main
+from tests.documents import PAGES, ROOT, commands
+from tests.training.tiny import tiny_config
+
+SMALL = LayerWork("small", 64, 1, 67, 26, 2, 13)
+
+
+def here(page: Path) -> dict[str, list[str]]:
+    """The commands of a page by the program that they call."""
+    found: dict[str, list[str]] = {}
+    for command in commands(page):
+        found.setdefault(shlex.split(command)[0], []).append(command)
+    return found
+
+
+def test_commands_are_found() -> None:
+    assert len(here(ROOT / "README.md")["slicemod"]) >= 8
+    assert "slicemod plan sd15 --resolution 512 1024 2048 --memory 8GiB" in commands(ROOT / "README.md")
+    assert set(here(ROOT / "docs" / "install.md")) == {"make", "pip"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_only_programs_that_are_tested_are_named(page: Path) -> None:
+    assert set(here(page)) <= {"slicemod", "make", "pip"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "slicemod" in here(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small_works(names: list[str], sizes: list[int], **more: Any) -> list[Work]:
+        return [SMALL]
+
+    monkeypatch.setattr(bench_command, "find_works", small_works)
+    monkeypatch.setattr(bench_command, "GROWTH_TOKENS", (61, 127))
+    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "digits.yaml").write_text(yaml.safe_dump(tiny_config()))
+    monkeypatch.chdir(tmp_path)
+    for command in here(page)["slicemod"]:
+        assert main(shlex.split(command)[1:]) == 0, command
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "make" in here(page)], ids=lambda page: page.name)
+def test_make_commands_have_their_targets(page: Path) -> None:
+    for command in here(page)["make"]:
+        subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True, env=os.environ)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "pip" in here(page)], ids=lambda page: page.name)
+def test_pip_commands_name_extras_that_exist(page: Path) -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in here(page)["pip"]:
+        *_, target = shlex.split(command)
+        assert target == "." or target.removeprefix(".[").removesuffix("]") in extras, command

@@ -1,0 +1,144 @@
+"""Flash attention of half precision, some heads at a time in float32: as exact as SDPA, within its plan."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slicemod import budget
+from slicemod.half_plan import Float32Flash, float32_flash_plan, half_kernel
+from slicemod.math_kernel import attention_shape, attention_sizes
+from slicemod.plan import SlicePlan
+from slicemod.slice_config import SliceConfig
+from slicemod.sliced import planned_attention, sliced_attention
+from tests.oracle import Attention, assert_as_exact_as_sdpa, layer_inputs
+from tests.test_bf16_attention import measured_peak
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def by(heads: int) -> Attention:
+    plan = SlicePlan("heads", 1, heads, 0, "fused", "test", heads, 61, upcast=True)
+    return functools.partial(sliced_attention, plan=plan)
+
+
+def masks(dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """Masks for 2 batch items, 6 heads, 61 queries and 53 keys."""
+    dead = torch.rand(2, 1, 61, 53) > 0.3
+    dead[0, :, 4:7] = False
+    return {
+        "none": None,
+        "bool": torch.rand(61, 53) > 0.3,
+        "bool with dead rows": dead,
+        "per head": torch.randn(1, 6, 1, 53).to(dtype),
+        "additive": torch.randn(2, 6, 61, 53).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 6])
+@pytest.mark.parametrize("mask", masks(torch.float32))
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_it_is_as_exact_as_sdpa(dtype: torch.dtype, mask: str, heads: int) -> None:
+    assert_as_exact_as_sdpa(by(heads), layer_inputs(dtype, heads=6, mask=masks(dtype)[mask]))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_causal_attention_is_as_exact_as_sdpa(dtype: torch.dtype) -> None:
+    assert_as_exact_as_sdpa(by(2), layer_inputs(dtype, heads=6, is_causal=True))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("mask", [None, "bool", "per head"])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_the_peak_is_what_the_plan_says(heads: int, mask: str | None, training: bool) -> None:
+    inputs = layer_inputs(torch.float16, heads=6, queries=509, keys=613, width=40)
+    if mask == "bool":
+        inputs.mask = torch.rand(509, 613) > 0.3
+    elif mask is not None:
+        inputs.mask = torch.randn(1, 6, 1, 613).half()
+    sizes = attention_sizes(inputs.query, inputs.key, inputs.value, None, dropout_p=0.0, is_causal=False, upcast=False)
+    if inputs.mask is not None:
+        four = inputs.mask.reshape(*[1] * (4 - inputs.mask.dim()), *inputs.mask.shape)
+        sizes = attention_sizes(
+            inputs.query, inputs.key, inputs.value, four, dropout_p=0.0, is_causal=False, upcast=False
+        )
+    promised = Float32Flash(attention_shape(sizes), heads, torch.get_num_threads()).peak(training=training)
+    assert 0.9 * promised <= measured_peak(inputs, by(heads), training=training) <= promised
+
+
+def test_a_half_precision_without_instructions_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, dtype in (("_is_mkldnn_bf16_supported", torch.bfloat16), ("_is_mkldnn_fp16_supported", torch.float16)):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
+        assert half_kernel(dtype, torch.device("cpu")) == "float32"
+        inputs = layer_inputs(dtype, heads=6)
+        plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
+        assert plan is not None
+        assert (plan.kernel, plan.upcast) == ("fused", True)
+        assert_as_exact_as_sdpa(sliced_attention, inputs)
+
+
+def test_a_processor_with_instructions_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    inputs = layer_inputs(torch.bfloat16, keys=521)
+    for slicing, kernel in ((None, "bf16"), ({"upcast": True}, "fused"), ({"kernel": "math"}, "math")):
+        plan = planned_attention(inputs.query, inputs.key, inputs.value, slicing=slicing)[1]
+        assert plan is not None
+        assert plan.kernel == kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_precision_is_left_to_pytorch(dtype: torch.dtype) -> None:
+    assert half_kernel(dtype, torch.device("cpu")) is None
+    assert half_kernel(torch.float16, torch.device("cuda")) is None
+
+
+def test_a_budget_too_small_for_a_head_has_no_plan() -> None:
+    inputs = layer_inputs(torch.float16)
+    sizes = attention_sizes(inputs.query, inputs.key, inputs.value, None, dropout_p=0.0, is_causal=False, upcast=False)
+    shape = attention_shape(sizes)
+    settings: dict[str, Any] = {"policy": "exact", "training": True, "threads": 2}
+    assert float32_flash_plan(shape, 1000, **settings) is None
+    whole = float32_flash_plan(shape, 2**30, **settings)
+    assert whole is not None
+    fitting = float32_flash_plan(shape, whole.peak_bytes, **settings)
+    assert fitting == whole
+    assert budget.parse_budget(whole.peak_bytes) == whole.peak_bytes
+
+
+def test_second_derivatives_are_refused_in_words() -> None:
+    inputs = layer_inputs(torch.float16).leaves()
+    output = inputs.run(by(2))
+    with pytest.raises(NotImplementedError, match=r'kernel="math"'):
+        torch.autograd.grad(output.sum(), [inputs.query], create_graph=True)
+
+
+def test_under_autocast_it_stays_as_exact() -> None:
+    inputs = layer_inputs(torch.float16)
+    with torch.autocast("cpu", torch.float16):
+        ours = inputs.run(by(2))
+    assert torch.equal(ours, inputs.run(by(2)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("mask", ["none", "bool", "per head"])
+def test_the_operators_are_registered_as_pytorch_wants_them(mask: str) -> None:
+    inputs = layer_inputs(torch.float16, heads=6, mask=masks(torch.float16)[mask])
+    four = None if inputs.mask is None else inputs.mask.reshape(*[1] * (4 - inputs.mask.dim()), *inputs.mask.shape)
+    leaves = inputs.leaves()
+    arguments = (leaves.query, leaves.key, leaves.value, four, False, 1 / math.sqrt(11), 2, True)
+    torch.library.opcheck(torch.ops.slicemod.float32_flash, arguments)
+    plain = (inputs.query, inputs.key, inputs.value, four)
+    kept = torch.ops.slicemod.float32_flash(*plain, *arguments[4:])
+    grad = torch.randn_like(kept[0])
+    torch.library.opcheck(torch.ops.slicemod.float32_flash_backward, (grad, *plain, *kept, False, 0.3, 2))
+
+
+def test_the_kernel_is_said_in_the_plan() -> None:
+    assert str(SlicePlan("heads", 3, 2, 1000, "fused", "exact", 2, 61, upcast=True)).startswith("fused")
+    assert "bf16" in str(SlicePlan("query", 3, 2, 1000, "bf16", "exact", 2, 61))
+    assert SliceConfig().kernel == "auto"
