@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slicemod.shapes import AttentionShape, MaskShape, Tiles
+from slicemod.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,6 @@ def empty_heads(like: Tensor, width: int) -> Tensor:
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-class _Workspace:
-    """One allocation, carved into tiles; a turn takes the part of a tile that it fills."""
-
-    def __init__(self, sizes: dict[str, int], like: Tensor, dtype: torch.dtype) -> None:
-        buffer = torch.empty(sum(sizes.values()), dtype=dtype, device=like.device)
-        self._tiles = dict(zip(sizes, torch.split(buffer, list(sizes.values())), strict=True))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tiles
-
-    def tile(self, name: str, *sizes: int) -> Tensor:
-        return self._tiles[name][: math.prod(sizes)].view(sizes)
-
-
 class Turn(NamedTuple):
     """What one turn of the loop covers: batch items, heads and query rows."""
 
@@ -139,11 +126,11 @@ class Kernel:
         self.shape = self.tiles.shape
         self.dtype = torch.float32 if self.tiles.converts else query.dtype
         self.all_keys = slice(0, self.shape.keys)
-        self.space: _Workspace
+        self.space: Workspace
 
     def allocate(self, sizes: dict[str, int]) -> None:
         """Make the workspace: tiles of so many elements."""
-        self.space = _Workspace(sizes, self.query, self.dtype)
+        self.space = Workspace(sizes, self.query, self.dtype)
 
     def generator(self) -> torch.Generator | None:
         """Draws the dropout of one pass over the slices, the same in every pass; None without dropout."""
