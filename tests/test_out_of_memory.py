@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slicemod import SliceConfig, math_kernel, out_of_memory, sliced_attention
+from slicemod import SliceConfig, out_of_memory, sliced_attention, workspace
 from slicemod.math_kernel import Call
 from slicemod.out_of_memory import SmallerSlicesWarning, with_smaller_slices
 
@@ -26,7 +26,7 @@ def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 def _fails_above(most_elements: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Workspaces above so many elements run out of memory; what was asked for is listed."""
     asked: list[int] = []
-    allocate: Callable[..., None] = math_kernel.Workspace.__init__
+    allocate: Callable[..., None] = workspace.Workspace.__init__
 
     def allocate_or_fail(self: object, sizes: dict[str, int], like: Tensor, dtype: torch.dtype) -> None:
         asked.append(sum(sizes.values()))
@@ -34,7 +34,7 @@ def _fails_above(most_elements: int, monkeypatch: pytest.MonkeyPatch) -> list[in
             raise torch.OutOfMemoryError(f"tried to allocate {asked[-1]} elements")
         allocate(self, sizes, like, dtype)
 
-    monkeypatch.setattr(math_kernel.Workspace, "__init__", allocate_or_fail)
+    monkeypatch.setattr(workspace.Workspace, "__init__", allocate_or_fail)
     return asked
 
 
