@@ -10,6 +10,7 @@ workspace, or straight into its place in the output.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from operator import index
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ def _mask_sizes(mask: Tensor, query: Tensor) -> tuple[Any, ...]:
     return (*(index(size) for size in mask.shape), mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype)
 
 
+@lru_cache(maxsize=4096)
 def attention_shape(sizes: tuple[Any, ...]) -> AttentionShape:
     """The shape of `attention_sizes`."""
     *plain, mask = sizes

@@ -28,17 +28,19 @@ class SmallerSlicesWarning(RuntimeWarning):
 def with_smaller_slices(run: Callable[[Call], Result], call: Call, queries: int, device: torch.device) -> Result:
     """`run(call)`; where the device runs out of memory, again with half the rows, and at one row half the heads.
 
+    Chunks of keys, where a plan has them, are halved last.
+
     With dropout there is no second try: the draw belongs to the slices, and backward has to repeat that of forward.
 
     Raises:
-        RuntimeError: the device runs out of memory with slices of one row of one head as well.
+        RuntimeError: the device runs out of memory with the smallest slices as well.
     """
     call = replace(call, rows=max(1, min(call.rows, queries)))
     while True:
         try:
             return run(call)
         except RuntimeError as error:
-            if not _ran_out(error) or call.dropout_p > 0 or (call.rows == 1 and call.heads == 1):
+            if not _ran_out(error) or call.dropout_p > 0 or (call.rows == 1 and call.heads == 1 and call.keys <= 1):
                 raise
             reason = str(error).splitlines()[0]
         # Out of the handler, whose traceback would keep the tensors of the failed try.
@@ -57,7 +59,9 @@ def _ran_out(error: RuntimeError) -> bool:
 def _halved(call: Call) -> Call:
     if call.rows > 1:
         return replace(call, rows=(call.rows + 1) // 2, items=1)
-    return replace(call, heads=(call.heads + 1) // 2, items=1)
+    if call.heads > 1:
+        return replace(call, heads=(call.heads + 1) // 2, items=1)
+    return replace(call, keys=(call.keys + 1) // 2)
 
 
 def _say_once(call: Call, smaller: Call, device: torch.device, reason: str) -> None:
@@ -65,8 +69,12 @@ def _say_once(call: Call, smaller: Call, device: torch.device, reason: str) -> N
         return
     _said.add(device.type)
     warnings.warn(
-        f"attention ran out of memory on {device} with slices of {call.rows} rows by {call.heads} heads and goes on "
-        f"with {smaller.rows} by {smaller.heads}; a smaller budget saves the failed try. The device said: {reason}",
+        f"attention ran out of memory on {device} with slices of {_sizes(call)} and goes on "
+        f"with {_sizes(smaller)}; a smaller budget saves the failed try. The device said: {reason}",
         SmallerSlicesWarning,
         stacklevel=2,
     )
+
+
+def _sizes(call: Call) -> str:
+    return f"{call.rows} rows by {call.heads} heads" + (f" by {call.keys} keys" if call.keys else "")

@@ -23,6 +23,7 @@ _MOST_PRODUCTS = 65_535
 
 # PyTorch makes a tensor of a Python number, such as the scale, once in float64 and once in the other operand's dtype.
 _SCALAR_BYTES = 16
+_SEED_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,8 @@ class Tiles:
         `training` counts the backward pass; without `checkpoint` the weights of all slices live on between the two.
         """
         rest = self.row_maximum + _SCALAR_BYTES  # the rows without a key are marked by a bool each
+        if self.shape.dropout:
+            rest += _SEED_BYTES
         if training and not checkpoint:
             rest += self.shape.scores_bytes
         mask = self.shape.mask

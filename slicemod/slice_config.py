@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import distributed
 
 from slicemod import budget as memory
 from slicemod.half_plan import HalfKernel, bf16_plan, float32_flash_plan
-from slicemod.plan import POLICIES, NotEnoughMemoryError, Policy, SlicePlan, fused_peak, plan_slices
+from slicemod.plan import (
+    POLICIES,
+    NotEnoughMemoryError,
+    Policy,
+    SlicePlan,
+    fused_peak,
+    largest_square,
+    plan_slices,
+)
 from slicemod.shapes import AttentionShape
+
+if TYPE_CHECKING:  # a PyTorch built without distributed has no such class
+    from torch.distributed import ProcessGroup
 
 KERNELS = ("auto", "fused", "math")
 
@@ -104,6 +117,35 @@ class SliceConfig:
         """The fields, for a config file."""
         return asdict(self)
 
+    def resolved(self, device: torch.device | str, group: ProcessGroup | None = None) -> SliceConfig:
+        """The same config with its budget in bytes, as it is now: what every later call plans with.
+
+        Under `torch.distributed` the smallest budget of all ranks, so that their plans agree, whatever each has free.
+        All ranks have to call it, at one point of the program, such as the start of a fit.
+
+        Args:
+            device: where the attention will run; its free memory is read where the budget refers to it.
+            group: ranks that have to agree; all of them when left out.
+
+        Raises:
+            NotEnoughMemoryError: a rank has nothing free.
+
+        >>> SliceConfig(budget="2MiB").resolved("cpu").budget
+        2097152
+        """
+        device = torch.device(device)
+        available = memory.budget_bytes(self.budget, device)
+        if distributed.is_available() and distributed.is_initialized():
+            smallest = torch.tensor(available, device=device)
+            distributed.all_reduce(smallest, distributed.ReduceOp.MIN, group)
+            available = int(smallest)
+        if available < 1:
+            raise NotEnoughMemoryError(
+                f"budget: {self.budget!r} needs free memory on {device}; got {available:,} bytes on the smallest "
+                "rank. Free memory on the device or name a budget in bytes."
+            )
+        return replace(self, budget=available)
+
     def plan(
         self,
         shape: AttentionShape,
@@ -127,46 +169,17 @@ class SliceConfig:
             ValueError: `kernel="fused"` and there is an obstacle.
         """
         available = memory.budget_bytes(self.budget, device)
-        if self.kernel == "fused" and fused_obstacle is not None:
-            raise ValueError(
-                f'kernel: expected a call that a fused kernel computes, since kernel="fused"; {fused_obstacle}. '
-                'Take kernel="auto" or kernel="math".'
-            )
-        if self.kernel != "math" and self.steps is None:
-            half = self._half_plan(shape, available, training, fused_obstacle, half_kernel)
-            if half is not None:
-                return half
-        if self.kernel != "math" and fused_obstacle is None and self.steps is None:
-            fused = plan_slices(
-                shape,
-                available,
-                policy=self.policy,
-                device_type=device.type,
-                kernel="fused",
-                training=training,
-            )
-            if half_kernel == "bf16":
-                peak = fused_peak(shape, device.type, training=training, packs=True)
-                fused = replace(fused, peak_bytes=peak)
-            if fused.peak_bytes <= available:
-                return fused
-            if self.kernel == "fused":
-                raise self._over_budget(fused, available, shape, 'take kernel="auto", which slices')
-        shape = replace(shape, upcast=shape.upcast or self.upcast)
-        plan = plan_slices(
+        return _plan(
+            self,
             shape,
             available,
-            policy=self.policy,
-            device_type=device.type,
-            training=training,
-            checkpoint=self.checkpoint,
-            steps=self.steps,
+            device.type,
+            training,
+            fused_obstacle,
+            half_kernel,
+            torch.get_num_threads(),
+            POLICIES[self.policy],
         )
-        if self.budget != "auto" and plan.peak_bytes > available:
-            # Some policies look at other things than the budget; a budget that was named is kept all the same.
-            advice = "leave steps out" if self.steps is not None else 'take policy="exact"'
-            raise self._over_budget(plan, available, shape, advice)
-        return plan
 
     def _half_plan(
         self,
@@ -183,8 +196,72 @@ class SliceConfig:
             return float32_flash_plan(shape, available, policy=self.policy, training=training, threads=threads)
         return None
 
-    def _over_budget(self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str) -> NotEnoughMemoryError:
+    def _over_budget(
+        self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str, side: int
+    ) -> NotEnoughMemoryError:
         return NotEnoughMemoryError(
             f"budget: {self.budget!r} allows {available:,} bytes and the plan needs {plan.peak_bytes:,} ({plan}), "
-            f"for {shape}. Raise the budget or {advice}."
+            f"for {shape}. Raise the budget, {advice} or lower the resolution: at most about {side}x{side} would fit."
         )
+
+
+@lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step
+def _plan(
+    slicing: SliceConfig,
+    shape: AttentionShape,
+    available: int,
+    device_type: str,
+    training: bool,
+    fused_obstacle: str | None,
+    half_kernel: HalfKernel | None,
+    *_on_what_else_it_depends: object,
+) -> SlicePlan:
+    """The plan that fits in `available` bytes."""
+    if slicing.kernel == "fused" and fused_obstacle is not None:
+        raise ValueError(
+            f'kernel: expected a call that a fused kernel computes, since kernel="fused"; {fused_obstacle}. '
+            'Take kernel="auto" or kernel="math".'
+        )
+    if slicing.kernel != "math" and slicing.steps is None:
+        half = slicing._half_plan(shape, available, training, fused_obstacle, half_kernel)
+        if half is not None:
+            return half
+    if slicing.kernel != "math" and fused_obstacle is None and slicing.steps is None:
+        fused = plan_slices(
+            shape,
+            available,
+            policy=slicing.policy,
+            device_type=device_type,
+            kernel="fused",
+            training=training,
+        )
+        packs = half_kernel == "bf16"
+        if packs:
+            fused = replace(fused, peak_bytes=fused_peak(shape, device_type, training=training, packs=True))
+        if fused.peak_bytes <= available:
+            return fused
+        if slicing.kernel == "fused":
+            side = largest_square(
+                shape, lambda shape: fused_peak(shape, device_type, training=training, packs=packs) <= available
+            )
+            raise slicing._over_budget(fused, available, shape, 'take kernel="auto", which slices', side)
+    shape = replace(shape, upcast=shape.upcast or slicing.upcast)
+
+    def sliced(shape: AttentionShape) -> SlicePlan:
+        return plan_slices(
+            shape,
+            available,
+            policy=slicing.policy,
+            device_type=device_type,
+            training=training,
+            checkpoint=slicing.checkpoint,
+            steps=slicing.steps,
+        )
+
+    plan = sliced(shape)
+    if slicing.budget != "auto" and plan.peak_bytes > available:
+        # Some policies look at other things than the budget; a budget that was named is kept all the same.
+        advice = "leave steps out" if slicing.steps is not None else 'take policy="exact"'
+        side = largest_square(shape, lambda shape: sliced(shape).peak_bytes <= available)
+        raise slicing._over_budget(plan, available, shape, advice, side)
+    return plan

@@ -7,6 +7,7 @@ order stays ours.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -145,15 +146,17 @@ def _decide(
     dtype: torch.dtype | None,
 ) -> SlicePlan:
     """The plan of a call; while a graph is traced this runs outside of it, and its answer is a constant in there."""
-    slicing = SliceConfig(*settings)
     half = None if dtype is None else half_kernel(dtype, torch.device(device))
-    return slicing.plan(
+    return _checked_config(*settings).plan(
         attention_shape(sizes),
         torch.device(device),
         training=training,
         fused_obstacle=fused_obstacle,
         half_kernel=half,
     )
+
+
+_checked_config = lru_cache(typed=True)(SliceConfig)  # a budget of 1 byte is not one of 1.0, all there is
 
 
 def _plan(

@@ -189,7 +189,7 @@ def test_other_settings_after_compilation_are_followed() -> None:
     rows: list[Any] = []
 
     def recording(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        rows.extend(node.args[-1] for node in graph.graph.nodes if "slicemod.attention" in str(node.target))
+        rows.extend(node.args[-2] for node in graph.graph.nodes if "slicemod.attention" in str(node.target))
         return graph
 
     compiled = torch.compile(block, fullgraph=True, backend=recording)
@@ -260,9 +260,9 @@ def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
             ("additive mask", torch.randn(1, 6, 1, 5).to(dtype), None, (0.0, False)),
             ("dropout", None, torch.tensor(3), (0.3, False)),
         ):
-            for keep, items, heads, rows in ((False, 1, 4, 3), (True, 1, 4, 3), (False, 2, 12, 7)):
-                arguments = (*tensors, mask, seed, *settings, 0.3, upcast, keep, items, heads, rows)
-                yield f"{name}, {dtype}, {keep}, {items}", arguments
+            for keep, *slices in ((False, 1, 4, 3, 0), (True, 1, 4, 3, 0), (False, 2, 12, 7, 0), (False, 1, 1, 3, 2)):
+                arguments = (*tensors, mask, seed, *settings, 0.3, upcast, keep, *slices)
+                yield f"{name}, {dtype}, {keep}, {slices}", arguments
 
 
 # opcheck reads `.grad` of its own copies, which are no leaves where strides are a layer's.
@@ -281,12 +281,12 @@ def test_the_forward_operator_is_registered_as_pytorch_wants_it(arguments: tuple
 @pytest.mark.parametrize("needs", [[True] * 4, [True, False, True, False], [False, True, False, False]], ids=str)
 @pytest.mark.parametrize("arguments", [pytest.param(call, id=name) for name, call in operator_calls()])
 def test_the_backward_operator_is_registered_as_pytorch_wants_it(arguments: tuple[Any, ...], needs: list[bool]) -> None:
-    query, key, value, mask, seed, *settings, keep, items, heads, rows = arguments
+    query, key, value, mask, seed, *settings, keep, items, heads, rows, keys = arguments
     needs = [*needs[:3], needs[3] and mask is not None and mask.dtype != torch.bool]
     kept = torch.ops.slicemod.attention(*arguments)[1]
     assert bool(kept.numel()) is keep
     grad_output = layer_like(2, 6, 7, 11, query.dtype)
     torch.library.opcheck(
         torch.ops.slicemod.attention_backward,
-        (grad_output, query, key, value, mask, seed, kept, *settings, items, heads, rows, needs),
+        (grad_output, query, key, value, mask, seed, kept, *settings, items, heads, rows, keys, needs),
     )

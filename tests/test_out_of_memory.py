@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slicemod import SliceConfig, out_of_memory, sliced_attention, workspace
+from slicemod import SliceConfig, SlicePlan, out_of_memory, sliced_attention, workspace
 from slicemod.math_kernel import Call
 from slicemod.out_of_memory import SmallerSlicesWarning, with_smaller_slices
 
@@ -48,7 +48,7 @@ def test_attention_goes_on_in_smaller_slices_with_the_same_result(monkeypatch: p
 
     wanted = run()
     asked = _fails_above(9_000, monkeypatch)
-    with pytest.warns(SmallerSlicesWarning, match="97 rows by 6 heads and goes on with 49 by 6"):
+    with pytest.warns(SmallerSlicesWarning, match="97 rows by 6 heads and goes on with 49 rows by 6 heads"):
         found = run()
     for tensor, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(tensor, other)
@@ -72,6 +72,16 @@ def test_one_row_of_one_head_is_where_it_gives_up(monkeypatch: pytest.MonkeyPatc
     with pytest.warns(SmallerSlicesWarning), pytest.raises(torch.OutOfMemoryError):
         sliced_attention(query, query, query, slicing=SliceConfig(kernel="math", steps=1))
     assert len(asked) == 1 + 6 + 2  # 53 rows halved to one in 6 tries, then 3 heads in 2
+
+
+def test_chunks_of_keys_are_halved_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(1, 1, 2, 7), torch.randn(1, 1, 53, 7)
+    plan = SlicePlan("query", 2, 2, 0, "math", "test", 1, 2, keys=31)
+    asked = _fails_above(60, monkeypatch)
+    with pytest.warns(SmallerSlicesWarning, match="2 rows by 1 heads by 31 keys and goes on with 1 rows by 1 heads"):
+        found = sliced_attention(query, key, key, plan=plan)
+    assert len(asked) == 3  # 2 rows by 31 keys, 1 row by 31, 1 row by 16
+    torch.testing.assert_close(found, sliced_attention(query, key, key, slicing={"kernel": "fused"}))
 
 
 @pytest.mark.parametrize("call", [replace(CALL, dropout_p=0.1), replace(CALL, rows=1, heads=1)])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from slicemod import budget as memory
-from slicemod.plan import NotEnoughMemoryError, SlicePlan, fused_peak, plan_slices
+from slicemod.plan import POLICIES, Conditions, NotEnoughMemoryError, SlicePlan, Slices, fused_peak, plan_slices
 from slicemod.shapes import AttentionShape
 from slicemod.slice_config import SliceConfig
+from slicemod.sliced import sliced_attention
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(2, 3, 1031, 1013, 11, 4)
@@ -156,12 +161,16 @@ def test_fused_raises_where_it_does_not_fit() -> None:
 def test_a_named_budget_is_a_promise_also_for_policies_that_do_not_look_at_it(
     slicing: SliceConfig, free_bytes: list[int]
 ) -> None:
-    free_bytes.append(9999)
-    obstacle = "none runs here"
-    assert plan(slicing, fused_obstacle=obstacle).peak_bytes > 9999  # free memory is no promise
-    named = dataclasses.replace(slicing, budget=9999)
-    with pytest.raises(NotEnoughMemoryError, match="budget: 9999 allows 9,999 bytes and the plan needs"):
-        plan(named, fused_obstacle=obstacle)
+    free_bytes.append(99_999)
+    shape, obstacle = dataclasses.replace(SHAPE, keys=SHAPE.queries), "none runs here"
+    assert plan(slicing, shape, fused_obstacle=obstacle).peak_bytes > 99_999  # free memory is no promise
+    named = dataclasses.replace(slicing, budget=99_999)
+    with pytest.raises(NotEnoughMemoryError, match="budget: 99999 allows 99,999 bytes and the plan needs") as caught:
+        plan(named, shape, fused_obstacle=obstacle)
+    side = int(str(caught.value).split("at most about ")[1].split("x")[0])
+    assert plan(named, shape.at_side(side), fused_obstacle=obstacle).peak_bytes <= 99_999
+    with pytest.raises(NotEnoughMemoryError):
+        plan(named, shape.at_side(side + 64), fused_obstacle=obstacle)
 
 
 def test_a_fraction_is_of_the_free_memory(free_bytes: list[int]) -> None:
@@ -197,3 +206,64 @@ def test_checkpoint_reaches_the_plan() -> None:
 def test_the_plan_is_that_of_plan_slices() -> None:
     asked = plan(SliceConfig(budget="1MiB", policy="exact", kernel="math"), training=True)
     assert asked == plan_slices(SHAPE, 2**20, policy="exact", device_type="cpu", training=True)
+
+
+def test_a_resolved_config_has_the_bytes_that_are_free_now(free_bytes: list[int]) -> None:
+    free_bytes.append(10**6)
+    slicing = SliceConfig(budget=0.25, policy="exact", steps=None, upcast=True)
+    resolved = slicing.resolved("cpu")
+    free_bytes.append(10**3)
+    assert resolved == dataclasses.replace(slicing, budget=250_000)
+
+
+def test_nothing_free_cannot_be_resolved(free_bytes: list[int]) -> None:
+    free_bytes.append(0)
+    with pytest.raises(NotEnoughMemoryError, match="budget: 'auto' needs free memory on cpu; got 0 bytes"):
+        SliceConfig().resolved("cpu")
+
+
+RANK = """
+import sys
+from torch import distributed
+from slicemod import SliceConfig, budget
+rank, store = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+budget.free_memory = lambda device: (3_000_000, 1_000_000)[rank]
+print(SliceConfig(budget=0.5).resolved("cpu").budget, SliceConfig(budget="2MiB").resolved("cpu").budget)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs PyTorch's gloo")
+def test_every_rank_takes_the_budget_of_the_smallest(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    answers = [rank.communicate(timeout=100)[0].decode().split() for rank in ranks]
+    assert answers == [["500000", str(2 * 2**20)]] * 2
+
+
+def test_a_plan_is_looked_for_once_and_the_free_memory_read_each_time(
+    free_bytes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counting(shape: AttentionShape, given: Conditions) -> Slices:
+        asked.append(given.free_bytes)
+        return POLICIES["exact"](shape, given)
+
+    monkeypatch.setitem(POLICIES, "counting", counting)
+    slicing = SliceConfig.of({"policy": "counting", "kernel": "math"})
+    query = torch.randn(1, 2, 67, 11)
+    for free in (10**6, 10**6, 2 * 10**6, 10**6):
+        free_bytes.append(free)
+        sliced_attention(query, query, query, slicing=slicing)
+    assert asked == [10**6, 2 * 10**6]
+
+
+def test_a_budget_of_one_byte_is_not_one_of_all_there_is(free_bytes: list[int]) -> None:
+    query = torch.randn(1, 2, 67, 11)
+    sliced_attention(query, query, query, slicing=SliceConfig(budget=1.0, policy="exact", kernel="math"))
+    with pytest.raises(NotEnoughMemoryError, match="has 1, for"):
+        sliced_attention(query, query, query, slicing=SliceConfig(budget=1, policy="exact", kernel="math"))
