@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slicemod import AttentionShape, plan_slices, sliced_attention
 from slicemod.bench.memory import peak_memory
+from slicemod.half_plan import half_kernel
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost
 
