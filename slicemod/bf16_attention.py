@@ -13,7 +13,7 @@ from slicemod.out_of_memory import with_smaller_slices
 
 
 def _call(scale: float, heads: int, rows: int) -> Call:
-    return Call(0.0, False, scale, False, heads, rows, None)
+    return Call(0.0, False, scale, True, heads, rows, None)
 
 
 @torch.library.custom_op("slicemod::bf16_attention", mutates_args=())

@@ -8,6 +8,8 @@ from slicemod.shapes import AttentionShape
 # of the usual heads a multiple of eight, which products are fast with.
 EXTRA_COLUMNS = 8
 
+BF16_KEPT_BYTES = 6  # of a row, between forward and backward: its shift, and the inverse sum of its weights
+
 SUM_PARTS = 4  # in so many parts are products added to the gradients of key and value
 
 SAMPLED_KEYS = 64  # a row's shift is found from so many of its keys
@@ -89,7 +91,7 @@ class Bf16Tiles:
         forward = 2 * sum(self.forward.values()) + max(threads * (256 * width + _PACKED_SCORES), divided, again)
         if not training:
             return forward
-        kept = shape.batch_heads * shape.queries * 6  # shift and inverse sum of each row
+        kept = shape.batch_heads * shape.queries * BF16_KEPT_BYTES
         scaled = self.heads * self.rows * (8 * shape.values + _ROW_BYTES)
         summed = 4 * self.heads * -(-shape.keys // SUM_PARTS) * width
         packed = threads * ((4 * self.rows + 1088) * width + _PACKED_ROWS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slicemod.bf16_shape import BF16_KEPT_BYTES
 from slicemod.plan import SlicePlan, fused_peak
 from slicemod.planning.memory_timeline import AttentionCost
 from slicemod.shapes import AttentionShape
@@ -22,15 +23,22 @@ def full_attention_cost(shape: AttentionShape, *, training: bool, upcast: bool) 
     return AttentionCost(scores + copied, 2 * scores - copied) if training else AttentionCost(0, 2 * scores)
 
 
-def fused_attention_cost(shape: AttentionShape, device_type: str, *, training: bool) -> AttentionCost:
-    """PyTorch's fused kernel; the log-sum-exp of every row is kept for its backward pass."""
+def fused_attention_cost(
+    shape: AttentionShape, device_type: str, *, training: bool, packs: bool = False
+) -> AttentionCost:
+    """PyTorch's fused kernel; the log-sum-exp of every row is kept for its backward pass.
+
+    `packs`: it computes in bfloat16 on a CPU that multiplies that.
+    """
     kept = kept_by_fused(shape, training=training)
-    return AttentionCost(kept, fused_peak(shape, device_type, training=training) - kept)
+    return AttentionCost(kept, fused_peak(shape, device_type, training=training, packs=packs) - kept)
 
 
 def planned_attention_cost(shape: AttentionShape, plan: SlicePlan, *, training: bool) -> AttentionCost:
     """slicemod's attention; its sliced kernel keeps nothing but its inputs, which the step has anyway."""
     kept = kept_by_fused(shape, training=training) if plan.kernel == "fused" else 0
+    if plan.kernel == "bf16" and training:
+        kept = shape.batch_heads * shape.queries * BF16_KEPT_BYTES
     return AttentionCost(kept, plan.peak_bytes - kept)
 
 

@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from slicemod import SliceConfig, SwapReport, swap_attention
+from slicemod.training.agreed_budget import agree_on_budget
 from slicemod.training.autoencoder import decode_all, encode_all, load_autoencoder
 from slicemod.training.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from slicemod.training.class_embedder import ClassEmbedder
@@ -196,6 +197,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Encodes the training images once: the autoencoder is frozen, so each epoch would encode the same."""
+        agree_on_budget(self.unet, self.attention, self.device)
         images = cast(Any, self.trainer).datamodule.split("train").images
         self._train_latents = self.encode(images.to(self.device))  # (N, c, h, w)
 

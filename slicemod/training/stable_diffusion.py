@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from slicemod import SliceConfig, SwapReport, swap_attention
+from slicemod.training.agreed_budget import agree_on_budget
 from slicemod.training.captioned_folder import CaptionedFolder, LatentBatch
 from slicemod.training.checkpoints import CheckpointError, read_checkpoint, require_matching
 from slicemod.training.content_hash import module_digest
@@ -236,6 +237,10 @@ class StableDiffusion(pl.LightningModule):
             )
             self.stages.to(torch.device("cpu"))
             self.trainer.strategy.barrier("cache")
+
+    def on_fit_start(self) -> None:
+        """Lets the processes agree on the budget of their attention."""
+        agree_on_budget(self.unet, self.attention, self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
