@@ -35,7 +35,7 @@ def here(page: Path) -> dict[str, list[str]]:
 
 def test_commands_are_found() -> None:
     assert len(here(ROOT / "README.md")["slicemod"]) >= 8
-    assert "slicemod plan sd15 --resolution 512 1024 2048 --memory 8GiB" in commands(ROOT / "README.md")
+    assert "slicemod plan sdxl --resolution 1024 4096 --memory 16GiB" in commands(ROOT / "README.md")
     assert set(here(ROOT / "docs" / "install.md")) == {"make", "pip"}
 
 

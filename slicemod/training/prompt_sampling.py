@@ -97,7 +97,8 @@ def draw_prompts(
                 steps,
                 lambda: bar.advance(task),
             )
-            latents.append(denoiser.run(noise.to(model.device), steps))
+            with model.frozen_autocast():
+                latents.append(denoiser.run(noise.to(model.device), steps))
     model.unet.train(training)
     model.stages.to(model.device)
     images = model.stages.decode(torch.cat(latents))

@@ -130,6 +130,11 @@ class StableDiffusion(pl.LightningModule):
             swap_attention(autoencoder, self.attention)
         return autoencoder
 
+    def frozen_autocast(self) -> torch.autocast:
+        """Autocast to the dtype of the frozen weights, which inputs and adapters in float32 do not go with."""
+        dtype = DTYPES[self.frozen_dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
     @property
     def is_sdxl(self) -> bool:
         """The UNet looks at a summary of the caption and at image sizes besides."""

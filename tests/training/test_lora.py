@@ -149,7 +149,8 @@ def test_adapters_continue_bit_by_bit_with_dropout(here: Path, monkeypatch: pyte
         (here / folder).mkdir()
         monkeypatch.chdir(here / folder)
         for number, stop in enumerate(stops):
-            fit(["fit", "--config", config, "--trainer.max_steps", stop, *(["--ckpt_path", "last"] if number else [])])
+            more = ["--trainer.max_steps", stop, "--trainer.precision", "bf16-mixed"]
+            fit(["fit", "--config", config, *more, *(["--ckpt_path", "last"] if number else [])])
         states.append(read_checkpoint(here / folder / "checkpoints" / "last.ckpt")["state_dict"])
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

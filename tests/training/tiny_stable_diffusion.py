@@ -59,6 +59,7 @@ def write_tiny_model(folder: Path, kind: str) -> Path:
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
+        steps_offset=1,
         prediction_type="v_prediction" if kind == "sd21" else "epsilon",
     ).save_pretrained(folder / "scheduler")
     return folder
