@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # a PyTorch built without distributed has no such class
 KERNELS = ("auto", "fused", "math")
 
 
+_ALL_THERE_COULD_BE = 2**62  # bytes
+
+
 @dataclass(frozen=True)
 class SliceConfig:
     """How attention is to be sliced.
@@ -169,17 +172,13 @@ class SliceConfig:
             ValueError: `kernel="fused"` and there is an obstacle.
         """
         available = memory.budget_bytes(self.budget, device)
-        return _plan(
-            self,
-            shape,
-            available,
-            device.type,
-            training,
-            fused_obstacle,
-            half_kernel,
-            torch.get_num_threads(),
-            POLICIES[self.policy],
-        )
+        given = device.type, training, fused_obstacle, half_kernel, torch.get_num_threads(), POLICIES[self.policy]
+        if self.kernel != "math" and self.steps is None and available > 0:
+            # What is free differs from call to call, and the same kernel is the best in all that it fits into.
+            best = _plan(self, shape, _ALL_THERE_COULD_BE, *given)
+            if best.kernel != "math" and best.peak_bytes <= available:
+                return best
+        return _plan(self, shape, available, *given)
 
     def _half_plan(
         self,
