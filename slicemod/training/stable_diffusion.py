@@ -193,7 +193,8 @@ class StableDiffusion(pl.LightningModule):
         latents = batch["mean"] + batch["std"] * posterior
         noisy = self.scheduler.add_noise(latents, noise, drawn)
         context, added = self.conditioning(_dropped(batch, drop), batch["time_ids"])
-        predicted = self.unet(noisy, drawn, context, added_cond_kwargs=added).sample
+        with self.frozen_autocast():
+            predicted = self.unet(noisy, drawn, context, added_cond_kwargs=added).sample
         target = self.objective.target(self.scheduler, latents, noise, drawn)
         errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
         return self.objective.weights(self.scheduler, drawn) * errors
