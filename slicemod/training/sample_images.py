@@ -19,7 +19,8 @@ from slicemod.user_error import UserError
 class SampleImages(pl.Callback):
     """Writes ``<folder>/step<N>.png`` and logs the images to TensorBoard, at the end of each validation.
 
-    Where weights are averaged, it is the average that draws, as it is the average that is validated.
+    Where weights are averaged, it is the average that draws, as it is the average that is validated. Every process
+    draws, since sharded weights are gathered from all of them.
 
     Args:
         prompts: one image each.
@@ -57,14 +58,13 @@ class SampleImages(pl.Callback):
         model, data = require_stable_diffusion(trainer, pl_module, "SampleImages")
         self.height, self.width = self.height or data.resolution, self.width or data.resolution
         require_size(model, self.height, self.width)
-        if trainer.is_global_zero:
-            self._encoded = encode_prompts(model, self.prompts)
+        self._encoded = encode_prompts(model, self.prompts)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         # The last batch and not the epoch's end: an average of the weights is taken out again there.
-        if not is_last_validation_batch(trainer, batch_idx) or not trainer.is_global_zero:
+        if not is_last_validation_batch(trainer, batch_idx):
             return
         model = require_stable_diffusion(trainer, pl_module, "SampleImages")[0]
         assert self.height is not None  # setup filled them in
@@ -79,7 +79,8 @@ class SampleImages(pl.Callback):
             seed=self.seed,
             progress=False,
         )
-        self._log(trainer, images)
+        if trainer.is_global_zero:
+            self._log(trainer, images)
 
     def _log(self, trainer: pl.Trainer, images: Tensor) -> None:
         save_tiles(images, self.folder / f"step{trainer.global_step}.png")

@@ -52,13 +52,12 @@ class SampleQuality(pl.Callback):
                 f"SampleQuality compares two images at least: data.val_count is {data.val_count}. Raise it."
             )
         data.find(progress=False)
-        if trainer.is_global_zero:
-            self._encoded = encode_prompts(model, [image.caption for image in data.val_images])
+        self._encoded = encode_prompts(model, [image.caption for image in data.val_images])
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if not is_last_validation_batch(trainer, batch_idx) or not trainer.is_global_zero:
+        if not is_last_validation_batch(trainer, batch_idx):
             return
         model, data = require_stable_diffusion(trainer, pl_module, "SampleQuality")
         extractor = self.feature_extractor.to(pl_module.device)
@@ -66,7 +65,8 @@ class SampleQuality(pl.Callback):
         options = {} if self.metric == "fid" else {"subset_size": data.val_count, "subsets": 1}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")  # of few images
-            measured = kind(feature=extractor, **options).to(pl_module.device)
+            # Every process draws all images: sharded weights are gathered from all of them.
+            measured = kind(feature=extractor, sync_on_compute=False, **options).to(pl_module.device)
         for place, image in enumerate(data.val_images):
             bucket = data.bucket(image)
             height, width = covering_size(image, bucket)
@@ -86,9 +86,8 @@ class SampleQuality(pl.Callback):
             measured.update(_bytes(real[None]).to(pl_module.device), real=True)
             measured.update(_bytes(drawn).to(pl_module.device), real=False)
         value = measured.compute()
-        pl_module.log(
-            f"val/{self.metric}", value[0] if isinstance(value, tuple) else value, rank_zero_only=True, batch_size=1
-        )
+        value = value[0] if isinstance(value, tuple) else value
+        pl_module.log(f"val/{self.metric}", value, sync_dist=True, batch_size=1)
 
 
 def _bytes(images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from slicemod import SliceConfig, SwapReport, swap_attention
@@ -25,6 +26,7 @@ from slicemod.training.content_hash import module_digest
 from slicemod.training.denoiser import Conditioning
 from slicemod.training.denoising_objective import Objective
 from slicemod.training.frozen_stages import FrozenStages, pixels_per_latent
+from slicemod.training.fully_sharded import shard
 from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.nonfinite import NonFiniteError
 from slicemod.training.optimizers import build_optimizer
@@ -216,13 +218,14 @@ class StableDiffusion(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         means = [cast(MeanMetric, metric).compute() for metric in self.val_losses.values()]
-        self.log("val/loss", torch.stack(means).mean(), prog_bar=True)
+        self.log("val/loss", torch.stack(means).mean(), prog_bar=True, sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # fp16's loss scaling skips the steps whose gradients overflow
         gradients = [p.grad for p in self.unet.parameters() if p.grad is not None]
-        self._require_finite(torch.nn.utils.get_total_norm(gradients), "norm of the gradients")
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._require_finite(norm.full_tensor() if isinstance(norm, DTensor) else norm, "norm of the gradients")
 
     def _require_finite(self, value: Tensor, name: str) -> None:
         if not bool(torch.isfinite(value)):
@@ -243,6 +246,11 @@ class StableDiffusion(pl.LightningModule):
             )
             self.stages.to(torch.device("cpu"))
             self.trainer.strategy.barrier("cache")
+
+    def configure_model(self) -> None:
+        """Shards the UNet where the strategy has a mesh of devices."""
+        if self.device_mesh is not None:
+            shard(self.unet, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         """Lets the processes agree on the budget of their attention."""

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from slicemod.training.captioned_folder import CaptionedFolder
 from slicemod.training.dry_run import forecast, forecast_table
 from slicemod.training.frozen_stages import resolution_step
+from slicemod.training.fully_sharded import FullySharded
 from slicemod.training.lightning_cli import SlicemodCLI
 from slicemod.training.stable_diffusion import StableDiffusion
 from slicemod.user_error import UserError
@@ -31,6 +33,12 @@ class StableDiffusionCLI(SlicemodCLI):
         parser.add_argument(
             "--dry-run", action="store_true", help="Print the plans and bytes of each bucket; nothing is trained."
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Builds the trainer; `fsdp` is the strategy that runs everywhere."""
+        if self._get(self.config_init, "trainer").strategy == "fsdp":
+            kwargs["strategy"] = FullySharded()
+        return super().instantiate_trainer(**kwargs)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], path: str) -> None:
         """Every trained weight has to fit, and the frozen ones have to be those it was trained with."""

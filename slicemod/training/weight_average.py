@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -23,3 +24,16 @@ class WeightAverage(WeightAveraging):
         if not 0 <= decay < 1:
             raise UserError(f"WeightAverage.decay must be from 0 to below 1, got {decay}: 0.999 is usual.")
         super().__init__(device=device, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copies the weights.
+
+        Raises:
+            UserError: they are sharded.
+        """
+        if pl_module.device_mesh is not None:
+            raise UserError(
+                "WeightAverage keeps a whole copy of the weights in every process, got a strategy that shards them."
+                " Leave it out of trainer.callbacks, or use trainer.strategy: ddp."
+            )
+        super().setup(trainer, pl_module, stage)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.training.tiny_stable_diffusion import (
 )
 
 ROOT = Path(__file__).parents[2]
+NEEDS_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 PATIENCE = 240  # seconds for two processes to import everything on a busy machine
 
 
@@ -65,15 +67,24 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [("ddp", "sd15_full.yaml"), ("fsdp", "sd15_full.yaml"), pytest.param("fsdp", "sd15_lora.yaml", marks=NEEDS_PEFT)],
+)
+def test_two_processes_train_as_one_does(
+    strategy: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("slicemod.training.stable_diffusion.load_text_encoders", letter_encoders)
     content = tiny_config(
-        "sd15_full.yaml",
+        name,
         write_tiny_model(tmp_path / "sd15", "sd15"),
         write_images(tmp_path / "images"),
         data={"batch_size": 1, "flip": True, "val_count": 1, "max_ratio": 1.0},
     )
-    content["trainer"]["callbacks"].append({"class_path": f"{__name__}.Witness"})
+    callbacks = content["trainer"]["callbacks"]
+    if strategy == "fsdp":
+        callbacks[:] = [callback for callback in callbacks if not callback["class_path"].endswith("WeightAverage")]
+    callbacks.append({"class_path": f"{__name__}.Witness"})
     config = write_config(tmp_path, content)
     folders = {name: tmp_path / name for name in ("one", "two")}
     for folder in folders.values():
@@ -81,7 +92,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.chdir(folders["one"])
     fit(["fit", "--config", config, "--data.batch_size", "2"])
-    two_processes(folders["two"], config, "--trainer.strategy", "ddp", "--trainer.devices", "2")
+    two_processes(folders["two"], config, "--trainer.strategy", strategy, "--trainer.devices", "2")
 
     assert losses(folders["two"]) == pytest.approx(losses(folders["one"]), rel=1e-5)
     one, first, second = (
