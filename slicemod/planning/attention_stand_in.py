@@ -64,7 +64,7 @@ class AttentionStandIn:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Notes the call, whose tensors are `(B, H, N, D)` on the device "meta"."""
+        """Notes the call, whose tensors are `(B, H, N, D)`, on the device "meta" or fake."""
         upcast = self._device_type == "cpu" and query.element_size() < 4  # as `sliced_attention` has it
         sizes = attention_sizes(query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
         obstacle: str | None = f"it is not known whether PyTorch runs a fused kernel on {self._device_type!r}"
@@ -78,6 +78,8 @@ class AttentionStandIn:
 
 
 def _as_if_on_cpu(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, FakeTensor):
+        return tensor  # it stands for one on its own device already
     return FakeTensor(_FAKE, tensor.detach(), torch.device("cpu")).requires_grad_(tensor.requires_grad)
 
 

@@ -131,14 +131,8 @@ class StepPlanner:
         """The timeline and the attention calls at a resolution, from those that were traced."""
         first, second = self._traced
         low, high = (steps * self.resolution_step for steps in TRACED_STEPS)
-        part, whole = pixels**2 - low**2, high**2 - low**2
-
-        def scaled(a: AttentionShape, b: AttentionShape) -> AttentionShape:
-            queries = a.queries + (b.queries - a.queries) * part // whole
-            return replace(a, queries=queries, keys=a.keys + (b.keys - a.keys) * part // whole)
-
-        calls = [replace(a, shape=scaled(a.shape, b.shape)) for a, b in zip(first.calls, second.calls, strict=True)]
-        return first.timeline.between(second.timeline, part, whole), calls
+        step = first.between(second, pixels**2 - low**2, high**2 - low**2)
+        return step.timeline, list(step.calls)
 
     def _plan(self, pixels: int) -> ResolutionPlan:
         timeline, calls = self.at(pixels)

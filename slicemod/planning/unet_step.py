@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from slicemod.planning.attention_stand_in import AttentionCall, AttentionStandIn
 from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
 from slicemod.planning.memory_timeline import MemoryRecorder, Timeline
 from slicemod.planning.unets import UnetSource, meta_inputs, meta_unet
+from slicemod.shapes import AttentionShape
 
 
 class StepKind(NamedTuple):
@@ -38,6 +43,20 @@ class TracedStep(NamedTuple):
     calls: tuple[AttentionCall, ...]
     layers: int
 
+    def between(self, other: TracedStep, part: int, whole: int) -> TracedStep:
+        """The step `part / whole` of the way to the `other` one, which has another resolution alone.
+
+        Raises:
+            ValueError: the steps do not consist of the same operators.
+        """
+
+        def scaled(a: AttentionShape, b: AttentionShape) -> AttentionShape:
+            queries = a.queries + (b.queries - a.queries) * part // whole
+            return replace(a, queries=queries, keys=a.keys + (b.keys - a.keys) * part // whole)
+
+        calls = (replace(a, shape=scaled(a.shape, b.shape)) for a, b in zip(self.calls, other.calls, strict=True))
+        return TracedStep(self.timeline.between(other.timeline, part, whole), tuple(calls), self.layers)
+
 
 def trace_step(source: UnetSource, kind: StepKind, pixels: int) -> TracedStep:
     """Runs one step on square images of `pixels` by `pixels`, with neither weights nor the device.
@@ -50,24 +69,53 @@ def trace_step(source: UnetSource, kind: StepKind, pixels: int) -> TracedStep:
     unet = meta_unet(source, kind.dtype).train(kind.training)
     inputs = meta_inputs(unet, kind.dtype, kind.batch, pixels // source.latent_pixels, source.context_tokens)
     target = torch.empty_like(inputs["sample"])
-    recorder = MemoryRecorder(cpu_temporaries if kind.device_type == "cpu" else no_temporaries)
+    if kind.training:
+        if kind.checkpoint_blocks:
+            unet.enable_gradient_checkpointing()
+        return trace_training(unet, lambda: F.mse_loss(unet(**inputs).sample, target), kind.device_type, [target])
+    recorder = _recorder(kind.device_type)
     stand_in = AttentionStandIn(recorder, kind.device_type)
+    tensors = [*unet.parameters(), *unet.buffers()]
+    recorder.ignore(tensors)
+    with torch.no_grad(), recorder, stand_in.installed():
+        unet(**inputs)
+    weights = sum(tensor.nbytes for tensor in tensors)
+    return TracedStep(recorder.timeline(weights, 0), tuple(stand_in.calls), len(stand_in.calls))
+
+
+def trace_training(
+    unet: nn.Module,
+    loss: Callable[[], Tensor],
+    device_type: str,
+    given: Sequence[Tensor] = (),
+    mode: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - has no state
+) -> TracedStep:
+    """A step of AdamW, any but the first: its state is there when it begins.
+
+    Args:
+        unet: without memory, on the device "meta" or of fake tensors. Gradients that it has stay and are added to.
+        loss: runs it forward.
+        device_type: that is simulated.
+        given: what exists besides.
+        mode: that of fake tensors; it is entered for the step.
+    """
+    recorder = _recorder(device_type)
+    stand_in = AttentionStandIn(recorder, device_type)
     parameters = list(unet.parameters())
-    recorder.ignore([*parameters, *unet.buffers(), target])
-    weights = sum(tensor.nbytes for tensor in (*parameters, *unet.buffers()))
-    if not kind.training:
-        with torch.no_grad(), recorder, stand_in.installed():
-            unet(**inputs)
-        return TracedStep(recorder.timeline(weights, 0), tuple(stand_in.calls), len(stand_in.calls))
-    if kind.checkpoint_blocks:
-        unet.enable_gradient_checkpointing()
-    with recorder, stand_in.installed():
-        loss = F.mse_loss(unet(**inputs).sample, target)
+    accumulated = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    recorder.ignore([*parameters, *unet.buffers(), *accumulated, *given])
+    with mode, recorder, stand_in.installed():
+        value = loss()
         layers = len(stand_in.calls)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(value)
     recorder.count_as_gradients(parameter.grad for parameter in parameters if parameter.grad is not None)
     sizes = [parameter.nbytes for parameter in parameters if parameter.requires_grad]
     # AdamW divides by the root of its second moments: of all parameters together on an accelerator (foreach=True,
     # the default there), of one after the other on a CPU, where the root and the quotient are two tensors.
-    recorder.hold_for_a_while(2 * max(sizes) if kind.device_type == "cpu" else sum(sizes))
+    recorder.hold_for_a_while(2 * max(sizes) if device_type == "cpu" else sum(sizes))
+    weights = sum(tensor.nbytes for tensor in (*parameters, *unet.buffers(), *accumulated))
     return TracedStep(recorder.timeline(weights, 2 * sum(sizes)), tuple(stand_in.calls), layers)
+
+
+def _recorder(device_type: str) -> MemoryRecorder:
+    return MemoryRecorder(cpu_temporaries if device_type == "cpu" else no_temporaries)

@@ -38,7 +38,7 @@ NAMED_UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-_CLIP_TOKENS = 77
+CLIP_TOKENS = 77
 _LEVELS_OF_SD = 4  # of Stable Diffusion's autoencoders
 _DEFAULT_LEVELS = (320, 640, 1280, 1280)  # UNet2DConditionModel's own block_out_channels
 
@@ -71,7 +71,7 @@ def find_unet(source: str) -> UnetSource:
         UserError: there is no such model.
     """
     if source in NAMED_UNETS:
-        return UnetSource(NAMED_UNETS[source], _pixels_per_latent(_LEVELS_OF_SD), _CLIP_TOKENS)
+        return UnetSource(NAMED_UNETS[source], _pixels_per_latent(_LEVELS_OF_SD), CLIP_TOKENS)
     path = Path(source)
     for folder in (path, path / "unet"):
         if (folder / "config.json").is_file():
@@ -95,7 +95,7 @@ def _unet_of_folder(folder: Path) -> UnetSource:
     autoencoder = folder.parent / "vae" / "config.json"
     levels = len(json.loads(autoencoder.read_text())["block_out_channels"]) if autoencoder.is_file() else _LEVELS_OF_SD
     return UnetSource(
-        {key: value for key, value in config.items() if key[0] != "_"}, _pixels_per_latent(levels), _CLIP_TOKENS
+        {key: value for key, value in config.items() if key[0] != "_"}, _pixels_per_latent(levels), CLIP_TOKENS
     )
 
 

@@ -1,26 +1,36 @@
-"""What training would take, before anything is trained: the plans and the bytes of each bucket."""
+"""What training would take, before anything is trained: the plans and the peak of each bucket."""
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from rich.box import SIMPLE
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from slicemod import AttentionShape, SliceConfig, SlicePlan
-from slicemod.planning.attention_calls import LayersAlike, record_attention_calls
+from slicemod import SlicePlan, restore_attention
+from slicemod.half_plan import half_kernel
+from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
+from slicemod.planning.attention_stand_in import AttentionCall
+from slicemod.planning.memory_timeline import AttentionCost, StepPeak
+from slicemod.planning.plan_report import human_size
+from slicemod.planning.step_peaks import TRACED_STEPS
+from slicemod.planning.unet_step import TracedStep, trace_training
+from slicemod.planning.unets import CLIP_TOKENS, meta_inputs
+from slicemod.shapes import AttentionShape
 from slicemod.training.aspect_buckets import Bucket
 from slicemod.training.captioned_folder import CaptionedFolder
-from slicemod.training.frozen_stages import pixels_per_latent
+from slicemod.training.frozen_stages import pixels_per_latent, resolution_step
 from slicemod.training.stable_diffusion import StableDiffusion
+from slicemod.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -30,86 +40,146 @@ class BucketForecast:
     Attributes:
         bucket: the image size.
         images: how many of those to train on fall into it.
-        plans: of each distinct attention, with the number of layers that compute it.
-        attention_bytes: what the attention that needs most takes beyond its inputs and outputs.
-        state_bytes: weights, gradients and the optimizer's state.
+        plans: of each distinct attention, with the number of layers that compute it; None where it is not slicemod's.
+        peak: of the step, in its parts.
     """
 
     bucket: Bucket
     images: int
-    plans: tuple[tuple[int, AttentionShape, SlicePlan], ...]
-    attention_bytes: int
-    state_bytes: int
+    plans: tuple[tuple[int, AttentionShape, SlicePlan | None], ...]
+    peak: StepPeak
 
 
-def forecast(
-    model: StableDiffusion, data: CaptionedFolder, device: torch.device, itemsize: int
-) -> list[BucketForecast]:
+def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer) -> list[BucketForecast]:
     """Plans every bucket that the data has images for; neither the device nor its memory is touched.
+
+    The step is run without memory at two resolutions, under the trainer's precision, and put together from these for
+    each bucket. A budget that refers to free memory is taken of what is free now.
 
     Args:
         model: what would be trained.
         data: what it would be trained on.
-        device: where; PyTorch's fused attention is taken to run there.
-        itemsize: bytes per element of the attention's inputs.
+        trainer: what would train it.
 
     Raises:
         NotEnoughMemoryError: no plan of a bucket fits the budget.
     """
-    slicing = model.attention or SliceConfig()
-    unit = pixels_per_latent(model.pretrained.autoencoder_config())
-    with tempfile.TemporaryDirectory() as folder:  # record_attention_calls reads configs
-        (Path(folder) / "config.json").write_text(json.dumps(dict(model.unet.config)))
-        calls = record_attention_calls(folder, batch=data.batch_size, itemsize=itemsize)
+    device = trainer.strategy.root_device
+    autoencoder = model.pretrained.autoencoder_config()
+    unit, step = pixels_per_latent(autoencoder), resolution_step(autoencoder, model.unet.config)
+    low, high = (steps * step for steps in TRACED_STEPS)
+    first, second = (_trace(model, trainer, device, data.batch_size, edge // unit) for edge in (low, high))
+    with trainer.precision_plugin.forward_context(), model.frozen_autocast(device):
+        half = torch.get_autocast_dtype(device.type)
+    state = optimizer_bytes(model.unet, model.make_optimizer)
+    averages = sum(isinstance(callback, WeightAverage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    copies = averages * sum(parameter.nbytes for parameter in model.unet.parameters())
     counted = Counter(data.bucket(image) for image in data.train_images)
-    state = state_bytes(model.unet, model.make_optimizer)
     forecasts = []
-    for bucket in sorted(counted):
-        shapes = [(call.layers, _at(call, bucket, unit)) for call in calls]
-        plans = tuple(
-            (layers, shape, slicing.plan(shape, device, training=True, fused_obstacle=None)) for layers, shape in shapes
+    for bucket, images in sorted(counted.items()):
+        traced = first.between(second, bucket.height * bucket.width - low**2, high**2 - low**2)
+        answers = {call: _answer(model, call, device, half) for call in set(traced.calls)}
+        peak = traced.timeline.peak([answers[call][1] for call in traced.calls])
+        layers = Counter(traced.calls[: traced.layers])
+        largest_first = sorted(layers.items(), key=lambda item: -item[0].shape.scores_bytes)
+        plans = tuple((count, call.shape, answers[call][0]) for call, count in largest_first)
+        forecasts.append(
+            BucketForecast(bucket, images, plans, peak._replace(weights=peak.weights + copies, optimizer=state))
         )
-        most = max((plan.peak_bytes for _, _, plan in plans), default=0)
-        forecasts.append(BucketForecast(bucket, counted[bucket], plans, most, state))
     return forecasts
 
 
-def state_bytes(module: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> int:
-    """Bytes of weights, of the gradients of those trained, and of the state that the optimizer keeps for them."""
-    weights = sum(parameter.nbytes for parameter in module.parameters())
+def _trace(model: StableDiffusion, trainer: pl.Trainer, device: torch.device, batch: int, edge: int) -> TracedStep:
+    """The step on latents of `edge` by `edge`, by a twin of the UNet whose tensors have no memory."""
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        unet: Any = deepcopy(model.unet)
+    if model.attention is not None:
+        restore_attention(unet)
+    meta = meta_inputs(unet, torch.float32, batch, edge, CLIP_TOKENS)
+    with mode:
+        _move(unet, device)
+
+        def on_device(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+        inputs: dict[str, Any] = {
+            name: {key: on_device(tensor) for key, tensor in value.items()}
+            if isinstance(value, dict)
+            else on_device(value)
+            for name, value in meta.items()
+        }
+        target = torch.empty_like(inputs["sample"])
+        if trainer.accumulate_grad_batches > 1:
+            for parameter in unet.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+
+    def loss() -> Tensor:
+        held = [torch.empty_like(target) for _ in range(4)]  # latents, two noises, their sum: as `denoising_losses`
+        with trainer.precision_plugin.forward_context(), model.frozen_autocast(device):
+            predicted = unet(**{**inputs, "sample": held[-1]}).sample
+        return F.mse_loss(predicted.float(), target)
+
+    return trace_training(unet, loss, device.type, [target], mode)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """To another device, by new tensors: ``Module.to`` cannot exchange fake ones."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            moved = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+            part.register_parameter(name, moved)
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device=device))
+
+
+def _answer(
+    model: StableDiffusion, call: AttentionCall, device: torch.device, half: torch.dtype
+) -> tuple[SlicePlan | None, AttentionCost]:
+    """The plan of a call and what it takes."""
+    shape = call.shape
+    kernel = half_kernel(half if shape.itemsize == half.itemsize else torch.float32, device)
+    if model.attention is None:
+        if call.fused_obstacle is None:
+            return None, fused_attention_cost(shape, device.type, training=True, packs=kernel == "bf16")
+        return None, full_attention_cost(shape, training=True, upcast=bool(model.unet.config.upcast_attention))
+    plan = model.attention.plan(shape, device, training=True, fused_obstacle=call.fused_obstacle, half_kernel=kernel)
+    return plan, planned_attention_cost(shape, plan, training=True)
+
+
+def optimizer_bytes(module: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> int:
+    """Bytes of the state that the optimizer keeps for the trained parameters of a module."""
     trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
     probe = nn.Parameter(torch.zeros(64, 64))
     probe.grad = torch.zeros_like(probe)
     optimizer = make_optimizer([probe])
     optimizer.step()
     kept = sum(value.nbytes for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor))
-    return weights + trained + trained * (kept // probe.nbytes)  # rounds away what it keeps once a tensor
+    return trained * (kept // probe.nbytes)  # rounds away what it keeps once a tensor
 
 
-def forecast_table(forecasts: list[BucketForecast]) -> Table:
+def plan_table(forecasts: Sequence[BucketForecast]) -> Table:
     """A row for each bucket and attention."""
-    table = Table(title="a training step of each bucket", title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("bucket", "images", "layers", "heads x N x M x D", "plan", "attention", "with the state"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = Table(title="attention layers", title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("bucket", "layers", "B*H x N x M x D", "kernel", "axis", "steps", "peak"):
+        table.add_column(column, justify="left" if column in ("kernel", "axis") else "right", no_wrap=True)
     for row in forecasts:
         table.add_section()
-        for place, (layers, shape, plan) in enumerate(row.plans):
-            first = (str(row.bucket), str(row.images)) if place == 0 else ("", "")
-            sizes = (shape.batch * shape.heads, shape.queries, shape.keys, shape.head_dim)
-            total = _size(row.attention_bytes + row.state_bytes) if place == 0 else ""
-            table.add_row(
-                *first, str(layers), "x".join(map(str, sizes)), f"{plan.steps} x {plan.slice_size}",
-                _size(plan.peak_bytes), total,
-            )  # fmt: skip
+        for layers, shape, plan in row.plans:
+            sizes = f"{shape.batch_heads} x {shape.queries} x {shape.keys} x {shape.head_dim}"
+            told = ("the model's own", "-", "-", "-")
+            if plan is not None:
+                told = (plan.kernel, plan.axis if plan.steps > 1 else "-", str(plan.steps), human_size(plan.peak_bytes))
+            table.add_row(str(row.bucket), str(layers), sizes, *told)
     return table
 
 
-def _at(call: LayersAlike, bucket: Bucket, unit: int) -> AttentionShape:
-    """The call's shape on an image of another size; ``call`` is of a square one."""
-    recorded = (call.pixels // 8) ** 2  # latents of 8 pixels each, as record_attention_calls takes a folder's to be
-    queries = call.shape.queries * (bucket.height // unit) * (bucket.width // unit) // recorded
-    return replace(call.shape, queries=queries, keys=queries if call.is_self_attention else call.shape.keys)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def peak_table(forecasts: Sequence[BucketForecast]) -> Table:
+    """A row for each bucket: what the whole step holds at its peak."""
+    parts = ("weights", "activations", "gradients", "optimizer", "attention", "total")
+    table = Table(title="peak of a training step", title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("bucket", "images", *parts):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in forecasts:
+        table.add_row(str(row.bucket), str(row.images), *(human_size(getattr(row.peak, part)) for part in parts))
+    return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -110,7 +111,7 @@ class StableDiffusion(pl.LightningModule):
         # Of what the checkpoints leave out, so that a run does not continue beside other frozen weights.
         self.base_digest = None if trained == "full" else module_digest(self.unet)
         if frozen_dtype != "float32":
-            self.unet.to(DTYPES[frozen_dtype])
+            torch.nn.Module.to(self.unet, DTYPES[frozen_dtype])  # diffusers' own warns of layers that it has not
         self.swap_report: SwapReport | None = None
         if attention is not None:
             self.swap_report = swap_attention(self.unet, attention)
@@ -120,6 +121,7 @@ class StableDiffusion(pl.LightningModule):
         if block_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()  # diffusers gives it for inference; blocks are checkpointed in training alone
+        self.compiled = compile
         if compile:
             self.unet.compile(fullgraph=True)  # in place: the state dict keeps its keys
         self.stages = FrozenStages(self._load_autoencoder, lambda: load_text_encoders(self.pretrained))
@@ -132,10 +134,15 @@ class StableDiffusion(pl.LightningModule):
             swap_attention(autoencoder, self.attention)
         return autoencoder
 
-    def frozen_autocast(self) -> torch.autocast:
-        """Autocast to the dtype of the frozen weights, which inputs and adapters in float32 do not go with."""
-        dtype = DTYPES[self.frozen_dtype]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+    def frozen_autocast(self, device: torch.device | None = None) -> AbstractContextManager[Any]:
+        """Autocast to the dtype of the frozen weights, which inputs and adapters in float32 do not go with.
+
+        Args:
+            device: where it runs; None is the model's.
+        """
+        if self.frozen_dtype == "float32":
+            return nullcontext()  # an autocast that is not enabled would end the trainer's
+        return torch.autocast((device or self.device).type, DTYPES[self.frozen_dtype])
 
     @property
     def is_sdxl(self) -> bool:
@@ -248,8 +255,17 @@ class StableDiffusion(pl.LightningModule):
             self.trainer.strategy.barrier("cache")
 
     def configure_model(self) -> None:
-        """Shards the UNet where the strategy has a mesh of devices."""
+        """Shards the UNet where the strategy has a mesh of devices.
+
+        Raises:
+            UserError: the UNet is compiled.
+        """
         if self.device_mesh is not None:
+            if self.compiled:
+                raise UserError(
+                    "model.compile: expected false where weights are sharded, which are gathered outside of the"
+                    " compiled graph, got true. Set it to false, or use trainer.strategy: ddp."
+                )
             shard(self.unet, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:

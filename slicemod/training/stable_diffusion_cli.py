@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from slicemod.training.captioned_folder import CaptionedFolder
-from slicemod.training.dry_run import forecast, forecast_table
+from slicemod.training.dry_run import forecast, peak_table, plan_table
 from slicemod.training.frozen_stages import resolution_step
 from slicemod.training.fully_sharded import FullySharded
 from slicemod.training.lightning_cli import SlicemodCLI
@@ -31,7 +31,7 @@ class StableDiffusionCLI(SlicemodCLI):
         """Adds ``--dry-run``."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--dry-run", action="store_true", help="Print the plans and bytes of each bucket; nothing is trained."
+            "--dry-run", action="store_true", help="Print the plans and the peak of each bucket; nothing is trained."
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -56,14 +56,11 @@ class StableDiffusionCLI(SlicemodCLI):
         if not self._is_dry_run:
             super().fit(**kwargs)
             return
-        itemsize = 4 if str(self.trainer.precision).startswith("32") else 2
-        device = self.trainer.strategy.root_device
         console = Console(width=max(Console().width, 110))
-        console.print(forecast_table(forecast(self.model, self.datamodule, device, itemsize)))
-        console.print(
-            "attention: beyond its inputs and outputs; with the state: and weights, gradients, optimizer's state."
-            " Activations come on top. Nothing was trained."
-        )
+        forecasts = forecast(self.model, self.datamodule, self.trainer)
+        console.print(plan_table(forecasts))
+        console.print(peak_table(forecasts))
+        console.print("weights: with gradients that accumulate and an average's copy. Nothing was trained.")
 
     @property
     def _is_dry_run(self) -> bool:

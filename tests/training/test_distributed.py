@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from slicemod.training.checkpoints import read_checkpoint
 from slicemod.training.fit_command import fit
 from slicemod.training.pictures import read_metric
 from slicemod.training.step_meter import current_plans
+from slicemod.training.weight_average import WeightAverage
+from slicemod.user_error import UserError
 from tests.training.tiny_stable_diffusion import (
     letter_encoders,
     tiny_config,
@@ -79,6 +82,7 @@ def test_two_processes_train_as_one_does(
         name,
         write_tiny_model(tmp_path / "sd15", "sd15"),
         write_images(tmp_path / "images"),
+        model={"frozen_dtype": "float32"},  # rounding to half of it depends on the batch
         data={"batch_size": 1, "flip": True, "val_count": 1, "max_ratio": 1.0},
     )
     callbacks = content["trainer"]["callbacks"]
@@ -111,6 +115,15 @@ def test_two_processes_train_as_one_does(
     more = ["--ckpt_path", "last", "--data.batch_size", "2", "--trainer.max_steps", "5"]
     run = fit(["fit", "--config", config, *more])
     assert run.trainer.global_step == 5
+    again = ["--ckpt_path", "last", "--trainer.strategy", strategy, "--trainer.devices", "2"]  # and two after it
+    two_processes(folders["two"], config, *again, "--trainer.max_steps", "6")
+    assert read_checkpoint(folders["two"] / "checkpoints" / "last.ckpt")["global_step"] == 6
+
+
+def test_an_average_of_sharded_weights_is_refused() -> None:
+    sharded = SimpleNamespace(device_mesh=object())
+    with pytest.raises(UserError, match="WeightAverage keeps a whole copy of the weights in every process"):
+        WeightAverage().setup(SimpleNamespace(), sharded, "fit")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -34,12 +34,12 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tiny_model(folder: Path, kind: str) -> Path:
+def write_tiny_model(folder: Path, kind: str, *, channels: tuple[int, int] = (8, 16)) -> Path:
     """Writes unet/, vae/ and scheduler/ of a small random model of ``kind``, sd15, sd21 or sdxl."""
     torch.manual_seed(3)
     UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(8, 16),
+        block_out_channels=channels,
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=WIDTH,
