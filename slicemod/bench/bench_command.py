@@ -23,7 +23,7 @@ from slicemod.bench.workloads import GROWTH_TOKENS, WORK_NAMES, CallWork, Work, 
 from slicemod.budget import parse_budget
 from slicemod.user_error import UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "bfloat16-mixed", "float16-mixed")
 QUICK_PEERS = ("sdpa", "sdpa-math", "full", "diffusers*", "ldm", "memory-*", "slicemod", "slicemod-exact")
 GROWTH_PEERS = ("sdpa", "slicemod", "slicemod-exact")
 GROWTH_HEADS, GROWTH_HEAD_DIM = 2, 40
@@ -106,7 +106,13 @@ def _works(options: Any) -> list[Work]:
         return [CallWork(tokens, GROWTH_HEADS, GROWTH_HEAD_DIM) for tokens in options.tokens]
     if options.quick:  # the largest comes last, where time may be up
         return find_works(["sd15-layers"], [512], batch=1, largest=3)[::-1]
-    return find_works(options.work, options.resolution, batch=options.batch, largest=options.largest)
+    return find_works(
+        options.work,
+        options.resolution,
+        batch=options.batch,
+        largest=options.largest,
+        checkpoint_blocks=options.checkpoint_blocks,
+    )
 
 
 def _check(options: Any) -> None:
@@ -151,9 +157,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="items (default: 1)")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(GROWTH_TOKENS), help="of --growth")
     parser.add_argument("--peers", nargs="+", metavar="PEER", help="names or patterns such as 'slicemod*'")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="default: float32")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES,
+                        help="mixed: weights and inputs in float32, under autocast (default: float32)")  # fmt: skip
     parser.add_argument("--mode", nargs="+", default=None, choices=("inference", "training"),
                         help="default: both; inference for --growth")  # fmt: skip
+    parser.add_argument("--checkpoint-blocks", action="store_true", help="diffusers' checkpointing of a UNet's blocks")
     parser.add_argument("--compile", action="store_true", help="every peer by torch.compile")
     parser.add_argument("--budget", default="64MiB", help="of slicemod's exact plans (default: 64MiB)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")

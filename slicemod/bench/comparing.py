@@ -25,6 +25,7 @@ COPIES_OF_SCORES = 2.5  # what unsliced attention holds of its scores at once; a
 REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, ImportError)
 
 Mode = Literal["inference", "training"]
+_MIXED = "-mixed"  # how such a dtype ends
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Setting:
     """How a work is run.
 
     Attributes:
-        dtype: of weights and inputs, as "float32".
+        dtype: of weights and inputs, as "float32"; "bfloat16-mixed" has them in float32, and autocasts to bfloat16.
         mode: a forward pass, or a training step with gradients of input and weights.
         compiled: by `torch.compile`.
     """
@@ -40,6 +41,17 @@ class Setting:
     dtype: str
     mode: Mode
     compiled: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        """Under autocast."""
+        return self.dtype.endswith(_MIXED)
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        dtype: torch.dtype = getattr(torch, self.dtype.removesuffix(_MIXED))
+        return dtype
 
     def __str__(self) -> str:
         return f"{self.dtype}, {self.mode}{', compiled' if self.compiled else ''}"
@@ -127,13 +139,12 @@ class Comparison:
         self.left_out: list[LeftOut] = []
         self._runners: list[_Runner] = []  # SDPA's first
         self._products: list[float] = []
-        self._product = LargeProduct(self._dtype, device)
+        self._product = LargeProduct(setting.products, device)
         self._flops = self._scores = 0
 
     @property
     def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.setting.dtype)
-        return dtype
+        return torch.float32 if self.setting.mixed else self.setting.products
 
     @property
     def _training(self) -> bool:
@@ -143,7 +154,7 @@ class Comparison:
         """Checks every peer and measures its peak; yields a peer's name before its turn."""
         torch.manual_seed(0)
         self._flops = self.work.flops(training=self._training)
-        self._scores = self.work.scores_bytes(self._dtype.itemsize, training=self._training)
+        self._scores = self.work.scores_bytes(self.setting.products.itemsize, training=self._training)
         with torch.device("meta"):
             weights = sum(parameter.numel() for parameter in self.work.build().parameters()) * self._dtype.itemsize
         needed, free = weights * (3 if self._training else 1), free_memory(self.device)
@@ -166,6 +177,7 @@ class Comparison:
                 if exact is None:
                     exact = self.work.exact(base, inputs)
                 called: Any = torch.compile(module, dynamic=False) if self.setting.compiled else module
+                called = _autocast(called, self.device, self.setting.products) if self.setting.mixed else called
                 # A layer inside of a compiled UNet cannot be called by itself; it is checked uncompiled.
                 layers = (module.get_submodule(check.path) if check.path else called for check in exact)
                 error = max(_error(layer, check) for layer, check in zip(layers, exact, strict=True))
@@ -268,6 +280,14 @@ def _error(layer: Callable[..., Tensor], check: Exact) -> float:
     with torch.no_grad():
         found = layer(*check.args)[..., check.rows, :].double()
     return float((found - check.wanted).norm() / check.wanted.norm())
+
+
+def _autocast(module: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with torch.autocast(device.type, dtype):
+            return module(*args)
+
+    return call
 
 
 def _inference(module: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], object]:

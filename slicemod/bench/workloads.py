@@ -127,16 +127,20 @@ class LayerWork(Work):
 
 @dataclass(frozen=True)
 class UnetWork(Work):
-    """One step of a whole UNet of diffusers: its name in `NAMED_UNETS`, a YAML of configs/ or a diffusers folder."""
+    """One step of a whole UNet of diffusers: its name in `NAMED_UNETS`, a YAML of configs/ or a diffusers folder.
+
+    With `checkpoint_blocks` its blocks are computed again in the backward pass, by diffusers' own checkpointing.
+    """
 
     model: str
     size: int
     batch: int
+    checkpoint_blocks: bool = False
 
     @property
     def series(self) -> str:  # type: ignore[override]
         """The model."""
-        return f"{Path(self.model).name} UNet"
+        return f"{Path(self.model).name} UNet{', blocks checkpointed' if self.checkpoint_blocks else ''}"
 
     def build(self) -> nn.Module:
         """A `UNet2DConditionModel`."""
@@ -157,8 +161,10 @@ class UnetWork(Work):
     def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
         """Another UNet with the same weights and the attention of `peer`."""
         with torch.device("meta"):
-            twin = self.build()
+            twin: Any = self.build()
         twin.load_state_dict(base.state_dict(), assign=True)
+        if self.checkpoint_blocks:
+            twin.enable_gradient_checkpointing()
         return peer.in_unet(twin)
 
     def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
@@ -182,6 +188,10 @@ class UnetWork(Work):
             _exact_layer(path, REFERENCE.in_unet(deepcopy(layer).double()), given)
             for path, layer, given in first.values()
         ]
+
+    def scores_bytes(self, itemsize: int, *, training: bool) -> int:
+        """A checkpointed block's scores are gone when the next one runs."""
+        return super().scores_bytes(itemsize, training=training and not self.checkpoint_blocks)
 
     def attention(self) -> list[tuple[AttentionShape, int]]:
         """The calls of all layers."""
@@ -226,7 +236,9 @@ class CallWork(Work):
         return [(AttentionShape(1, self.heads, self.size, self.size, self.head_dim, 4), 1)]
 
 
-def find_works(names: list[str], sizes: list[int], *, batch: int, largest: int) -> list[Work]:
+def find_works(
+    names: list[str], sizes: list[int], *, batch: int, largest: int, checkpoint_blocks: bool = False
+) -> list[Work]:
     """The works of some names at some edges in pixels.
 
     Args:
@@ -234,6 +246,7 @@ def find_works(names: list[str], sizes: list[int], *, batch: int, largest: int) 
         sizes: edges of the image.
         batch: items.
         largest: of a model's layers, how many kinds, from the largest on.
+        checkpoint_blocks: of the UNets.
 
     Raises:
         UserError: a name or a size that does not exist.
@@ -250,7 +263,7 @@ def find_works(names: list[str], sizes: list[int], *, batch: int, largest: int) 
                 f"whole latents; got {wrong[0]}. Take one of these."
             )
         if part == "unet":
-            works += [UnetWork(model, size, batch) for size in sizes]
+            works += [UnetWork(model, size, batch, checkpoint_blocks) for size in sizes]
             continue
         calls = record_attention_calls(model, batch=batch, itemsize=4)[:largest]
         works += [_layer_of(model, at_resolution(call, size).shape, size) for call in calls for size in sizes]

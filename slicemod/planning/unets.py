@@ -17,6 +17,15 @@ from slicemod.user_error import UserError
 # The differences to UNet2DConditionModel's defaults in the models' published unet/config.json.
 NAMED_UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    # The two upper levels of sd15, where almost all of its attention is.
+    "sd15-top": {
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640],
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    },
     "sd21": {
         "sample_size": 96,
         "cross_attention_dim": 1024,

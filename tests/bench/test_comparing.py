@@ -12,8 +12,8 @@ from torch import Tensor
 from slicemod.bench import comparing, timing
 from slicemod.bench.comparing import Comparison, Measurement, Setting
 from slicemod.bench.peers import SDPA, AttentionFunction, Peer, find_peers
-from slicemod.bench.workloads import Work
-from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work
+from slicemod.bench.workloads import UnetWork, Work
+from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work, write_unet
 
 CPU = torch.device("cpu")
 FEW = ["full", "diffusers-sliced", "ldm", "slicemod", "slicemod-exact"]
@@ -60,6 +60,30 @@ def test_a_training_step_returns_the_gradients_of_inputs_and_weights() -> None:
     (row,) = compared(CROSS, [SDPA], TRAINING).measurements()
     weights = sum(parameter.numel() for parameter in CROSS.build().parameters())
     assert row.output_bytes == 4 * (weights + 2 * 53 * 26 + 2 * 7 * 19)
+
+
+def test_mixed_precision_keeps_weights_and_multiplies_in_the_half_one() -> None:
+    seen: list[torch.dtype] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append(query.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    peers = [SDPA, AttentionFunction("own", lambda: attend)]
+    comparison = compared(SELF, peers, Setting("bfloat16-mixed", "training"))
+    assert not comparison.left_out
+    assert set(seen) == {torch.bfloat16}
+    weights = sum(parameter.numel() for parameter in SELF.build().parameters())
+    assert {row.output_bytes for row in comparison.measurements()} == {4 * (weights + 67 * 26)}
+
+
+def test_checkpointed_blocks_take_less_memory(tmp_path: Path) -> None:
+    source = str(write_unet(tmp_path / "unet"))
+    plain, checkpointed = (UnetWork(source, 128, 2, checkpoint_blocks) for checkpoint_blocks in (False, True))
+    (kept,), (computed,) = (compared(work, [SDPA], TRAINING).measurements() for work in (plain, checkpointed))
+    assert computed.series == "unet UNet, blocks checkpointed"
+    assert computed.peak_bytes - computed.output_bytes < 0.8 * (kept.peak_bytes - kept.output_bytes)
+    assert checkpointed.scores_bytes(4, training=True) == plain.scores_bytes(4, training=False)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])

@@ -59,7 +59,7 @@ def test_cross_attention_keeps_its_keys_at_every_resolution() -> None:
 
 @pytest.mark.parametrize("source", ["sd99", "pyproject.toml", "no/such.yaml"])
 def test_an_unknown_model_is_an_error_that_names_it(source: str) -> None:
-    with pytest.raises(UserError, match=f"expected sd15, sd21, sdxl.*{source}"):
+    with pytest.raises(UserError, match=f"expected sd15, sd15-top, sd21, sdxl.*{source}"):
         record_attention_calls(source, batch=1, itemsize=2)
 
 

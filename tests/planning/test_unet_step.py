@@ -125,7 +125,7 @@ def test_sd15_has_the_attention_layers_of_its_paper() -> None:
     ("model", "parameters"), [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684)]
 )
 def test_named_unets_have_the_parameters_that_were_published(model: str, parameters: int) -> None:
-    assert set(NAMED_UNETS) == {"sd15", "sd21", "sdxl"}
+    assert set(NAMED_UNETS) == {"sd15", "sd15-top", "sd21", "sdxl"}
     assert sum(tensor.numel() for tensor in meta_unet(find_unet(model), torch.float16).parameters()) == parameters
 
 

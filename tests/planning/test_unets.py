@@ -52,7 +52,7 @@ def test_a_model_with_class_labels_is_traced() -> None:
 
 @pytest.mark.parametrize("source", ["sd99", "pyproject.toml", "no/such.yaml"])
 def test_an_unknown_model_is_an_error_that_names_it(source: str) -> None:
-    with pytest.raises(UserError, match=f"expected sd15, sd21, sdxl.*{source}"):
+    with pytest.raises(UserError, match=f"expected sd15, sd15-top, sd21, sdxl.*{source}"):
         find_unet(source)
 
 

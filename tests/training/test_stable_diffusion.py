@@ -113,6 +113,7 @@ def test_mixed_precision_stays_near_float32(precision: str, here: Path) -> None:
     shutil.rmtree(here / "checkpoints")
     mixed = logged(train(here, "sd15_full.yaml", "sd15", "--trainer.precision", precision), "train/loss")
     assert [loss for _, loss in mixed] == pytest.approx([loss for _, loss in whole], rel=0.02)
+    assert all(one != other for one, other in zip(mixed, whole, strict=True))
 
 
 def test_validation_is_at_fixed_timesteps_and_noise(here: Path) -> None:
