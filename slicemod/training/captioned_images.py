@@ -65,12 +65,16 @@ def find_captioned_images(folder: str | os.PathLike[str], *, progress: bool = Tr
     skipped = [(path, f"{METADATA} names it, but there is no such file") for path in captions if path not in paths]
     for path in track(paths, "reading images", disable=not progress, transient=True):
         beside = path.with_suffix(".txt")
-        caption = captions.get(path, beside.read_text(encoding="utf-8").strip() if beside.is_file() else None)
+        try:
+            caption = captions.get(path, beside.read_text(encoding="utf-8").strip() if beside.is_file() else None)
+        except (OSError, UnicodeDecodeError) as error:
+            skipped.append((path, f"{beside.name} cannot be read: {error}"))
+            continue
         if caption is None:
             skipped.append((path, f"it has no caption, neither in {METADATA} nor in {beside.name}"))
             continue
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             width, height = _decoded(content).size
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
             skipped.append((path, f"it cannot be decoded: {error}"))
@@ -115,7 +119,11 @@ def _decoded(content: bytes) -> Image.Image:
 
 def _captions_of_metadata(root: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted(root.rglob(METADATA)):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read: {error}. Save it as UTF-8.") from error
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:

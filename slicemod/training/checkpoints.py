@@ -10,6 +10,7 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         with warnings.catch_warnings():
             # torch asks for a report where a file is no checkpoint of its own; the refusal below says more
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(_LeftOut, name) for name in _bookkeeping(path)]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: a checkpoint is read as tensors and plain values only, and this file holds other"
@@ -62,6 +64,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f" {_describe(content)}. Use a checkpoint that `slicemod fit` wrote."
         )
     return content
+
+
+class _LeftOut:
+    """In the place of an object that is not read."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def _bookkeeping(path: str | os.PathLike[str]) -> list[str]:
+    """What Lightning keeps in a checkpoint beside tensors, by name: of its callbacks, and their numpy numbers.
+
+    Checkpoints of CompVis and Stability hold such objects. ``_LeftOut`` stands for them, and no code of theirs runs.
+    """
+    if not zipfile.is_zipfile(path):
+        return []
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [name for name in named if name.startswith(("pytorch_lightning.", "numpy.")) or name == "_codecs.encode"]
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

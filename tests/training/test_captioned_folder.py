@@ -51,11 +51,13 @@ def test_what_cannot_be_used_is_left_out_by_name(images: Path) -> None:
     (images / "cat.png").write_bytes((images / "cat.png").read_bytes()[:60])
     (images / "dog.txt").unlink()
     (images / "sea.jpg").write_bytes(b"no picture")
+    (images / "sun.txt").write_bytes(b"caf\xe9")  # Latin-1
     (images / "metadata.jsonl").write_text(json.dumps({"file_name": "gone.png", "text": "lost"}))
     found = find_captioned_images(images, progress=False)
-    assert sorted(image.path.name for image in found.images) == ["sky.webp", "sun.png"]
+    assert sorted(image.path.name for image in found.images) == ["sky.webp"]
     reasons = {path.name: reason for path, reason in found.skipped}
-    assert set(reasons) == {"cat.png", "dog.png", "sea.jpg", "gone.png"}
+    assert set(reasons) == {"cat.png", "dog.png", "sea.jpg", "sun.png", "gone.png"}
+    assert "sun.txt cannot be read: 'utf-8' codec" in reasons["sun.png"]
     assert "cannot be decoded" in reasons["cat.png"]
     assert "no caption, neither in metadata.jsonl nor in dog.txt" in reasons["dog.png"]
     assert "no such file" in reasons["gone.png"]

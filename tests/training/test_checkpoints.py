@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -40,6 +43,25 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(
     with pytest.raises(CheckpointError, match=r"evil\.ckpt is refused"):
         read_checkpoint(path)
     assert not (tmp_path / "intruded").exists()
+
+
+def test_what_lightning_kept_beside_the_tensors_of_a_published_checkpoint_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Intruder, "__module__", "pytorch_lightning.callbacks.model_checkpoint")
+    monkeypatch.setattr(Intruder, "__reduce__", object.__reduce__)
+    module = ModuleType(Intruder.__module__)
+    vars(module)["Intruder"] = Intruder
+    with monkeypatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", Intruder.__module__):
+            patch.setitem(sys.modules, name, module)
+        callbacks = {Intruder: {"best_model_score": numpy.float64(0.5), "kept": Intruder()}}
+        torch.save({"state_dict": {"weight": torch.ones(3)}, "callbacks": callbacks}, "published.ckpt")
+    assert torch.equal(read_checkpoint("published.ckpt")["state_dict"]["weight"], torch.ones(3))
+    torch.save({"state_dict": {}, "callbacks": numpy.float64(0.5), "evil": os.system}, "evil.ckpt")
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt is refused"):
+        read_checkpoint("evil.ckpt")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])

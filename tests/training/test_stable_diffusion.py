@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slicemod.training.checkpoints import CheckpointError, read_checkpoint, read_safetensors, write_safetensors
 from slicemod.training.fit_command import fit
@@ -116,6 +118,15 @@ def test_mixed_precision_stays_near_float32(precision: str, here: Path) -> None:
     assert all(one != other for one, other in zip(mixed, whole, strict=True))
 
 
+@pytest.mark.slow
+def test_a_compiled_unet_has_the_losses_of_one_that_is_not(here: Path) -> None:
+    eager = logged(train(here, "sd15_full.yaml", "sd15", trainer={"max_steps": 2}), "train/loss")
+    shutil.rmtree(here / "checkpoints")
+    torch.compiler.reset()
+    compiled = train(here, "sd15_full.yaml", "sd15", model={"compile": True}, trainer={"max_steps": 2})
+    assert [loss for _, loss in logged(compiled, "train/loss")] == pytest.approx([loss for _, loss in eager], rel=1e-4)
+
+
 def test_validation_is_at_fixed_timesteps_and_noise(here: Path) -> None:
     run = train(here, "sd15_full.yaml", "sd15", model={"val_timesteps": [10, 900]}, trainer={"max_steps": 2})
     first = {name: value for name, value in run.trainer.callback_metrics.items() if name.startswith("val/")}
@@ -129,12 +140,15 @@ def test_validation_is_at_fixed_timesteps_and_noise(here: Path) -> None:
 
 def test_sample_images_do_not_depend_on_when_they_are_drawn(here: Path) -> None:
     frozen = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
-    train(here, "sd15_full.yaml", "sd15", model={"optimizer": frozen, "lr_scheduler": None})
+    run = train(here, "sd15_full.yaml", "sd15", model={"optimizer": frozen, "lr_scheduler": None})
     first, second = sorted((here / "samples").iterdir())
     assert first.read_bytes() == second.read_bytes()
     with Image.open(first) as picture:
         assert picture.size == (2 * 32 + 2, 32)
         assert picture.mode == "RGB"
+    (logger,) = (logger for logger in run.trainer.loggers if isinstance(logger, TensorBoardLogger))
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert [len(events.Images(f"samples/{prompt}")) for prompt in ("a photo of a cat", "the sea")] == [2, 2]
 
 
 class MeanColours(torch.nn.Module):
@@ -144,14 +158,15 @@ class MeanColours(torch.nn.Module):
         return images.float().flatten(2).mean(-1)
 
 
-def test_kid_uses_the_feature_extractor_that_is_given(here: Path) -> None:
+@pytest.mark.parametrize("metric", ["kid", "fid"])
+def test_samples_are_compared_by_the_feature_extractor_that_is_given(metric: str, here: Path) -> None:
     quality = {
         "class_path": "slicemod.training.sample_quality.SampleQuality",
-        "init_args": {"feature_extractor": {"class_path": f"{__name__}.MeanColours"}, "steps": 1},
+        "init_args": {"feature_extractor": {"class_path": f"{__name__}.MeanColours"}, "metric": metric, "steps": 1},
     }
     run = train(here, "sd15_full.yaml", "sd15", "--trainer.callbacks+", json.dumps(quality), data={"val_count": 2},
                 trainer={"max_steps": 2})  # fmt: skip
-    assert math.isfinite(float(run.trainer.callback_metrics["val/kid"]))
+    assert math.isfinite(float(run.trainer.callback_metrics[f"val/{metric}"]))
 
 
 @pytest.mark.parametrize(
