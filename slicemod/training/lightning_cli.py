@@ -280,6 +280,7 @@ def _silence_known_warnings() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # so does its use of torch's pytrees
         r"The \.grad attribute of a Tensor that is not a leaf",  # torch.compile looks at every input's
         r"Found \d+ module\(s\) in eval mode at the start of training",  # the frozen autoencoder, on purpose
+        r"\s*Dynamo detected a call to a `functools.lru_cache`",  # diffusers', of PyTorch's version
         r"You're using the WeightAveraging callback with a model that overrides",  # WeightAverage refuses to shard
     ):
         warnings.filterwarnings("ignore", message=message)

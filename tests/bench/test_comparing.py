@@ -69,8 +69,7 @@ def test_mixed_precision_keeps_weights_and_multiplies_in_the_half_one() -> None:
         seen.append(query.dtype)
         return torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
-    peers = [SDPA, AttentionFunction("own", lambda: attend)]
-    comparison = compared(SELF, peers, Setting("bfloat16-mixed", "training"))
+    comparison = compared(SELF, [SDPA, AttentionFunction("own", lambda: attend)], Setting("bfloat16-mixed", "training"))
     assert not comparison.left_out
     assert set(seen) == {torch.bfloat16}
     weights = sum(parameter.numel() for parameter in SELF.build().parameters())

@@ -121,9 +121,10 @@ def test_two_processes_train_as_one_does(
 
 
 def test_an_average_of_sharded_weights_is_refused() -> None:
-    sharded = SimpleNamespace(device_mesh=object())
+    sharded: Any = SimpleNamespace(device_mesh=object())
+    trainer: Any = SimpleNamespace()
     with pytest.raises(UserError, match="WeightAverage keeps a whole copy of the weights in every process"):
-        WeightAverage().setup(SimpleNamespace(), sharded, "fit")
+        WeightAverage().setup(trainer, sharded, "fit")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -147,7 +147,8 @@ def test_sample_images_do_not_depend_on_when_they_are_drawn(here: Path) -> None:
         assert picture.size == (2 * 32 + 2, 32)
         assert picture.mode == "RGB"
     (logger,) = (logger for logger in run.trainer.loggers if isinstance(logger, TensorBoardLogger))
-    events = EventAccumulator(logger.log_dir).Reload()
+    events: Any = EventAccumulator(logger.log_dir)
+    events.Reload()
     assert [len(events.Images(f"samples/{prompt}")) for prompt in ("a photo of a cat", "the sea")] == [2, 2]
 
 
