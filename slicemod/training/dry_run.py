@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from slicemod import SlicePlan, restore_attention
-from slicemod.half_plan import half_kernel
+from slicemod.cpu_kernels import cpu_kernels
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.attention_stand_in import AttentionCall
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak
@@ -138,12 +138,12 @@ def _answer(
 ) -> tuple[SlicePlan | None, AttentionCost]:
     """The plan of a call and what it takes."""
     shape = call.shape
-    kernel = half_kernel(half if shape.itemsize == half.itemsize else torch.float32, device)
+    cpu = cpu_kernels(half if shape.itemsize == half.itemsize else torch.float32, device)
     if model.attention is None:
         if call.fused_obstacle is None:
-            return None, fused_attention_cost(shape, device.type, training=True, packs=kernel == "bf16")
+            return None, fused_attention_cost(shape, device.type, training=True, products=cpu.products)
         return None, full_attention_cost(shape, training=True, upcast=bool(model.unet.config.upcast_attention))
-    plan = model.attention.plan(shape, device, training=True, fused_obstacle=call.fused_obstacle, half_kernel=kernel)
+    plan = model.attention.plan(shape, device, training=True, fused_obstacle=call.fused_obstacle, cpu=cpu)
     return plan, planned_attention_cost(shape, plan, training=True)
 
 
