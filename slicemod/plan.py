@@ -16,7 +16,7 @@ import torch
 from slicemod.shapes import AttentionShape, Tiles, ceil_div, square_resolution
 
 Axis = Literal["query", "heads"]
-Kernel = Literal["fused", "math", "bf16"]
+Kernel = Literal["fused", "math", "native"]
 Policy = Literal["heuristic", "doggettx", "invokeai", "mps", "exact"]
 
 SAFETY_FACTOR = 3.3  # covers fragmentation and concurrent allocations
@@ -52,8 +52,8 @@ class SlicePlan:
         steps: how many slices.
         slice_size: query rows, or batch x heads, of a slice; the last slice may be smaller.
         peak_bytes: most bytes that the attention holds beyond its inputs, its output and its input gradients.
-        kernel: "fused", PyTorch's own fused attention; "math", the sliced one; or "bf16", the sliced one for CPUs that
-            multiply bfloat16.
+        kernel: "fused", PyTorch's own fused attention; "math", the sliced one; or "native", the one that is compiled
+            for this CPU.
         policy: the policy that decided, or "pinned" where the number of steps was given.
         heads: batch x heads of a slice, or fewer where the device allows no buffer that large.
         rows: query rows of a slice.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from slicemod.bf16_shape import BF16_KEPT_BYTES
 from slicemod.plan import SlicePlan, fused_peak
 from slicemod.planning.memory_timeline import AttentionCost
 from slicemod.shapes import AttentionShape
@@ -35,10 +34,11 @@ def fused_attention_cost(
 
 
 def planned_attention_cost(shape: AttentionShape, plan: SlicePlan, *, training: bool) -> AttentionCost:
-    """slicemod's attention; its sliced kernel keeps nothing but its inputs, which the step has anyway."""
-    kept = kept_by_fused(shape, training=training) if plan.kernel == "fused" else 0
-    if plan.kernel == "bf16" and training:
-        kept = shape.batch_heads * shape.queries * BF16_KEPT_BYTES
+    """slicemod's attention; its sliced kernel keeps nothing but its inputs, which the step has anyway.
+
+    The native one keeps a number for each row, as the fused one does.
+    """
+    kept = 0 if plan.kernel == "math" else kept_by_fused(shape, training=training)
     return AttentionCost(kept, plan.peak_bytes - kept)
 
 
