@@ -42,10 +42,13 @@ class CpuKernels:
     packs: bool = False
 
 
+NO_CPU_KERNELS = CpuKernels()
+
+
 def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
     """The kernels of this processor for `dtype`; none for another device."""
     if device.type != "cpu":
-        return CpuKernels()
+        return NO_CPU_KERNELS
     library = native_library()
     native = dtype if library is not None and dtype in library.modes else None
     if dtype == torch.bfloat16:
@@ -58,7 +61,7 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
 def native_plan(
     shape: AttentionShape, dtype: torch.dtype, free_bytes: int, *, policy: str, training: bool, threads: int
 ) -> SlicePlan | None:
-    """The plan of the native kernel, or None where it does not fit, cannot compute the call or is not the faster one."""
+    """The plan of the native kernel; None where it does not fit, cannot compute the call or is not the faster one."""
     library = native_library()
     plain = shape.mask is None and not shape.causal and not shape.dropout and shape.group == 1
     products = shape.scores_bytes // shape.score_itemsize * shape.head_dim

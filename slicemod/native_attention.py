@@ -51,14 +51,10 @@ def _native_attention_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value, _ = empty_gradients(query, key, value, None, (*needs, False))
-    gradients = (
-        grad_query if needs[0] else None,
-        grad_key if needs[1] else None,
-        grad_value if needs[2] else None,
-    )
-    _library().backward(grad_output, query, key, value, output, logsumexp, gradients, scale)
-    return grad_query, grad_key, grad_value
+    gradients = empty_gradients(query, key, value, None, (needs[0], needs[1], needs[2], False))[:3]
+    wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    _library().backward(grad_output, query, key, value, output, logsumexp, wanted, scale)
+    return gradients
 
 
 @_native_attention_backward.register_fake

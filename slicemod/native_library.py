@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class NativeLibrary:
         value: Tensor,
         output: Tensor,
         logsumexp: Tensor,
-        gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+        gradients: Sequence[Tensor | None],
         scale: float,
     ) -> None:
         """Write the gradients of query, key and value, those that are not None."""

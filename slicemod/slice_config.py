@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from slicemod import budget as memory
-from slicemod.cpu_kernels import CpuKernels, float32_flash_plan, native_plan
+from slicemod.cpu_kernels import NO_CPU_KERNELS, CpuKernels, float32_flash_plan, native_plan
 from slicemod.plan import (
     POLICIES,
     NotEnoughMemoryError,
@@ -156,7 +156,7 @@ class SliceConfig:
         *,
         training: bool,
         fused_obstacle: str | None,
-        cpu: CpuKernels = CpuKernels(),
+        cpu: CpuKernels = NO_CPU_KERNELS,
     ) -> SlicePlan:
         """The plan of one call. Reads the free memory where the budget refers to it.
 

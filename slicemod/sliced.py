@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slicemod.attention_inputs import as_four_dims, autocast_input, check_inputs
-from slicemod.cpu_kernels import CpuKernels, cpu_kernels
+from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
 from slicemod.fused import fused_attention, fused_obstacle
@@ -146,7 +146,7 @@ def _decide(
     dtype: torch.dtype | None,
 ) -> SlicePlan:
     """The plan of a call; while a graph is traced this runs outside of it, and its answer is a constant in there."""
-    cpu = CpuKernels() if dtype is None else cpu_kernels(dtype, torch.device(device))
+    cpu = NO_CPU_KERNELS if dtype is None else cpu_kernels(dtype, torch.device(device))
     return _checked_config(*settings).plan(
         attention_shape(sizes),
         torch.device(device),

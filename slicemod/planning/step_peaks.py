@@ -153,7 +153,9 @@ class StepPlanner:
             full_attention_cost(shape, training=training, upcast=self._full_upcasts) for shape in shapes
         ]
         if "fused" in self.ways:
-            costs["fused"] = [fused_attention_cost(shape, device, training=training, packs=self._cpu.packs) for shape in shapes]
+            costs["fused"] = [
+                fused_attention_cost(shape, device, training=training, packs=self._cpu.packs) for shape in shapes
+            ]
         if len(plans) == len(calls):
             costs["slicemod"] = [
                 planned_attention_cost(shape, plan, training=training)
