@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slicemod.native_library import native_library
+from slicemod.onednn_scratch import Products
 from slicemod.plan import SlicePlan
 from slicemod.shapes import AttentionShape, ceil_div
 
@@ -34,12 +35,12 @@ class CpuKernels:
     Attributes:
         native: the dtype, where the native kernel computes it.
         converts: there are no instructions for this half precision, and float32 is faster.
-        packs: products of bfloat16 take a scratchpad in PyTorch's fused kernel.
+        products: how oneDNN multiplies this half precision within PyTorch's fused kernel, if it does.
     """
 
     native: torch.dtype | None = None
     converts: bool = False
-    packs: bool = False
+    products: Products | None = None
 
 
 NO_CPU_KERNELS = CpuKernels()
@@ -51,11 +52,12 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
         return NO_CPU_KERNELS
     library = native_library()
     native = dtype if library is not None and dtype in library.modes else None
-    if dtype == torch.bfloat16:
-        multiplies = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return CpuKernels(native, converts=not multiplies, packs=multiplies)
-    converts = dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return CpuKernels(native, converts=converts)
+    products: Products | None = None
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        products = "tiles" if torch.cpu._is_amx_tile_supported() else "bfloat16"
+    elif dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        products = "float16"
+    return CpuKernels(native, converts=dtype.itemsize == 2 and products is None, products=products)
 
 
 def native_plan(

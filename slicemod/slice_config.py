@@ -222,6 +222,10 @@ def _plan(
         if plan is not None:
             return plan
     if slicing.kernel != "math" and fused_obstacle is None and slicing.steps is None:
+
+        def peak(shape: AttentionShape) -> int:
+            return fused_peak(shape, device_type, training=training, products=cpu.products)
+
         fused = plan_slices(
             shape,
             available,
@@ -230,14 +234,11 @@ def _plan(
             kernel="fused",
             training=training,
         )
-        if cpu.packs:
-            fused = replace(fused, peak_bytes=fused_peak(shape, device_type, training=training, packs=True))
+        fused = replace(fused, peak_bytes=peak(shape))
         if fused.peak_bytes <= available:
             return fused
         if slicing.kernel == "fused":
-            side = largest_square(
-                shape, lambda shape: fused_peak(shape, device_type, training=training, packs=cpu.packs) <= available
-            )
+            side = largest_square(shape, lambda shape: peak(shape) <= available)
             raise slicing._over_budget(fused, available, shape, 'take kernel="auto", which slices', side)
     shape = replace(shape, upcast=shape.upcast or slicing.upcast)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slicemod.onednn_scratch import Products
 from slicemod.plan import SlicePlan, fused_peak
 from slicemod.planning.memory_timeline import AttentionCost
 from slicemod.shapes import AttentionShape
@@ -23,14 +24,14 @@ def full_attention_cost(shape: AttentionShape, *, training: bool, upcast: bool) 
 
 
 def fused_attention_cost(
-    shape: AttentionShape, device_type: str, *, training: bool, packs: bool = False
+    shape: AttentionShape, device_type: str, *, training: bool, products: Products | None = None
 ) -> AttentionCost:
     """PyTorch's fused kernel; the log-sum-exp of every row is kept for its backward pass.
 
-    `packs`: it computes in bfloat16 on a CPU that multiplies that.
+    `products`: how a CPU multiplies this half precision.
     """
     kept = kept_by_fused(shape, training=training)
-    return AttentionCost(kept, fused_peak(shape, device_type, training=training, packs=packs) - kept)
+    return AttentionCost(kept, fused_peak(shape, device_type, training=training, products=products) - kept)
 
 
 def planned_attention_cost(shape: AttentionShape, plan: SlicePlan, *, training: bool) -> AttentionCost:

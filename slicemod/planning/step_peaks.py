@@ -154,7 +154,7 @@ class StepPlanner:
         ]
         if "fused" in self.ways:
             costs["fused"] = [
-                fused_attention_cost(shape, device, training=training, packs=self._cpu.packs) for shape in shapes
+                fused_attention_cost(shape, device, training=training, products=self._cpu.products) for shape in shapes
             ]
         if len(plans) == len(calls):
             costs["slicemod"] = [

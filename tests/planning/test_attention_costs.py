@@ -57,8 +57,8 @@ def test_full_attention_is_that_of_diffusers(dtype: torch.dtype, training: bool,
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_attention_is_that_of_pytorch(dtype: torch.dtype, training: bool) -> None:
-    packs = cpu_kernels(dtype, torch.device("cpu")).packs
-    cost = fused_attention_cost(_shape(dtype), "cpu", training=training, packs=packs)
+    products = cpu_kernels(dtype, torch.device("cpu")).products
+    cost = fused_attention_cost(_shape(dtype), "cpu", training=training, products=products)
     measured = _measured(F.scaled_dot_product_attention, dtype, training=training)
     assert _total(cost) == pytest.approx(measured, rel=0.05)
     assert cost.kept == (HEADS * TOKENS * 4 if training else 0)
