@@ -46,6 +46,11 @@ class DiffusersHost:
             processor.replaced = vars(module).get(_REPLACED)
         return None if processor.replaced is None else processor
 
+    def replaced(self, module: nn.Module) -> str:
+        """The former processor's class, which is all that an IP-Adapter's has changed."""
+        replaced = _processor(module).replaced
+        return (replaced if isinstance(replaced, type) else type(replaced)).__name__
+
     def obstacle(self, module: nn.Module) -> str | None:
         """A processor that computes something else is left alone."""
         processor = type(_processor(module)).__name__

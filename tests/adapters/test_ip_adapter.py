@@ -121,6 +121,7 @@ def test_a_swapped_unet_sees_the_same_images(case: Any, slicing: dict[str, Any])
     with swap_attention(model, slicing) as report:
         assert len(report.layers) == LAYERS
         assert report.skipped == ()
+        assert {layer.replaced for layer in report.layers} == {"AttnProcessor2_0", "IPAdapterAttnProcessor2_0"}
         assert_same(results(model, prompts, masks), expected)
         assert all(layer.plan is not None for layer in report.layers)
     assert all(map(torch.equal, results(model, prompts, masks), expected))
