@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from slicemod.bench import bench_command, timing
+from slicemod.bench import bench_command
 from slicemod.bench.workloads import LayerWork, Work
 from slicemod.cli import main
+from tests.bench.tiny import measure_little
 from tests.documents import PAGES, ROOT, commands
 from tests.training import tiny_stable_diffusion
 from tests.training.tiny import tiny_config
@@ -58,7 +59,7 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(bench_command, "find_works", small_works)
     monkeypatch.setattr(bench_command, "GROWTH_TOKENS", (61, 127))
-    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+    measure_little(monkeypatch)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "digits.yaml").write_text(yaml.safe_dump(tiny_config()))
     monkeypatch.setattr("slicemod.training.stable_diffusion.load_text_encoders", tiny_stable_diffusion.letter_encoders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -23,12 +24,13 @@ def comparison_tables(results: Results) -> Iterator[Table]:
         yield table
 
 
-def growth_table(results: Results) -> Table:
-    """Time per N^2 and peak beyond inputs and output against N, for works of several numbers of tokens."""
-    table = _table("how cost grows with the number of tokens N", GROWTH_COLUMNS)
-    for cells in _growth_rows(results):
-        table.add_row(*cells)
-    return table
+def growth_tables(results: Results) -> Iterator[Table]:
+    """Time per N^2 and peak beyond inputs and output against the number of tokens N, a table for each setting."""
+    for title, rows in _growths(results):
+        table = _table(title, GROWTH_COLUMNS)
+        for cells in rows:
+            table.add_row(*cells)
+        yield table
 
 
 GROWTH_COLUMNS = ("attention", "N", "time", "time / N²", "to median", "of product", "peak beyond in- and output")
@@ -51,10 +53,11 @@ def machine_line(results: Results) -> str:
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
+    instructions = [machine["cpu_capability"], *machine.get("half_precision", [])]  # which older results lack
     rates = {row.setting.dtype: row.product_rate for row in results.measurements}
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     return (
-        f"{where} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cores']} cores, {versions}, "
+        f"{where} ({', '.join(instructions)}), {machine['threads']} threads on {machine['cores']} cores, {versions}, "
         f"{machine['date']}. A large matrix product runs at {products}."
     )
 
@@ -93,17 +96,27 @@ def markdown_summary(results: Results) -> str:
 
 
 def markdown_growth(results: Results) -> str:
-    """`growth_table` in Markdown."""
-    return _markdown(GROWTH_COLUMNS, list(_growth_rows(results)))
+    """`growth_tables` in Markdown."""
+    return "\n\n".join(f"### {title}\n\n{_markdown(GROWTH_COLUMNS, rows)}" for title, rows in _growths(results))
 
 
-def _growth_rows(results: Results) -> Iterator[tuple[str, ...]]:
-    for peer, rows in by_peer([row for row in results.measurements if row.unit == "tokens"]):
-        pace = [row.seconds / row.size**2 for row in rows]
-        middle = sorted(pace)[len(pace) // 2]
-        for row, own in zip(rows, pace, strict=True):
-            share, beyond = f"{row.rate_share:.0%}", _size(row.peak_bytes - row.output_bytes)
-            yield peer, f"{row.size:,}", _time(row.seconds), f"{own * 1e9:.2f} ns", f"{own / middle:.2f}", share, beyond
+def _growths(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Title and rows for each setting."""
+    in_tokens = [row for row in results.measurements if row.unit == "tokens"]
+    for setting, found in groupby(sorted(in_tokens, key=lambda row: str(row.setting)), lambda row: row.setting):
+        rows = list(found)
+        yield f"{rows[0].series}: {setting}", [cells for _, same in by_peer(rows) for cells in _growth_of(same)]
+
+
+def _growth_of(rows: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
+    """A row for each number of tokens of one peer."""
+    middle = statistics.median(row.seconds / row.size**2 for row in rows)
+    for row in rows:
+        pace = row.seconds / row.size**2
+        share, beyond = f"{row.rate_share:.0%}", _size(row.peak_bytes - row.output_bytes)
+        yield (
+            row.peer, f"{row.size:,}", _time(row.seconds), f"{pace * 1e9:.2f} ns", f"{pace / middle:.2f}", share, beyond
+        )  # fmt: skip
 
 
 def by_peer(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:

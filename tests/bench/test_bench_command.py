@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from slicemod.bench import bench_command, timing
+from slicemod.bench import bench_command
 from slicemod.bench.bench_command import run
 from slicemod.bench.comparing import Comparison
 from slicemod.bench.results import load_results
 from slicemod.user_error import UserError
-from tests.bench.tiny import made_up_results, write_unet
+from tests.bench.tiny import made_up_results, measure_little, write_unet
 
 
 @pytest.fixture(autouse=True)
-def _small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+def _little(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_little(monkeypatch)
 
 
 @pytest.fixture

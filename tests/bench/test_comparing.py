@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from slicemod.bench import comparing, timing
+from slicemod.bench import comparing
 from slicemod.bench.comparing import Comparison, Measurement, Setting
 from slicemod.bench.peers import SDPA, AttentionFunction, Peer, find_peers
 from slicemod.bench.workloads import Work
-from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work
+from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work, measure_little
 
 CPU = torch.device("cpu")
 FEW = ["full", "diffusers-sliced", "ldm", "slicemod", "slicemod-exact"]
@@ -21,8 +21,8 @@ FOREVER = float("inf")
 
 
 @pytest.fixture(autouse=True)
-def _small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+def _little(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_little(monkeypatch)
 
 
 def compared(work: Work, peers: list[Peer], setting: Setting, rounds: int = 2) -> Comparison:

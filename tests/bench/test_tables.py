@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from slicemod.bench.comparing import LeftOut
+from slicemod.bench.comparing import LeftOut, Setting
 from slicemod.bench.markdown_blocks import FORMS, fill_blocks, named_results
 from slicemod.bench.tables import (
     comparison_tables,
-    growth_table,
+    growth_tables,
     left_out_lines,
     machine_line,
     markdown_growth,
@@ -36,11 +38,22 @@ def test_every_measurement_has_its_row() -> None:
 
 def test_the_growth_table_is_relative_to_the_median_pace() -> None:
     console = Console(width=120, file=StringIO(), record=True)
-    console.print(growth_table(made_up_results()))
+    for table in growth_tables(made_up_results()):
+        console.print(table)
     rows = [line.split() for line in console.export_text().splitlines() if line.strip().startswith("sdpa")]
     assert [(row[1], *row[4:7]) for row in rows] == [
         ("1,024", "1.00", "ns", "1.00"), ("2,048", "1.10", "ns", "1.10"), ("4,096", "0.90", "ns", "0.90")
     ]  # fmt: skip
+
+
+def test_growth_is_told_apart_by_setting() -> None:
+    results = made_up_results()
+    half = Setting("bfloat16", "inference")
+    results.measurements += [replace(row, setting=half, seconds=2 * row.seconds) for row in results.measurements]
+    tables = [table.split("|---", 1)[1] for table in markdown_growth(results).split("### ")[1:]]
+    paces = [re.findall(r"[\d.]+ ns \| [\d.]+", table) for table in tables]
+    assert paces[0] == ["2.00 ns | 1.00", "2.20 ns | 1.10", "1.80 ns | 0.90"]
+    assert paces[1] == ["1.00 ns | 1.00", "1.10 ns | 1.10", "0.90 ns | 0.90"]
 
 
 def test_the_summary_has_a_row_for_each_comparison_at_the_largest_size() -> None:
@@ -65,7 +78,7 @@ def test_reasons_are_said_once() -> None:
 
 def test_the_machine_is_named() -> None:
     line = machine_line(made_up_results())
-    assert "Some CPU (AVX2), 2 threads on 3 cores" in line
+    assert "Some CPU (AVX512, avx512_bf16, amx_bf16), 2 threads on 3 cores" in line
     assert "200 GFLOP/s in float32" in line
 
 
