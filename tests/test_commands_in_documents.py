@@ -37,8 +37,11 @@ def here(page: Path) -> dict[str, list[str]]:
 
 
 def test_commands_are_found() -> None:
-    assert len(here(ROOT / "README.md")["slicemod"]) >= 8
-    assert "slicemod plan sdxl --resolution 1024 4096 --memory 16GiB" in commands(ROOT / "README.md")
+    assert len(here(ROOT / "README.md")["slicemod"]) >= 6
+    assert "slicemod plan sdxl --resolution 1024 --memory 4GiB --policy exact --train" in commands(
+        ROOT / "docs/planning.md"
+    )
+    assert "slicemod bench --quick" in commands(ROOT / "README.md")
     assert set(here(ROOT / "docs" / "install.md")) == {"make", "pip"}
 
 

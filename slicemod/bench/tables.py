@@ -63,36 +63,39 @@ def machine_line(results: Results) -> str:
 
 
 def markdown_tables(results: Results) -> str:
-    """Every comparison as a Markdown table under its heading."""
+    """Every comparison as a Markdown table under its name, and what was left out; folded away on a page."""
     blocks = [
-        f"### {work}: {setting}\n\n{_markdown(COLUMNS, [_cells(row) for row in rows])}"
+        f"**{work}: {setting}**\n\n{_markdown(COLUMNS, [_cells(row) for row in rows])}"
         for work, setting, rows in results.comparisons()
     ]
-    left_out = "\n".join(f"- {line}" for line in left_out_lines(results.left_out))
-    return "\n\n".join([*blocks, *([f"Left out:\n\n{left_out}"] if left_out else [])])
+    if results.left_out:
+        blocks.append("Left out:\n\n" + "\n".join(f"- {line}" for line in left_out_lines(results.left_out)))
+    return "\n\n".join(["<details>\n<summary>Every figure of this run</summary>", *blocks, "</details>"])
 
 
 def markdown_summary(results: Results) -> str:
-    """A row for each comparison at a series' largest size: SDPA, ours, and the fastest and the smallest of the rest."""
-    columns = ("work", "SDPA", "slicemod", "slicemod, sliced", "fastest of the others", "least memory of the others")
+    """A table for each series at its largest size, a row for each peer, a column for each setting."""
+    return "\n\n".join(f"### {work}\n\n{_settings_side_by_side(rows)}" for work, rows in _largest_works(results))
+
+
+def markdown_headline(results: Results) -> str:
+    """The first table of `markdown_summary` alone."""
+    return _settings_side_by_side(next(_largest_works(results))[1])
+
+
+def _largest_works(results: Results) -> Iterator[tuple[str, list[Measurement]]]:
+    for work, rows in groupby(largest_sizes(results.measurements), lambda row: row.work):
+        yield work, list(rows)
+
+
+def _settings_side_by_side(rows: Sequence[Measurement]) -> str:
+    settings = list(dict.fromkeys(row.setting for row in rows))
     lines = []
-    largest = {row.series: row.size for row in sorted(results.measurements, key=lambda row: row.size)}
-    for work, setting, rows in results.comparisons():
-        if rows[0].size < largest[rows[0].series]:
-            continue
-        named = {row.peer: row for row in rows}
-        others = [row for row in rows if not row.peer.startswith(("slicemod", "sdpa"))]
-        chosen = [named.get("slicemod"), named.get("slicemod-exact")]
-        best = [min(others, key=key, default=None) for key in (lambda row: row.ratio, lambda row: row.peak_bytes)]
-        lines.append(
-            (
-                f"{work}: {setting}",
-                f"{_time(named['sdpa'].seconds)}, {_size(named['sdpa'].peak_bytes)}",
-                *(_brief(row) for row in chosen),
-                *("-" if row is None else f"{row.peer}: {_brief(row)}" for row in best),
-            )
-        )
-    return _markdown(columns, lines)
+    for peer, found in by_peer(rows):
+        cells = {row.setting: f"{_time(row.seconds)} ({row.ratio:.2f})<br>{_size(row.peak_bytes)}" for row in found}
+        name = f"**{peer}**" if peer.startswith("slicemod") else peer
+        lines.append((name, *(cells.get(setting, "-") for setting in settings)))
+    return _markdown(("attention", *map(str, settings)), lines)
 
 
 def markdown_growth(results: Results) -> str:
@@ -127,6 +130,12 @@ def by_peer(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement
         yield peer, list(group)
 
 
+def largest_sizes(rows: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements at the largest size of each series."""
+    largest = {row.series: row.size for row in sorted(rows, key=lambda row: row.size)}
+    return [row for row in rows if row.size == largest[row.series]]
+
+
 def _cells(row: Measurement) -> tuple[str, ...]:
     return (
         row.peer,
@@ -137,10 +146,6 @@ def _cells(row: Measurement) -> tuple[str, ...]:
         f"{row.rate_share:.0%}",
         f"{row.error:.1e}",
     )
-
-
-def _brief(row: Measurement | None) -> str:
-    return "-" if row is None else f"{row.ratio:.2f} ({row.spread[0]:.2f}-{row.spread[1]:.2f}), {_size(row.peak_bytes)}"
 
 
 def _time(seconds: float) -> str:
