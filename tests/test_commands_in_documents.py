@@ -2,7 +2,8 @@
 
 In a folder of its own each page's commands run from top to bottom: `configs/digits.yaml` and `configs/sd15_lora.yaml`
 are there with small networks and few steps, and `slicemod bench` finds small works under the names that it knows.
-`tests/training/test_fine_tuning_guide.py` runs those of the guide to fine-tuning.
+`tests/training/test_fine_tuning_guide.py` runs those of the guide to fine-tuning; its commands for several devices are
+parsed here, and `tests/training/test_distributed.py` trains on two processes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,13 @@ def here(page: Path) -> dict[str, list[str]]:
     return found
 
 
+FOR_SEVERAL_DEVICES = [
+    command for command in commands(ROOT / "docs" / "fine-tuning.md") if "--trainer.devices" in command
+]
+
+
 def test_commands_are_found() -> None:
+    assert {shlex.split(command)[0] for command in FOR_SEVERAL_DEVICES} == {"slicemod", "torchrun", "srun"}
     assert len(here(ROOT / "README.md")["slicemod"]) >= 6
     assert "slicemod plan sdxl --resolution 1024 --memory 4GiB --policy exact --train" in commands(
         ROOT / "docs/planning.md"
@@ -47,7 +54,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_only_programs_that_are_tested_are_named(page: Path) -> None:
-    assert set(here(page)) <= {"slicemod", "make", "pip"}
+    assert set(here(page)) <= {"slicemod", "make", "pip", "torchrun", "srun"}
 
 
 @pytest.mark.slow
@@ -77,6 +84,15 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     for command in here(page)["slicemod"]:
         assert main(shlex.split(command)[1:]) == 0, command
+
+
+@pytest.mark.parametrize("command", FOR_SEVERAL_DEVICES)
+def test_commands_for_several_devices_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, _, options = command.partition(" fit ")
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *shlex.split(options), "--print_config"])
+    assert ended.value.code in (0, None)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "make" in here(page)], ids=lambda page: page.name)
