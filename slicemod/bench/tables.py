@@ -92,7 +92,10 @@ def _settings_side_by_side(rows: Sequence[Measurement]) -> str:
     settings = list(dict.fromkeys(row.setting for row in rows))
     lines = []
     for peer, found in by_peer(rows):
-        cells = {row.setting: f"{_time(row.seconds)} ({row.ratio:.2f})<br>{_size(row.peak_bytes)}" for row in found}
+        cells = {
+            row.setting: f"{_time(row.seconds)} ({row.ratio:.2f})<br>{_size(row.peak_bytes)}".replace(" ", "&nbsp;")
+            for row in found
+        }
         name = f"**{peer}**" if peer.startswith("slicemod") else peer
         lines.append((name, *(cells.get(setting, "-") for setting in settings)))
     return _markdown(("attention", *map(str, settings)), lines)

@@ -103,7 +103,7 @@ def test_pages_get_their_figures_from_the_json(tmp_path: Path) -> None:
     made_up_results().save(results)
     page.write_text("<!-- slicemod bench results.json summary -->\n<!-- end -->\n")
     assert run(["bench", "--from", str(results), "--into", str(page)]) == 0
-    assert "| sdpa | 51.20 s (512.00)<br>4.4 MiB |" in page.read_text()
+    assert "| sdpa | 51.20&nbsp;s&nbsp;(512.00)<br>4.4&nbsp;MiB |" in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,9 @@ def test_scores_and_weights_that_do_not_fit_are_not_tried(monkeypatch: pytest.Mo
     comparison = compared(SELF, find_peers(["full", "slicemod"], "1MiB"), INFERENCE)
     assert [row.peer for row in comparison.measurements()] == ["sdpa", "slicemod"]
     assert "would hold 89,780 bytes of scores, 40,000 are free" in comparison.left_out[0].reason
-    monkeypatch.setattr(comparing, "free_memory", lambda device: 4_000)
-    comparison = Comparison(SELF, find_peers(["full"], "1MiB"), INFERENCE, CPU)
+    monkeypatch.setattr(comparing, "free_memory", lambda device: 10_000)
+    half = Setting("bfloat16", "inference")  # whose weights are made in float32 first
+    comparison = Comparison(SELF, find_peers(["full"], "1MiB"), half, CPU)
     assert not [*comparison.prepare(), *comparison.rounds(2, FOREVER), *comparison.measurements()]
     assert {entry.peer for entry in comparison.left_out} == {"sdpa", "full"}
 
