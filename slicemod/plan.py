@@ -13,10 +13,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from slicemod.onednn_scratch import Products
 from slicemod.shapes import AttentionShape, Tiles, ceil_div, square_resolution
 
 Axis = Literal["query", "heads"]
-Kernel = Literal["fused", "math", "bf16"]
+Kernel = Literal["fused", "math", "native"]
 Policy = Literal["heuristic", "doggettx", "invokeai", "mps", "exact"]
 
 SAFETY_FACTOR = 3.3  # covers fragmentation and concurrent allocations
@@ -52,8 +53,8 @@ class SlicePlan:
         steps: how many slices.
         slice_size: query rows, or batch x heads, of a slice; the last slice may be smaller.
         peak_bytes: most bytes that the attention holds beyond its inputs, its output and its input gradients.
-        kernel: "fused", PyTorch's own fused attention; "math", the sliced one; or "bf16", the sliced one for CPUs that
-            multiply bfloat16.
+        kernel: "fused", PyTorch's own fused attention; "math", the sliced one; or "native", the one that is compiled
+            for this CPU.
         policy: the policy that decided, or "pinned" where the number of steps was given.
         heads: batch x heads of a slice, or fewer where the device allows no buffer that large.
         rows: query rows of a slice.
@@ -388,13 +389,13 @@ def _sliced_plan(
     )
 
 
-def fused_peak(shape: AttentionShape, device_type: str, *, training: bool, packs: bool = False) -> int:
+def fused_peak(shape: AttentionShape, device_type: str, *, training: bool, products: Products | None = None) -> int:
     """Peak bytes of PyTorch's fused attention beyond inputs, output and input gradients.
 
-    Measured on the CPU, where `packs` says that it multiplies bfloat16 natively. Elsewhere what flash attention is
+    Measured on the CPU, where `products` says how it multiplies half precision. Elsewhere what flash attention is
     known to keep: the log-sum-exp of each row and, in training, the row sums and a float32 gradient of the query.
     """
     if device_type == "cpu":
-        return shape.flash_peak(torch.get_num_threads(), training=training, packs=packs)
+        return shape.flash_peak(torch.get_num_threads(), training=training, products=products)
     rows = shape.batch_heads * shape.queries
     return rows * 4 * (1 + (1 + shape.head_dim if training else 0))

@@ -7,7 +7,7 @@ one list serves both, so that a plan cannot promise other bytes than the loop ta
 import math
 from dataclasses import dataclass, replace
 
-from slicemod.onednn_scratch import flash_scratch_bytes
+from slicemod.onednn_scratch import Products, flash_scratch_bytes, packed_bytes
 
 # The block sizes of PyTorch's CPU flash kernel (ATen/native/cpu/FlashAttentionKernel.cpp): rows of queries by the
 # query count, and columns of keys.
@@ -162,13 +162,13 @@ class AttentionShape:
         together = max(1, _SMALL_SCORES // max(1, self.heads * self.queries * self.keys))
         return min(heads // self.heads, self.batch, together)
 
-    def flash_peak(self, threads: int, *, training: bool, packs: bool = False) -> int:
+    def flash_peak(self, threads: int, *, training: bool, products: Products | None = None) -> int:
         """Peak bytes of PyTorch's CPU flash kernel beyond inputs, output and input gradients, on `threads` threads.
 
         A block of scores, its row statistics and its output for each thread, in float32 and, for half precision,
         once more as the block enters the second product; the log-sum-exp of every row; the additive copy of a bool
-        mask. After ATen/native/cpu/FlashAttentionKernel.cpp. `packs`: the CPU has bfloat16 products, which take a
-        scratchpad in the backward pass.
+        mask. After ATen/native/cpu/FlashAttentionKernel.cpp. `products`: how the CPU multiplies this half
+        precision, which takes a scratchpad.
         """
         rows = min(next(block for least, block in _FLASH_QUERY_BLOCKS if self.queries >= least), self.queries)
         keys = min(_FLASH_KEY_BLOCK, self.keys)
@@ -176,8 +176,11 @@ class AttentionShape:
         reduced = self.itemsize if self.itemsize < 4 else 0
         forward = threads * ((rows * keys + 2 * rows + rows * self.head_dim) * accumulate + rows * keys * reduced)
         backward = threads * 2 * rows * keys * (accumulate + reduced) + rows * accumulate
-        if packs and reduced:
-            backward += flash_scratch_bytes(rows, keys, self.head_dim, threads)
+        if products is not None and reduced:
+            backward += flash_scratch_bytes(rows, keys, self.head_dim, threads, products)
+        if products == "tiles" and reduced:
+            heads = self.batch_heads // self.group
+            forward += packed_bytes(heads, self.queries, self.keys, self.head_dim, threads, rows)
         logsumexp = self.batch_heads * self.queries * accumulate
         mask = self.mask.elements * self.itemsize if self.mask is not None and self.mask.is_bool else 0
         return logsumexp + mask + (max(forward, backward) if training else forward)

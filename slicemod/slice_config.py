@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from slicemod import budget as memory
-from slicemod.half_plan import HalfKernel, bf16_plan, float32_flash_plan
+from slicemod.cpu_kernels import NO_CPU_KERNELS, CpuKernels, float32_flash_plan, native_plan
 from slicemod.plan import (
     POLICIES,
     NotEnoughMemoryError,
@@ -41,7 +41,7 @@ class SliceConfig:
             a size such as "512MiB", or a fraction of the free memory such as 0.25.
         policy: who decides the number of slices: "heuristic", "doggettx", "invokeai", "mps" or "exact".
         kernel: "fused", PyTorch's fused attention; "math", the sliced one; "auto", the faster of the kernels that are
-            certain to run and that the budget allows: products in bfloat16 on a CPU that has these, or the fused one;
+            certain to run and that the budget allows: on a CPU the native one where it can be built, or the fused one;
             the sliced one otherwise.
         steps: pins the number of slices along the query.
         checkpoint: recompute each slice in the backward pass; otherwise keep its weights, as autograd does.
@@ -156,7 +156,7 @@ class SliceConfig:
         *,
         training: bool,
         fused_obstacle: str | None,
-        half_kernel: HalfKernel | None = None,
+        cpu: CpuKernels = NO_CPU_KERNELS,
     ) -> SlicePlan:
         """The plan of one call. Reads the free memory where the budget refers to it.
 
@@ -165,14 +165,14 @@ class SliceConfig:
             device: where it runs.
             training: gradients will be needed.
             fused_obstacle: why no fused kernel would run, or None if one would.
-            half_kernel: the kernel that suits half precision on this processor.
+            cpu: what this processor has for the dtype beside PyTorch's fused kernel.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
             ValueError: `kernel="fused"` and there is an obstacle.
         """
         available = memory.budget_bytes(self.budget, device)
-        given = device.type, training, fused_obstacle, half_kernel, torch.get_num_threads(), POLICIES[self.policy]
+        given = device.type, training, fused_obstacle, cpu, torch.get_num_threads(), POLICIES[self.policy]
         if self.kernel != "math" and self.steps is None and available > 0:
             # What is free differs from call to call, and the same kernel is the best in all that it fits into.
             best = _plan(self, shape, _ALL_THERE_COULD_BE, *given)
@@ -180,20 +180,16 @@ class SliceConfig:
                 return best
         return _plan(self, shape, available, *given)
 
-    def _half_plan(
-        self,
-        shape: AttentionShape,
-        available: int,
-        training: bool,
-        fused_obstacle: str | None,
-        half_kernel: HalfKernel | None,
+    def _cpu_plan(
+        self, shape: AttentionShape, available: int, training: bool, fused_obstacle: str | None, cpu: CpuKernels
     ) -> SlicePlan | None:
         threads = torch.get_num_threads()
-        if half_kernel == "bf16" and self.kernel == "auto" and not self.upcast:
-            return bf16_plan(shape, available, policy=self.policy, training=training, threads=threads)
-        if half_kernel == "float32" and fused_obstacle is None:
-            return float32_flash_plan(shape, available, policy=self.policy, training=training, threads=threads)
-        return None
+        plan = None
+        if cpu.native is not None and self.kernel == "auto":
+            plan = native_plan(shape, cpu.native, available, policy=self.policy, training=training, threads=threads)
+        if plan is None and cpu.converts and fused_obstacle is None:
+            plan = float32_flash_plan(shape, available, policy=self.policy, training=training, threads=threads)
+        return plan
 
     def _over_budget(
         self, plan: SlicePlan, available: int, shape: AttentionShape, advice: str, side: int
@@ -212,7 +208,7 @@ def _plan(
     device_type: str,
     training: bool,
     fused_obstacle: str | None,
-    half_kernel: HalfKernel | None,
+    cpu: CpuKernels,
     *_on_what_else_it_depends: object,
 ) -> SlicePlan:
     """The plan that fits in `available` bytes."""
@@ -222,10 +218,14 @@ def _plan(
             'Take kernel="auto" or kernel="math".'
         )
     if slicing.kernel != "math" and slicing.steps is None:
-        half = slicing._half_plan(shape, available, training, fused_obstacle, half_kernel)
-        if half is not None:
-            return half
+        plan = slicing._cpu_plan(shape, available, training, fused_obstacle, cpu)
+        if plan is not None:
+            return plan
     if slicing.kernel != "math" and fused_obstacle is None and slicing.steps is None:
+
+        def peak(shape: AttentionShape) -> int:
+            return fused_peak(shape, device_type, training=training, products=cpu.products)
+
         fused = plan_slices(
             shape,
             available,
@@ -234,15 +234,11 @@ def _plan(
             kernel="fused",
             training=training,
         )
-        packs = half_kernel == "bf16"
-        if packs:
-            fused = replace(fused, peak_bytes=fused_peak(shape, device_type, training=training, packs=True))
+        fused = replace(fused, peak_bytes=peak(shape))
         if fused.peak_bytes <= available:
             return fused
         if slicing.kernel == "fused":
-            side = largest_square(
-                shape, lambda shape: fused_peak(shape, device_type, training=training, packs=packs) <= available
-            )
+            side = largest_square(shape, lambda shape: peak(shape) <= available)
             raise slicing._over_budget(fused, available, shape, 'take kernel="auto", which slices', side)
     shape = replace(shape, upcast=shape.upcast or slicing.upcast)
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from slicemod.attention_inputs import as_four_dims, autocast_input, check_inputs
-from slicemod.bf16_attention import bf16_attention
+from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
 from slicemod.fused import fused_attention, fused_obstacle
-from slicemod.half_plan import half_kernel
 from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
     Call,
@@ -30,6 +29,7 @@ from slicemod.math_kernel import (
     math_backward,
     math_forward,
 )
+from slicemod.native_attention import native_attention
 from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
@@ -146,13 +146,13 @@ def _decide(
     dtype: torch.dtype | None,
 ) -> SlicePlan:
     """The plan of a call; while a graph is traced this runs outside of it, and its answer is a constant in there."""
-    half = None if dtype is None else half_kernel(dtype, torch.device(device))
+    cpu = NO_CPU_KERNELS if dtype is None else cpu_kernels(dtype, torch.device(device))
     return _checked_config(*settings).plan(
         attention_shape(sizes),
         torch.device(device),
         training=training,
         fused_obstacle=fused_obstacle,
-        half_kernel=half,
+        cpu=cpu,
     )
 
 
@@ -303,8 +303,8 @@ def _follow(
     output: Tensor
     if plan.kernel == "fused":
         output, _ = float32_flash(query, key, value, mask, is_causal, scale, plan.heads, training)
-    elif plan.kernel == "bf16":
-        output, *_ = bf16_attention(query, key, value, scale, plan.heads, plan.rows, training)
+    elif plan.kernel == "native":
+        output, _ = native_attention(query, key, value, scale, training)
     else:
         seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
         keep_weights = training and not plan.checkpoint and not plan.keys

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from slicemod import budget
-from slicemod.half_plan import Float32Flash, float32_flash_plan, half_kernel
+from slicemod.cpu_kernels import Float32Flash, float32_flash_plan
 from slicemod.math_kernel import attention_shape, attention_sizes
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
-from slicemod.sliced import planned_attention, sliced_attention
+from slicemod.sliced import sliced_attention
+from tests.measured_peak import measured_peak
 from tests.oracle import Attention, assert_as_exact_as_sdpa, layer_inputs
-from tests.test_bf16_attention import measured_peak
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -71,32 +71,6 @@ def test_the_peak_is_what_the_plan_says(heads: int, mask: str | None, training: 
     assert 0.9 * promised <= measured_peak(inputs, by(heads), training=training) <= promised
 
 
-def test_a_half_precision_without_instructions_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, dtype in (("_is_mkldnn_bf16_supported", torch.bfloat16), ("_is_mkldnn_fp16_supported", torch.float16)):
-        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
-        assert half_kernel(dtype, torch.device("cpu")) == "float32"
-        inputs = layer_inputs(dtype, heads=6)
-        plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
-        assert plan is not None
-        assert (plan.kernel, plan.upcast) == ("fused", True)
-        assert_as_exact_as_sdpa(sliced_attention, inputs)
-
-
-def test_a_processor_with_instructions_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    inputs = layer_inputs(torch.bfloat16, keys=521)
-    for slicing, kernel in ((None, "bf16"), ({"upcast": True}, "fused"), ({"kernel": "math"}, "math")):
-        plan = planned_attention(inputs.query, inputs.key, inputs.value, slicing=slicing)[1]
-        assert plan is not None
-        assert plan.kernel == kernel
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_whole_precision_is_left_to_pytorch(dtype: torch.dtype) -> None:
-    assert half_kernel(dtype, torch.device("cpu")) is None
-    assert half_kernel(torch.float16, torch.device("cuda")) is None
-
-
 def test_a_budget_too_small_for_a_head_has_no_plan() -> None:
     inputs = layer_inputs(torch.float16)
     sizes = attention_sizes(inputs.query, inputs.key, inputs.value, None, dropout_p=0.0, is_causal=False, upcast=False)
@@ -140,5 +114,5 @@ def test_the_operators_are_registered_as_pytorch_wants_them(mask: str) -> None:
 
 def test_the_kernel_is_said_in_the_plan() -> None:
     assert str(SlicePlan("heads", 3, 2, 1000, "fused", "exact", 2, 61, upcast=True)).startswith("fused")
-    assert "bf16" in str(SlicePlan("query", 3, 2, 1000, "bf16", "exact", 2, 61))
+    assert str(SlicePlan("query", 3, 2, 1000, "native", "exact", 1, 2)).startswith("native")
     assert SliceConfig().kernel == "auto"

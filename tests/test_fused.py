@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from slicemod.cpu_kernels import cpu_kernels
 from slicemod.fused import fused_attention, fused_obstacle
-from slicemod.half_plan import half_kernel
 from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import layer_inputs, layer_like
 
@@ -129,7 +129,7 @@ def test_fused_is_refused_with_the_obstacle() -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", HALF_AND_MORE)
 def test_fused_is_sdpa_itself(dtype: torch.dtype, is_causal: bool) -> None:
-    if half_kernel(dtype, torch.device("cpu")) == "float32":
+    if cpu_kernels(dtype, torch.device("cpu")).converts:
         pytest.skip(f"this processor multiplies no {dtype}: the fused kernel computes in float32")
     inputs = layer_inputs(dtype, is_causal=is_causal)
     output, plan = planned_attention(

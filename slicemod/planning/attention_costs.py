@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slicemod.bf16_shape import BF16_KEPT_BYTES
+from slicemod.onednn_scratch import Products
 from slicemod.plan import SlicePlan, fused_peak
 from slicemod.planning.memory_timeline import AttentionCost
 from slicemod.shapes import AttentionShape
@@ -24,21 +24,22 @@ def full_attention_cost(shape: AttentionShape, *, training: bool, upcast: bool) 
 
 
 def fused_attention_cost(
-    shape: AttentionShape, device_type: str, *, training: bool, packs: bool = False
+    shape: AttentionShape, device_type: str, *, training: bool, products: Products | None = None
 ) -> AttentionCost:
     """PyTorch's fused kernel; the log-sum-exp of every row is kept for its backward pass.
 
-    `packs`: it computes in bfloat16 on a CPU that multiplies that.
+    `products`: how a CPU multiplies this half precision.
     """
     kept = kept_by_fused(shape, training=training)
-    return AttentionCost(kept, fused_peak(shape, device_type, training=training, packs=packs) - kept)
+    return AttentionCost(kept, fused_peak(shape, device_type, training=training, products=products) - kept)
 
 
 def planned_attention_cost(shape: AttentionShape, plan: SlicePlan, *, training: bool) -> AttentionCost:
-    """slicemod's attention; its sliced kernel keeps nothing but its inputs, which the step has anyway."""
-    kept = kept_by_fused(shape, training=training) if plan.kernel == "fused" else 0
-    if plan.kernel == "bf16" and training:
-        kept = shape.batch_heads * shape.queries * BF16_KEPT_BYTES
+    """slicemod's attention; its sliced kernel keeps nothing but its inputs, which the step has anyway.
+
+    The native one keeps a number for each row, as the fused one does.
+    """
+    kept = 0 if plan.kernel == "math" else kept_by_fused(shape, training=training)
     return AttentionCost(kept, plan.peak_bytes - kept)
 
 

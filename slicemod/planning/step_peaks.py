@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from slicemod.half_plan import half_kernel
+from slicemod.cpu_kernels import cpu_kernels
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
 from slicemod.planning.attention_costs import (
     full_attention_cost,
@@ -84,7 +84,7 @@ class StepPlanner:
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.kind, self.memory, self.slicing = kind, memory, slicing
-        self._half_kernel = half_kernel(kind.dtype, torch.device(kind.device_type))  # a CPU is taken to be this one
+        self._cpu = cpu_kernels(kind.dtype, torch.device(kind.device_type))  # a CPU is taken to be this one
         self.resolution_step = source.resolution_step
         self._full_upcasts = bool(source.config.get("upcast_attention"))
         self._traced = []
@@ -153,8 +153,9 @@ class StepPlanner:
             full_attention_cost(shape, training=training, upcast=self._full_upcasts) for shape in shapes
         ]
         if "fused" in self.ways:
-            packs = self._half_kernel == "bf16"
-            costs["fused"] = [fused_attention_cost(shape, device, training=training, packs=packs) for shape in shapes]
+            costs["fused"] = [
+                fused_attention_cost(shape, device, training=training, products=self._cpu.products) for shape in shapes
+            ]
         if len(plans) == len(calls):
             costs["slicemod"] = [
                 planned_attention_cost(shape, plan, training=training)
@@ -181,7 +182,7 @@ class StepPlanner:
                 torch.device(self.kind.device_type),
                 training=self.kind.training,
                 fused_obstacle=call.fused_obstacle,
-                half_kernel=self._half_kernel,
+                cpu=self._cpu,
             )
         except NotEnoughMemoryError as error:
             return error

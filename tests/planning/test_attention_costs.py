@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slicemod import AttentionShape, plan_slices, sliced_attention
 from slicemod.bench.memory import peak_memory
-from slicemod.half_plan import half_kernel
+from slicemod.cpu_kernels import cpu_kernels
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost
 
@@ -57,8 +57,8 @@ def test_full_attention_is_that_of_diffusers(dtype: torch.dtype, training: bool,
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_attention_is_that_of_pytorch(dtype: torch.dtype, training: bool) -> None:
-    packs = half_kernel(dtype, torch.device("cpu")) == "bf16"
-    cost = fused_attention_cost(_shape(dtype), "cpu", training=training, packs=packs)
+    products = cpu_kernels(dtype, torch.device("cpu")).products
+    cost = fused_attention_cost(_shape(dtype), "cpu", training=training, products=products)
     measured = _measured(F.scaled_dot_product_attention, dtype, training=training)
     assert _total(cost) == pytest.approx(measured, rel=0.05)
     assert cost.kept == (HEADS * TOKENS * 4 if training else 0)

@@ -1,0 +1,145 @@
+"""Kernels for the CPU beside PyTorch's fused one: which of them this processor has, and their plans.
+
+The native kernel (`native_library.py`) is the fastest where it can be built. Where a processor multiplies no half
+precision, PyTorch's flash attention takes some heads at a time in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from slicemod.native_library import native_library
+from slicemod.onednn_scratch import Products
+from slicemod.plan import SlicePlan
+from slicemod.shapes import AttentionShape, ceil_div
+
+# One key has a gradient of exactly zero for the query, and calls of less work are faster in PyTorch, which has no
+# operator in Python around its kernel. Measured on two cores.
+_LEAST_NATIVE_KEYS = 16
+_LEAST_NATIVE_PRODUCTS = 2**23  # of heads, queries, keys and channels
+
+# Wider heads do not leave a block of keys and values in the cache; PyTorch's large products do better then, but for the
+# backward pass in bfloat16.
+_WIDEST_NATIVE_HEAD = 256
+
+# Query, key, value and output of a turn in float32; more heads at a time are no faster.
+_TURN_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class CpuKernels:
+    """What a processor has for tensors of a dtype beside PyTorch's fused kernel as it is.
+
+    Attributes:
+        native: the dtype, where the native kernel computes it.
+        converts: there are no instructions for this half precision, and float32 is faster.
+        products: how oneDNN multiplies this half precision within PyTorch's fused kernel, if it does.
+    """
+
+    native: torch.dtype | None = None
+    converts: bool = False
+    products: Products | None = None
+
+
+NO_CPU_KERNELS = CpuKernels()
+
+
+def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
+    """The kernels of this processor for `dtype`; none for another device."""
+    if device.type != "cpu":
+        return NO_CPU_KERNELS
+    library = native_library()
+    native = dtype if library is not None and dtype in library.modes else None
+    products: Products | None = None
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        products = "tiles" if torch.cpu._is_amx_tile_supported() else "bfloat16"
+    elif dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        products = "float16"
+    return CpuKernels(native, converts=dtype.itemsize == 2 and products is None, products=products)
+
+
+def native_plan(
+    shape: AttentionShape, dtype: torch.dtype, free_bytes: int, *, policy: str, training: bool, threads: int
+) -> SlicePlan | None:
+    """The plan of the native kernel; None where it does not fit, cannot compute the call or is not the faster one."""
+    library = native_library()
+    plain = shape.mask is None and not shape.causal and not shape.dropout and shape.group == 1
+    products = shape.scores_bytes // shape.score_itemsize * shape.head_dim
+    wide = max(shape.head_dim, shape.values) > _WIDEST_NATIVE_HEAD and not (training and dtype == torch.bfloat16)
+    if library is None or not plain or wide:
+        return None
+    if shape.keys < _LEAST_NATIVE_KEYS or products < _LEAST_NATIVE_PRODUCTS:
+        return None
+    sizes = shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim, shape.values
+    rows, forward, backward = library.sizes(dtype, sizes, threads)
+    peak = forward
+    if training:
+        row_sums = 4 * shape.batch_heads * shape.queries
+        peak = row_sums + max(forward, backward + row_sums)
+    if peak > free_bytes:
+        return None
+    return SlicePlan(
+        axis="query",
+        steps=ceil_div(shape.queries, rows),
+        slice_size=rows,
+        peak_bytes=peak,
+        kernel="native",
+        policy=policy,
+        heads=1,
+        rows=rows,
+    )
+
+
+@dataclass(frozen=True)
+class Float32Flash:
+    """Bytes of `float32_flash` in turns of `heads` heads, on `threads` threads."""
+
+    shape: AttentionShape
+    heads: int
+    threads: int
+
+    def peak(self, *, training: bool) -> int:
+        """Peak bytes beyond inputs, output and input gradients."""
+        shape = self.shape
+        turn = replace(shape, batch=1, heads=self.heads, key_heads=None, itemsize=4, upcast=False, mask=None)
+        rows, keys = self.heads * shape.queries * shape.head_dim, self.heads * shape.keys * shape.head_dim
+        mask = 0
+        if shape.mask is not None:
+            part = replace(shape.mask, batch=1, heads=min(shape.mask.heads, self.heads))
+            mask = 4 * part.elements
+        forward = 4 * (2 * rows + 2 * keys) + turn.flash_peak(self.threads, training=False) + mask
+        if not training:
+            return forward
+        kept = 4 * shape.batch_heads * shape.queries
+        backward = 4 * (4 * rows + 4 * keys) + turn.flash_peak(self.threads, training=True) + mask
+        return kept + max(forward, backward)
+
+
+def float32_flash_plan(
+    shape: AttentionShape, free_bytes: int, *, policy: str, training: bool, threads: int
+) -> SlicePlan | None:
+    """The plan of `float32_flash`, or None where it does not fit.
+
+    The backward pass spreads heads over the threads, and nothing else, so that a turn has a multiple of `threads`.
+    """
+    if shape.group != 1 or shape.head_dim != shape.values:
+        return None
+    per_head = 8 * (shape.queries + shape.keys) * max(1, shape.head_dim)
+    heads = min(shape.heads, max(1, _TURN_BYTES // per_head // threads) * threads)
+    while (flash := Float32Flash(shape, heads, threads)).peak(training=training) > free_bytes:
+        if heads == 1:
+            return None
+        heads //= 2
+    return SlicePlan(
+        axis="heads",
+        steps=ceil_div(shape.batch_heads, heads),
+        slice_size=heads,
+        peak_bytes=flash.peak(training=training),
+        kernel="fused",
+        policy=policy,
+        heads=heads,
+        rows=shape.queries,
+        upcast=True,
+    )

@@ -1,0 +1,86 @@
+"""The operators `slicemod::native_attention` and its backward: attention by the library of `native_library.py`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod.double_backward import differentiable_gradients
+from slicemod.math_kernel import Call, empty_gradients, empty_heads
+from slicemod.native_library import NativeLibrary, native_library, native_obstacle
+
+
+def _library() -> NativeLibrary:
+    library = native_library()
+    if library is None:
+        raise RuntimeError(
+            f"native attention: expected the machine that it was planned for; on this one, {native_obstacle()}. "
+            "Trace, export or plan it again here."
+        )
+    return library
+
+
+@torch.library.custom_op("slicemod::native_attention", mutates_args=(), device_types="cpu")
+def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """Attention of query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)`, one of the library's dtypes.
+
+    Returns:
+        The output `(B, H, N, Dv)` and, with `keep`, the base-2 logarithm of the sum of each row's exponentiated scores
+        `(B, H, N)`, else an empty tensor.
+    """
+    output = empty_heads(query, value.shape[3])
+    logsumexp = query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
+    _library().forward(query, key, value, output, logsumexp if keep else None, scale)
+    return output, logsumexp
+
+
+@native_attention.register_fake
+def _(query: Tensor, _key: Tensor, value: Tensor, _scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return empty_heads(query, value.shape[3]), query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
+
+
+@torch.library.custom_op("slicemod::native_attention_backward", mutates_args=(), device_types="cpu")
+def _native_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = empty_gradients(query, key, value, None, (needs[0], needs[1], needs[2], False))[:3]
+    wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    _library().backward(grad_output, query, key, value, output, logsumexp, wanted, scale)
+    return gradients
+
+
+@_native_attention_backward.register_fake
+def _(_grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_query, need_key, need_value = rest[-1]
+    return empty_gradients(query, key, value, None, (need_query, need_key, need_value, False))[:3]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, scale, _keep = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.scale = scale
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads: Sequence[Tensor | None] = (None, None, None)
+    if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
+        query, key, value, *_ = ctx.saved_tensors
+        call = Call(0.0, False, ctx.scale, True, 1, 1, None)
+        grads = differentiable_gradients(grad_output, query, key, value, None, call, (*needs, False))[:3]
+    elif grad_output is not None:
+        grads = _native_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale, list(needs))
+    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None)
+
+
+native_attention.register_autograd(_gradients, setup_context=_save_for_backward)

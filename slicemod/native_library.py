@@ -1,0 +1,189 @@
+"""The native kernel: compiled for this processor when it is first wanted, kept on disk, and called through ctypes.
+
+`native/attention.cpp` needs an x86-64 processor with AVX-512, Linux, and a C++ compiler, as `torch.compile` does. What
+is missing is said by `native_obstacle`, and attention is then PyTorch's. The compiled library lies in
+`$SLICEMOD_CACHE`, or `slicemod` in the user's cache folder, under a name made of the source, the compiler and the
+processor. `SLICEMOD_NATIVE=0` does without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "native" / "attention.cpp"
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
+_COMPILERS = ("c++", "g++", "clang++")
+
+FLOAT_MODE, BFLOAT_MODE, TILED_MODE = 0, 1, 2  # as attention.cpp numbers them
+_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class NativeLibraryWarning(RuntimeWarning):
+    """The native kernel could not be compiled, and attention is PyTorch's."""
+
+
+class _Call(ctypes.Structure):
+    """`struct Call` of attention.cpp."""
+
+    _fields_ = [
+        ("sizes", ctypes.c_int64 * 6),
+        *((name, ctypes.c_int64 * 4) for name in ("query", "key", "value", "output")),
+        *((name, ctypes.c_int64 * 4) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+class NativeLibrary:
+    """The functions of attention.cpp, for tensors.
+
+    Attributes:
+        modes: how each dtype's products are computed, one of `FLOAT_MODE`, `BFLOAT_MODE` and `TILED_MODE`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._functions = ctypes.CDLL(str(path))
+        for name in ("slicemod_forward_bytes", "slicemod_backward_bytes", "slicemod_forward_rows"):
+            getattr(self._functions, name).restype = ctypes.c_int64
+        best = int(self._functions.slicemod_best_mode())
+        self.modes = {torch.float32: FLOAT_MODE, torch.float16: FLOAT_MODE, torch.bfloat16: best}
+
+    def sizes(self, dtype: torch.dtype, sizes: tuple[int, ...], threads: int) -> tuple[int, int, int]:
+        """Query rows of a slice, and workspace bytes of the forward and the backward pass.
+
+        Args:
+            dtype: of the tensors, one of `modes`.
+            sizes: `(B, H, N, M, D, Dv)`.
+            threads: how many there will be.
+        """
+        call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), threads=threads)
+        arguments = self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
+        return (
+            int(self._functions.slicemod_forward_rows(*arguments)),
+            int(self._functions.slicemod_forward_bytes(*arguments)),
+            int(self._functions.slicemod_backward_bytes(*arguments)),
+        )
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor | None, scale: float
+    ) -> None:
+        """Write the output `(B, H, N, Dv)` and the base-2 logarithms of the rows' sums `(B, H, N)`, float32.
+
+        Query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)` of any strides.
+        """
+        call = self._call(query, key, value, scale, output=output)
+        self._run("forward", query.dtype, call, query, key, value, output, logsumexp)
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        gradients: Sequence[Tensor | None],
+        scale: float,
+    ) -> None:
+        """Write the gradients of query, key and value, those that are not None."""
+        named = dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True))
+        call = self._call(query, key, value, scale, output=output, grad_output=grad_output, **named)
+        delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row, the sum of output and its gradient
+        self._run("backward", query.dtype, call, grad_output, query, key, value, output, logsumexp, *gradients, delta)
+
+    def _call(self, query: Tensor, key: Tensor, value: Tensor, scale: float, **others: Tensor | None) -> _Call:
+        call = _Call(scale=scale, threads=torch.get_num_threads())
+        call.sizes = (ctypes.c_int64 * 6)(*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
+        for name, tensor in {"query": query, "key": key, "value": value, **others}.items():
+            if tensor is not None:
+                setattr(call, name, (ctypes.c_int64 * 4)(*tensor.stride()))
+        return call
+
+    def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
+        setting = self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
+        workspace = torch.empty(getattr(self._functions, f"slicemod_{name}_bytes")(*setting), dtype=torch.uint8)
+        pointers = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, workspace))
+        if not getattr(self._functions, f"slicemod_{name}")(*setting, *pointers):
+            raise RuntimeError(
+                f"native attention: expected a library with mode {self.modes[dtype]} for {dtype}; got one without. "
+                "Set SLICEMOD_NATIVE=0 and report this."
+            )
+
+
+@lru_cache(maxsize=1)
+def _library_or_obstacle() -> NativeLibrary | str:
+    if os.environ.get("SLICEMOD_NATIVE", "1") == "0":
+        return "SLICEMOD_NATIVE is 0"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"it runs on Linux on x86-64, and this is {platform.system()} on {platform.machine()}"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return f"it needs AVX512, and PyTorch finds {torch.backends.cpu.get_cpu_capability()}"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS[1:]))), None)
+    if compiler is None:
+        return f"there is no C++ compiler: neither $CXX nor {', '.join(_COMPILERS)}"
+    try:
+        return NativeLibrary(_compiled(compiler))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
+        warnings.warn(
+            f"the native attention kernel could not be built with {compiler}, and attention on the CPU is PyTorch's. "
+            f"SLICEMOD_NATIVE=0 saves the try. {said}",
+            NativeLibraryWarning,
+            stacklevel=2,
+        )
+        return f"{compiler} could not build it: {said}"
+
+
+def native_library() -> NativeLibrary | None:
+    """The library, compiled for this processor where it is wanted for the first time; None where it cannot be."""
+    found = _library_or_obstacle()
+    return None if isinstance(found, str) else found
+
+
+def native_obstacle() -> str | None:
+    """Why there is no native kernel here, or None where there is one."""
+    found = _library_or_obstacle()
+    return found if isinstance(found, str) else None
+
+
+def _compiled(compiler: str) -> Path:
+    """The compiled library, from the cache where it is in there.
+
+    Raises:
+        OSError: the compiler cannot be run.
+        subprocess.CalledProcessError: it ended with an error.
+    """
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    processor = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    features = next((line for line in processor.splitlines() if line.startswith("flags")), processor)
+    parts = (SOURCE.read_text(encoding="utf-8"), version, features, " ".join(_FLAGS))
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    target = _cache_folder() / f"attention-{name}.so"
+    if not target.exists():
+        # Written beside its place and moved there whole: other processes may be about the same.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            command = [compiler, *_FLAGS, "-o", str(built), str(SOURCE)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            built.replace(target)
+    return target
+
+
+def _cache_folder() -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("SLICEMOD_CACHE") or Path(caches) / "slicemod")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,314 @@
+"""The native kernel is as exact as SDPA in every mode of this processor, and takes the memory that its plan says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from slicemod.cpu_kernels import native_plan
+from slicemod.native_attention import native_attention
+from slicemod.native_library import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, native_library, native_obstacle
+from slicemod.shapes import AttentionShape, MaskShape
+from slicemod.sliced import planned_attention
+from tests.measured_peak import measured_peak
+from tests.oracle import Inputs, assert_as_exact_as_sdpa, layer_inputs, results
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Attention by the native kernel."""
+    assert mask is None
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    output: Tensor = native_attention(query, key, value, scale, torch.is_grad_enabled())[0]
+    return output
+
+
+def modes_here() -> list[tuple[torch.dtype, int]]:
+    """Every dtype with every mode that this processor has for it."""
+    library = native_library()
+    if library is None:
+        return []
+    best = library.modes[torch.bfloat16]
+    # A processor with AMX has the dot products too.
+    names = {FLOAT_MODE: [FLOAT_MODE], BFLOAT_MODE: [FLOAT_MODE, BFLOAT_MODE]}
+    bfloat = names.get(best, [FLOAT_MODE, BFLOAT_MODE, TILED_MODE])
+    return [(torch.float32, FLOAT_MODE), (torch.float16, FLOAT_MODE), *((torch.bfloat16, mode) for mode in bfloat)]
+
+
+@pytest.fixture(params=modes_here(), ids=lambda dtype_and_mode: "{}-{}".format(*dtype_and_mode))
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Each dtype in each mode."""
+    dtype: torch.dtype
+    dtype, mode = request.param
+    library = native_library()
+    assert library is not None
+    monkeypatch.setitem(library.modes, dtype, mode)
+    return dtype
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Numbers of threads: one, and more than there are heads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(61, 53, 11), (1, 17, 40), (131, 77, 64), (2, 613, 80), (521, 1031, 40), (1031, 61, 24), (37, 29, 163), (7, 5, 1)],
+    ids=str,
+)
+def test_it_is_as_exact_as_sdpa(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    queries, keys, width = sizes
+    assert_as_exact_as_sdpa(native, layer_inputs(dtype, queries=queries, keys=keys, width=width))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_threads_may_share_heads(dtype: torch.dtype, heads: int, threads: int) -> None:
+    inputs = layer_inputs(dtype, batch=1, heads=heads, queries=293, keys=1531, width=19)
+    assert_as_exact_as_sdpa(native, inputs)
+
+
+def test_heads_of_an_autoencoder_are_as_wide_as_its_channels(dtype: torch.dtype) -> None:
+    assert_as_exact_as_sdpa(native, layer_inputs(dtype, batch=1, heads=1, queries=67, keys=307, width=512))
+
+
+@pytest.mark.parametrize("spread", [0.3, 4.0, 16.0, 400.0])
+def test_it_is_exact_however_far_scores_spread(dtype: torch.dtype, spread: float) -> None:
+    inputs = layer_inputs(dtype, keys=1103)
+    inputs.query, inputs.key = inputs.query * math.sqrt(spread), inputs.key * math.sqrt(spread)
+    assert_as_exact_as_sdpa(native, inputs, ulps=4)
+
+
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_a_common_offset_of_a_rows_scores_costs_no_accuracy(dtype: torch.dtype, offset: float) -> None:
+    inputs = layer_inputs(dtype, keys=1103, width=16)
+    inputs.query[..., 0] = 4
+    inputs.key[..., 0] = offset
+    assert_as_exact_as_sdpa(native, inputs)
+
+
+def test_scores_that_grow_from_block_to_block_rescale_what_was_summed(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype, batch=1, queries=71, keys=1103, width=16)
+    inputs.query[..., 0] = 6
+    inputs.key[..., 0] = torch.linspace(-9, 9, 1103).to(dtype)[None, None]
+    assert_as_exact_as_sdpa(native, inputs)
+
+
+@pytest.mark.parametrize("scale", [0.03, 1.0])
+def test_the_scale_is_a_factor_of_the_scores(dtype: torch.dtype, scale: float) -> None:
+    assert_as_exact_as_sdpa(native, layer_inputs(dtype, scale=scale))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive_is_left_to_others(scale: float) -> None:
+    inputs = layer_inputs(queries=521, keys=521, width=40)
+    plan = planned_attention(inputs.query, inputs.key, inputs.value, scale=scale)[1]
+    assert plan is not None
+    assert plan.kernel != "native"
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Inputs:
+    small = st.integers(1, 7)
+    torch.manual_seed(draw(st.integers(0, 99)))
+    inputs = layer_inputs(
+        draw(st.sampled_from(DTYPES)),
+        batch=draw(st.integers(1, 3)),
+        heads=draw(small),
+        queries=draw(st.integers(1, 71)),
+        keys=draw(st.integers(1, 300)),
+        width=draw(st.integers(1, 70)),
+    )
+    if draw(st.booleans()):  # no column next to another
+        inputs.key = inputs.key.transpose(2, 3).contiguous().transpose(2, 3)
+    if draw(st.booleans()):
+        inputs.query = inputs.query.repeat_interleave(2, 3)[..., ::2]
+    if draw(st.booleans()):  # the same keys for every head
+        inputs.value = inputs.value[:, :1].expand(inputs.value.shape)
+    return inputs
+
+
+@given(inputs=calls())
+def test_any_call_of_any_strides_is_as_exact_as_sdpa(inputs: Inputs) -> None:
+    assert_as_exact_as_sdpa(native, inputs, ulps=4)
+
+
+def test_values_may_be_narrower_than_keys(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype, width=43)
+    inputs.value = inputs.value[..., :7]
+    assert_as_exact_as_sdpa(native, inputs)
+
+
+def test_a_gradient_that_is_the_same_everywhere_has_no_strides(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype).leaves()
+    wanted = [inputs.query, inputs.key, inputs.value]
+    output = inputs.run(native)
+    ones = torch.ones_like(output)
+    expanded = torch.autograd.grad(output.sum(), wanted, retain_graph=True)
+    assert all(map(torch.equal, expanded, torch.autograd.grad(output, wanted, ones)))
+
+
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_nan_and_inf_go_where_sdpa_sends_them(dtype: torch.dtype, which: str, special: float) -> None:
+    inputs = layer_inputs(dtype, batch=1)
+    getattr(inputs, which)[0, 1, 5, 3] = special
+    with sdpa_kernel(SDPBackend.MATH):
+        ours, theirs = inputs.run(native), inputs.run(F.scaled_dot_product_attention)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.isinf(), theirs.isinf())
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_gradients_that_nobody_asked_for_are_left_out(dtype: torch.dtype, which: str) -> None:
+    inputs = layer_inputs(dtype)
+    tensor = getattr(inputs, which).requires_grad_()
+    output = inputs.run(native)
+    (alone,) = torch.autograd.grad(output, [tensor], torch.ones_like(output))
+    assert torch.equal(alone, results(native, inputs.leaves(), torch.ones_like(output))[which])
+
+
+def test_gradients_can_be_differentiated_again(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype).leaves()
+    output = inputs.run(native)
+    (gradient,) = torch.autograd.grad(output.float().square().sum(), [inputs.query], create_graph=True)
+    (second,) = torch.autograd.grad(gradient.float().square().sum(), [inputs.key])
+    assert second.isfinite().all()
+    assert float(second.abs().max()) > 0
+
+
+def test_the_same_call_gives_the_same_bits(dtype: torch.dtype, threads: int) -> None:
+    inputs = layer_inputs(dtype, queries=1031, keys=1531, width=19)
+    grad = torch.ones(2, 3, 1031, 19, dtype=dtype)
+    once, twice = (results(native, inputs.leaves(), grad) for _ in range(2))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("sizes", [(2, 5, 509, 613, 40), (1, 1, 1531, 1531, 64), (1, 3, 257, 79, 160)], ids=str)
+def test_the_peak_is_what_the_plan_says(
+    dtype: torch.dtype, sizes: tuple[int, ...], training: bool, threads: int
+) -> None:
+    batch, heads, queries, keys, width = sizes
+    shape = AttentionShape(batch, heads, queries, keys, width, dtype.itemsize)
+    plan = native_plan(shape, dtype, 2**40, policy="exact", training=training, threads=threads)
+    assert plan is not None
+    inputs = layer_inputs(dtype, batch=batch, heads=heads, queries=queries, keys=keys, width=width)
+    assert 0.99 * plan.peak_bytes <= measured_peak(inputs, native, training=training) <= plan.peak_bytes
+
+
+@given(
+    queries=st.integers(1, 9000),
+    keys=st.integers(1, 9000),
+    heads=st.integers(1, 20),
+    threads=st.integers(1, 64),
+    budget=st.integers(0, 2**26),
+    training=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_plan_fits_its_budget(
+    queries: int, keys: int, heads: int, threads: int, budget: int, training: bool, dtype: torch.dtype
+) -> None:
+    shape = AttentionShape(2, heads, queries, keys, 40, dtype.itemsize)
+    plan = native_plan(shape, dtype, budget, policy="exact", training=training, threads=threads)
+    whole = native_plan(shape, dtype, 2**60, policy="exact", training=training, threads=threads)
+    if plan is not None:
+        assert plan == whole
+        assert plan.peak_bytes <= budget
+        assert plan.steps == -(-queries // plan.rows)
+    elif whole is not None:
+        assert whole.peak_bytes > budget
+
+
+def test_the_workspace_does_not_grow_with_the_tokens(dtype: torch.dtype) -> None:
+    def peak(tokens: int) -> int:
+        shape = AttentionShape(1, 8, tokens, tokens, 40, dtype.itemsize)
+        plan = native_plan(shape, dtype, 2**40, policy="exact", training=False, threads=2)
+        assert plan is not None
+        return plan.peak_bytes
+
+    assert peak(1024) == peak(4096) == peak(65536)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"causal": True}, {"dropout": True}, {"mask": MaskShape(1, 1, 521, 613)}, {"keys": 1}, {"key_heads": 1}],
+    ids=str,
+)
+def test_what_it_does_not_compute_is_left_to_others(more: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"batch": 2, "heads": 3, "queries": 521, "keys": 613, "head_dim": 40, "itemsize": 2}
+    settings: dict[str, Any] = {"policy": "exact", "training": False, "threads": 2}
+    assert native_plan(AttentionShape(**sizes), torch.bfloat16, 2**30, **settings) is not None
+    assert native_plan(AttentionShape(**(sizes | more)), torch.bfloat16, 2**30, **settings) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_auto_takes_it_and_says_so(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype, queries=521, keys=521, width=40)
+    for slicing, kernel in (
+        (None, "native"),
+        ({"kernel": "math"}, "math"),
+        ({"kernel": "fused"}, "fused"),
+        ({"steps": 2}, "math"),
+        ({"budget": "64KiB", "policy": "exact"}, "math"),
+    ):
+        plan = planned_attention(inputs.query, inputs.key, inputs.value, slicing=slicing)[1]
+        assert plan is not None
+        assert plan.kernel == kernel, slicing
+        assert plan.kernel in str(plan) or kernel == "math"
+
+
+def test_double_precision_is_left_to_others() -> None:
+    inputs = layer_inputs(torch.float64, queries=521, keys=521, width=40)
+    plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
+    assert plan is not None
+    assert plan.kernel == "fused"
+
+
+def test_under_autocast_it_takes_the_autocast_dtype() -> None:
+    inputs = layer_inputs(queries=521, keys=521, width=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, plan = planned_attention(inputs.query, inputs.key, inputs.value)
+    assert plan is not None
+    assert (plan.kernel, output.dtype) == ("native", torch.bfloat16)
+
+
+def test_nothing_is_kept_unless_asked_for() -> None:
+    inputs = layer_inputs()
+    assert native_attention(inputs.query, inputs.key, inputs.value, 0.3, False)[1].numel() == 0
+
+
+def test_it_compiles_into_one_node() -> None:
+    inputs = layer_inputs()
+    compiled = torch.compile(native, fullgraph=True, backend="aot_eager")
+    assert torch.equal(inputs.run(compiled), inputs.run(native))
+
+
+# opcheck reads `.grad` of its own copies, which are no leaves where strides are a layer's.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_operators_are_registered_as_pytorch_wants_them(keep: bool) -> None:
+    inputs = layer_inputs()
+    leaves = inputs.leaves() if keep else inputs
+    arguments = (leaves.query, leaves.key, leaves.value, 0.3, keep)
+    torch.library.opcheck(torch.ops.slicemod.native_attention, arguments)
+    if keep:
+        kept = torch.ops.slicemod.native_attention(inputs.query, inputs.key, inputs.value, 0.3, True)
+        grad = torch.randn_like(kept[0])
+        arguments = (grad, inputs.query, inputs.key, inputs.value, *kept, 0.3, [True, False, True])
+        torch.library.opcheck(torch.ops.slicemod.native_attention_backward, arguments)

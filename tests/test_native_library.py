@@ -1,0 +1,100 @@
+"""The native kernel is compiled once for a machine, and what keeps it from that is said."""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from slicemod import native_library as module
+from slicemod.native_attention import native_attention
+from slicemod.native_library import NativeLibraryWarning, native_library, native_obstacle
+
+needs_native = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache folder of its own, and no memory of what was found before."""
+    monkeypatch.setenv("SLICEMOD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SLICEMOD_NATIVE", raising=False)
+    module._library_or_obstacle.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    module._library_or_obstacle.cache_clear()
+
+
+@pytest.fixture
+def x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that the kernel is for, whatever this one is."""
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+@needs_native
+def test_it_is_compiled_into_the_cache_and_found_there_again(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native_library() is not None
+    (built,) = (anew / "cache").iterdir()
+    assert built.suffix == ".so"
+    assert stat.S_IMODE((anew / "cache").stat().st_mode) & 0o077 == 0
+    module._library_or_obstacle.cache_clear()
+    before = built.stat().st_mtime_ns
+    assert native_library() is not None
+    assert built.stat().st_mtime_ns == before
+
+
+@needs_native
+def test_another_process_finds_it_too(anew: Path) -> None:
+    assert native_library() is not None
+    program = "from slicemod.native_library import native_library; assert native_library() is not None"
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, env=dict(os.environ))
+    assert len(list((anew / "cache").iterdir())) == 1
+
+
+def test_it_can_be_switched_off(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLICEMOD_NATIVE", "0")
+    assert native_library() is None
+    assert native_obstacle() == "SLICEMOD_NATIVE is 0"
+
+
+def test_other_processors_are_named(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert native_obstacle() == "it needs AVX512, and PyTorch finds AVX2"
+
+
+def test_other_systems_are_named(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert "Darwin on arm64" in str(native_obstacle())
+
+
+def test_without_a_compiler_there_is_none(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(anew))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler" in str(native_obstacle())
+
+
+def test_a_compiler_that_fails_is_quoted_once(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = anew / "broken"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no room for tiles' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.warns(NativeLibraryWarning, match="no room for tiles"):
+        assert native_library() is None
+    assert "no room for tiles" in str(native_obstacle())
+    assert list((anew / "cache").iterdir()) == []
+
+
+def test_a_graph_from_another_machine_says_what_is_missing(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLICEMOD_NATIVE", "0")
+    query = torch.randn(1, 2, 17, 8)
+    with pytest.raises(RuntimeError, match="SLICEMOD_NATIVE is 0"):
+        native_attention(query, query, query, 0.3, False)
