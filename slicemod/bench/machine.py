@@ -13,6 +13,7 @@ import torch
 
 import slicemod
 from slicemod.budget import free_memory
+from slicemod.native_library import native_obstacle
 
 _PACKAGES = (
     "diffusers",
@@ -43,6 +44,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "half_precision": [name for name, there in torch.cpu.get_capabilities().items() if there and name in _PRODUCTS],
+        "native_obstacle": native_obstacle(),
         "free_memory": free_memory(device),
         "system": platform.platform(),
         "versions": {

@@ -54,6 +54,8 @@ def machine_line(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
     instructions = [machine["cpu_capability"], *machine.get("half_precision", [])]  # which older results lack
+    if machine.get("native_obstacle"):
+        instructions.append(f"no native kernel: {machine['native_obstacle']}")
     rates = {row.setting.dtype: row.product_rate for row in results.measurements}
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     return (

@@ -102,6 +102,12 @@ def test_the_machine_is_named() -> None:
     assert "200 GFLOP/s in float32" in line
 
 
+def test_a_machine_without_the_native_kernel_says_why() -> None:
+    results = made_up_results()
+    results.machine["native_obstacle"] = "SLICEMOD_NATIVE is 0"
+    assert "amx_bf16, no native kernel: SLICEMOD_NATIVE is 0)" in machine_line(results)
+
+
 def test_blocks_of_a_page_are_filled_and_nothing_else_changes(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
