@@ -29,6 +29,9 @@ class Host(Protocol):
     def holder(self, module: nn.Module) -> Any:
         """What holds `slicing` and `plan` of a swapped layer; None where the layer is not swapped."""
 
+    def replaced(self, module: nn.Module) -> str:
+        """The class of the module or processor in whose place ours is, in a swapped layer."""
+
     def obstacle(self, module: nn.Module) -> str | None:
         """Why this layer, which is not swapped, cannot be; None where it can."""
 
@@ -46,11 +49,13 @@ HOSTS: list[Host] = []
 class SwappedLayer:
     """One swapped layer: its path in the model, its host's name, its settings, what holds its plan.
 
-    `before` are the settings that it had before, None where it had its own attention.
+    `replaced` is the class of the module or processor whose place ours took; `before` are the settings that the layer
+    had before, None where it had its own attention.
     """
 
     name: str
     host: str
+    replaced: str
     slicing: SliceConfig
     holder: Any
     before: SliceConfig | None = None
@@ -74,10 +79,11 @@ class SwapReport:
     model: nn.Module = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        lines = [f"swapped {len(self.layers)} attention layers, skipped {len(self.skipped)}"]
+        swapped = f"swapped {len(self.layers)} attention layers ({self.layers[0].slicing})"
+        lines = [f"{swapped}, skipped {len(self.skipped)}"]
         for layer in self.layers:
             plan = "" if layer.plan is None else f"; last plan: {layer.plan}"
-            lines.append(f"  {layer.name} ({layer.host}): {layer.slicing}{plan}")
+            lines.append(f"  {layer.name} ({layer.host}): {layer.replaced} -> {type(layer.holder).__name__}{plan}")
         lines += [f"  {name}: skipped, {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
@@ -117,6 +123,7 @@ def swap_attention(
         What was swapped, and what was skipped and why. Used in a `with` statement, it undoes the swap on leaving.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: the model has no attention layer to swap.
     """
     slicing = SliceConfig.of(slicing)
@@ -129,13 +136,15 @@ def swap_attention(
             skipped.append((name, "filter_fn said no"))
         elif obstacle is not None:
             skipped.append((name, obstacle))
-        elif holder is not None:
-            layers.append(SwappedLayer(name, host.name, slicing, holder, before=holder.slicing))
-            holder.slicing = slicing
-        elif host.guessed and filter_fn is None:
+        elif holder is None and host.guessed and filter_fn is None:
             skipped.append((name, f"{type(module).__name__} only looks like attention; choose it with filter_fn"))
         else:
-            layers.append(SwappedLayer(name, host.name, slicing, host.swap(parent, child, slicing)))
+            before = None if holder is None else holder.slicing
+            if holder is None:
+                holder = host.swap(parent, child, slicing)
+            holder.slicing = slicing
+            replaced = host.replaced(parent.get_submodule(child))
+            layers.append(SwappedLayer(name, host.name, replaced, slicing, holder, before))
     if not layers:
         reasons = "".join(f" {name}: {reason}." for name, reason in skipped[:5])
         raise ValueError(
@@ -158,6 +167,10 @@ def restore_attention(model: nn.Module) -> int:
 
 def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
     """Path, parent, name and host of every attention layer below `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module; got {type(model).__name__}. Pass a pipeline's unet, controlnet or vae."
+        )
     found = []
     hosts = sorted(HOSTS, key=lambda host: host.guessed)
     for path, parent in model.named_modules():

@@ -137,6 +137,12 @@ def test_cgroup_v2_counts_no_other_page_cache_as_free(tmp_path: Path) -> None:
     assert headrooms(tmp_path, "0::/box\n") == [507]
 
 
+def test_a_long_file_is_read_to_its_end(tmp_path: Path) -> None:
+    stat = "\n".join(f"numa_{node} 1" for node in range(20_000)) + "\ninactive_file 7"
+    write(tmp_path / "cgroup" / "box", memory__max="1000", memory__current="500", memory__stat=stat)
+    assert headrooms(tmp_path, "0::/box\n") == [507]
+
+
 def test_cgroup_v1_reads_the_memory_controller(tmp_path: Path) -> None:
     root = tmp_path / "cgroup" / "memory"
     unlimited = str(2**63 - 4096)

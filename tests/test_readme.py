@@ -49,7 +49,7 @@ def test_python_blocks_of_the_readme_print_what_it_says(capsys: pytest.CaptureFi
     run_blocks(README)
     printed = capsys.readouterr().out
     assert "bytes (exact)" in printed
-    assert re.search(r"swapped \d+ attention layers, skipped 0", printed)
+    assert re.search(r"swapped \d+ attention layers \(.*\), skipped 0", printed)
 
 
 def configs() -> dict[str, dict[str, object]]:

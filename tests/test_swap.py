@@ -128,14 +128,21 @@ def test_the_report_reads_as_a_list_with_the_plans_of_the_last_calls() -> None:
     model = blocks()
     report = swap_attention(model, MATH, filter_fn=lambda name, module: name != "1.attn2")
     assert str(report) == (
-        "swapped 3 attention layers, skipped 1\n"
-        "  0.attn1 (CompVis LDM): budget='auto', policy='heuristic', kernel='math', steps=3\n"
-        "  0.attn2 (CompVis LDM): budget='auto', policy='heuristic', kernel='math', steps=3\n"
-        "  1.attn1 (CompVis LDM): budget='auto', policy='heuristic', kernel='math', steps=3\n"
+        "swapped 3 attention layers (budget='auto', policy='heuristic', kernel='math', steps=3), skipped 1\n"
+        "  0.attn1 (CompVis LDM): CrossAttention -> MemoryAwareCrossAttention\n"
+        "  0.attn2 (CompVis LDM): CrossAttention -> MemoryAwareCrossAttention\n"
+        "  1.attn1 (CompVis LDM): CrossAttention -> MemoryAwareCrossAttention\n"
         "  1.attn2: skipped, filter_fn said no"
     )
     model(torch.randn(2, 61, 32))
     assert str(report).count("; last plan: 3 x 21 rows, ") == 3
+
+
+def test_a_pipeline_is_an_error_that_says_what_to_pass() -> None:
+    pipeline: Any = type("StableDiffusionPipeline", (), {"unet": blocks()})()
+    for call in (swap_attention, restore_attention):
+        with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module; got StableDiffusionPipeline. Pass"):
+            call(pipeline)
 
 
 def test_a_module_with_the_name_alone_is_not_mistaken_for_attention() -> None:

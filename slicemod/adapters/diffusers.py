@@ -21,13 +21,17 @@ class SlicemodAttnProcessor:
 
     Args:
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
+        fused_projections: take the projections that `fuse_qkv_projections` made, as FusedAttnProcessor2_0 does.
 
     Attributes:
         plan: the plan of the last eager call.
     """
 
-    def __init__(self, slicing: SliceConfig | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, slicing: SliceConfig | Mapping[str, Any] | None = None, *, fused_projections: bool = False
+    ) -> None:
         self.slicing = SliceConfig.of(slicing)
+        self.fused_projections = fused_projections
         self.plan: SlicePlan | None = None
         self.replaced: Any = None  # what `swap_attention` found in its place
 
@@ -98,7 +102,7 @@ class SlicemodAttnProcessor:
             mask = _key_mask(attn, mask, len(residual), (tokens if added else encoder_hidden_states).shape[1])
         query, key, value = (
             rearrange(projected, "b n (h d) -> b h n d", h=attn.heads)
-            for projected in _projections(attn, hidden_states, encoder_hidden_states)
+            for projected in _projections(attn, hidden_states, encoder_hidden_states, self.fused_projections)
         )
         del tokens, hidden_states, encoder_hidden_states
         if attn.norm_q is not None:
@@ -121,9 +125,16 @@ class SlicemodAttnProcessor:
         return output
 
 
-def _projections(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _projections(
+    attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query `(B, N, H D)`, key and value `(B, M, H D)`."""
+    if fused and encoder_hidden_states is hidden_states:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return query, key, value
     query = attn.to_q(hidden_states)
+    if fused:
+        return query, *attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
     if attn.add_k_proj is None:
         return query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
     key, value = attn.add_k_proj(encoder_hidden_states), attn.add_v_proj(encoder_hidden_states)

@@ -22,6 +22,7 @@ from slicemod.sliced import sliced_attention
 class SlicemodIPAdapterAttnProcessor(SlicemodAttnProcessor, IPAdapterAttnProcessor2_0):  # type: ignore[misc]
     """IPAdapterAttnProcessor2_0, computed by `sliced_attention`. Made by `slice_ip_adapter`."""
 
+    fused_projections = False  # diffusers has no such processor for fused ones
     scale: list[Any]
     num_tokens: tuple[int, ...]
     to_k_ip: Any

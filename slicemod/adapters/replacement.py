@@ -40,6 +40,10 @@ class ReplacingHost(ABC):
         """The module itself where it is one of ours."""
         return module if _ORIGINAL in vars(module) else None
 
+    def replaced(self, module: nn.Module) -> str:
+        """The original's class."""
+        return type(vars(module)[_ORIGINAL]).__name__
+
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> nn.Module:
         """Put a module with the same parts in the layer's place."""
         original = parent.get_submodule(child)

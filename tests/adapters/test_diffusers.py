@@ -15,7 +15,6 @@ from diffusers.models.attention_processor import (
     AttnAddedKVProcessor2_0,
     AttnProcessor,
     AttnProcessor2_0,
-    FusedAttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from torch import Tensor, nn
@@ -209,7 +208,7 @@ class WatermarkModule(nn.Module):
 
 @pytest.mark.parametrize(
     "processor",
-    [WatermarkProcessor(), WatermarkModule(), AttnAddedKVProcessor2_0(), FusedAttnProcessor2_0()],
+    [WatermarkProcessor(), WatermarkModule(), AttnAddedKVProcessor2_0()],
     ids=lambda p: type(p).__name__,
 )
 def test_a_processor_that_does_more_is_left_alone_and_named(processor: Any) -> None:

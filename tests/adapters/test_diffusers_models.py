@@ -82,6 +82,12 @@ def added_projections(**config: Any) -> Any:
     )
 
 
+def fused(model: Any) -> Any:
+    """With projections of query, key and value in one, beside those that they were made from."""
+    model.fuse_qkv_projections()
+    return model
+
+
 def control(model: Any) -> list[Tensor]:
     output = model(noisy(), torch.tensor([3, 500]), text(), torch.ones(2, 3, 16, 16))
     return [*output.down_block_res_samples, output.mid_block_res_sample]
@@ -104,6 +110,8 @@ CASES: dict[str, Case] = {
         lambda: conditional(attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True), 8, denoise
     ),
     "sdxl": Case(sdxl, 16, denoise_sdxl),
+    "fused projections": Case(lambda: fused(conditional(attention_head_dim=8)), 8, denoise),
+    "fused autoencoder": Case(lambda: fused(AutoencoderKL(latent_channels=5, **_two_blocks())), 2, autoencode),
     "text mask": Case(
         lambda: conditional(attention_head_dim=8), 8, lambda model: denoise(model, encoder_attention_mask=TEXT_MASK)
     ),
@@ -189,6 +197,22 @@ def test_a_model_that_slices_by_diffusers_own_way_is_swapped_and_goes_back_to_it
     assert_same(results(model, case.call), expected)
     restore_attention(model)
     assert all(model.attn_processors[layer] is processor for layer, processor in sliced.items())
+
+
+def test_projections_fused_after_the_swap_want_another_one_and_can_be_unfused() -> None:
+    case = CASES["sd1"]
+    model = with_random_weights(case.make())
+    expected, before = results(model, case.call), model.attn_processors
+    swap_attention(model, SLICINGS["rows"])
+    swapped = model.attn_processors
+    model.fuse_qkv_projections()  # which sets processors of its own
+    report = swap_attention(model, SLICINGS["rows"])
+    torch.testing.assert_close(case.call(model)[0], expected[0], rtol=1e-3, atol=1e-4)
+    assert all(layer.plan is not None for layer in report.layers)
+    model.unfuse_qkv_projections()
+    assert all(model.attn_processors[name] is processor for name, processor in swapped.items())
+    assert restore_attention(model) == case.layers
+    assert all(model.attn_processors[name] is processor for name, processor in before.items())
 
 
 @pytest.mark.parametrize("name", ["sd1", "autoencoder"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnAddedKVProcessor, AttnProcessor
 from ldm.modules.diffusionmodules.model import Decoder
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -59,7 +59,7 @@ def ldm_decoder() -> Any:
     return Decoder(in_channels=3, resolution=64, z_channels=4, **sizes)
 
 
-def diffusers_unet(kind: str = "CrossAttn", mid: str = "UNetMidBlock2DCrossAttn") -> Any:
+def diffusers_unet(kind: str = "CrossAttn", mid: str = "UNetMidBlock2DCrossAttn", **more: Any) -> Any:
     return UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(64, 128),
@@ -69,6 +69,28 @@ def diffusers_unet(kind: str = "CrossAttn", mid: str = "UNetMidBlock2DCrossAttn"
         down_block_types=(f"{kind}DownBlock2D", "DownBlock2D"),
         mid_block_type=mid,
         up_block_types=("UpBlock2D", f"{kind}UpBlock2D"),
+        **more,
+    )
+
+
+def sdxl() -> Any:
+    return diffusers_unet(
+        use_linear_projection=True,
+        transformer_layers_per_block=(2, 1),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64 + 6 * 8,
+    )
+
+
+def control_net() -> Any:
+    return ControlNetModel(
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        attention_head_dim=8,
+        cross_attention_dim=64,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        conditioning_embedding_out_channels=(8, 8),
     )
 
 
@@ -95,8 +117,17 @@ def autoencoder() -> Any:
     )
 
 
-def denoised(model: Any) -> Tensor:
-    output: Tensor = model(latents(), 3, text()).sample
+def denoised(model: Any, **more: Any) -> Tensor:
+    output: Tensor = model(latents(), 3, text(), **more).sample
+    return output
+
+
+def denoised_sdxl(model: Any) -> Tensor:
+    return denoised(model, added_cond_kwargs={"text_embeds": torch.ones(1, 64), "time_ids": torch.ones(1, 6)})
+
+
+def controlled(model: Any) -> Tensor:
+    output: Tensor = model(latents(), 3, text(), torch.ones(1, 3, 64, 64)).mid_block_res_sample
     return output
 
 
@@ -104,6 +135,8 @@ CASES: dict[str, Case] = {
     "LDM UNet": Case(ldm_unet, lambda model: model(latents(), torch.tensor([3]), context=text()), 8),
     "LDM VAE": Case(ldm_decoder, lambda model: model(latents()), 3),
     "diffusers UNet": Case(diffusers_unet, denoised, 8),
+    "diffusers UNet of SDXL": Case(sdxl, denoised_sdxl, 14),
+    "diffusers ControlNet": Case(control_net, controlled, 4),
     "diffusers UNet, added projections": Case(
         lambda: diffusers_unet("SimpleCrossAttn", "UNetMidBlock2DSimpleCrossAttn"), denoised, 4
     ),

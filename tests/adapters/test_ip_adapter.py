@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders import IPAdapterMixin
 from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
 from torch import Tensor
 
 from slicemod.adapters.diffusers import SlicemodAttnProcessor
+from slicemod.slice_config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
 from tests.oracle import assert_same, with_random_weights
 
@@ -118,6 +121,7 @@ def test_a_swapped_unet_sees_the_same_images(case: Any, slicing: dict[str, Any])
     with swap_attention(model, slicing) as report:
         assert len(report.layers) == LAYERS
         assert report.skipped == ()
+        assert {layer.replaced for layer in report.layers} == {"AttnProcessor2_0", "IPAdapterAttnProcessor2_0"}
         assert_same(results(model, prompts, masks), expected)
         assert all(layer.plan is not None for layer in report.layers)
     assert all(map(torch.equal, results(model, prompts, masks), expected))
@@ -203,6 +207,23 @@ def test_an_adapter_loaded_into_a_swapped_unet_is_sliced_after_another_swap() ->
     assert len(swap_attention(model, SLICINGS["rows"]).layers) == LAYERS
     assert_same(results(model, prompts), expected)
     assert all(isinstance(processor, SlicemodAttnProcessor) for processor in model.attn_processors.values())
+
+
+def test_processors_that_diffusers_makes_anew_go_back_to_what_their_layers_had() -> None:
+    """To load and to unload an IP-Adapter it makes the other layers' processors again, by their class alone."""
+    model = unet()
+    before = {name: each for name, each in model.attn_processors.items() if name.endswith("attn1.processor")}
+    swap_attention(model, SLICINGS["rows"])
+    model._load_ip_adapter_weights([adapter_weights(model)], low_cpu_mem_usage=False)
+    IPAdapterMixin.unload_ip_adapter(SimpleNamespace(unet=model))
+    made = model.attn_processors
+    assert all(isinstance(made[name], SlicemodAttnProcessor) and not made[name].replaced for name in before)
+    swap_attention(model, SLICINGS["rows"])
+    assert {made[name].slicing for name in before} == {SliceConfig(**SLICINGS["rows"])}
+    assert restore_attention(model) == LAYERS
+    assert all(model.attn_processors[name] is processor for name, processor in before.items())
+    swap_attention(model, SLICINGS["rows"])
+    assert restore_attention(copy.deepcopy(model)) == LAYERS
 
 
 def layer_of(model: Any) -> tuple[Any, Any]:
