@@ -10,6 +10,7 @@ html_title = f"slicemod {version}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+html_show_copyright = False
 exclude_patterns = ["benchmarks/*"]
 
 myst_heading_anchors = 3

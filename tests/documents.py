@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = ("slicemod", "make", "pip", "python", "torchrun", "srun")
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -15,7 +16,7 @@ def python_blocks(page: Path) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of console blocks and of indented blocks that call slicemod, make, pip or python, comments cut off.
+    """Lines of console blocks, and those of indented blocks that call one of `PROGRAMS`, comments cut off.
 
     `slicemod sample ... --steps 5` stands for the arguments of the last `slicemod sample` and some more.
     """
@@ -25,7 +26,7 @@ def commands(page: Path) -> list[str]:
         for block in re.findall(r"^```(?:console|bash|sh)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         for line in block.splitlines()
     ]
-    lines += re.findall(r"^ {4}((?:slicemod|make|pip|python) .*)$", text, re.MULTILINE)
+    lines += re.findall(rf"^ {{4}}((?:{'|'.join(PROGRAMS)}) .*)$", text, re.MULTILINE)
     found: list[str] = []
     for line in (re.sub(r"\s+#.*", "", line).strip() for line in lines):
         head, dots, rest = line.partition(" ... ")

@@ -2,7 +2,8 @@
 
 In a folder of its own each page's commands run from top to bottom: `configs/digits.yaml` and `configs/sd15_lora.yaml`
 are there with small networks and few steps, and `slicemod bench` finds small works under the names that it knows.
-`tests/training/test_fine_tuning_guide.py` runs those of the guide to fine-tuning.
+`tests/training/test_fine_tuning_guide.py` runs those of the guide to fine-tuning; its commands for several devices are
+parsed here, and `tests/training/test_distributed.py` trains on two processes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
-from slicemod.bench import bench_command, timing
+from slicemod.bench import bench_command
 from slicemod.bench.workloads import LayerWork, Work
 from slicemod.cli import main
+from tests.bench.tiny import measure_little
 from tests.documents import PAGES, ROOT, commands
 from tests.training import tiny_stable_diffusion
 from tests.training.tiny import tiny_config
@@ -35,15 +37,24 @@ def here(page: Path) -> dict[str, list[str]]:
     return found
 
 
+FOR_SEVERAL_DEVICES = [
+    command for command in commands(ROOT / "docs" / "fine-tuning.md") if "--trainer.devices" in command
+]
+
+
 def test_commands_are_found() -> None:
-    assert len(here(ROOT / "README.md")["slicemod"]) >= 8
-    assert "slicemod plan sdxl --resolution 1024 4096 --memory 16GiB" in commands(ROOT / "README.md")
+    assert {shlex.split(command)[0] for command in FOR_SEVERAL_DEVICES} == {"slicemod", "torchrun", "srun"}
+    assert len(here(ROOT / "README.md")["slicemod"]) >= 6
+    assert "slicemod plan sdxl --resolution 1024 --memory 4GiB --policy exact --train" in commands(
+        ROOT / "docs/planning.md"
+    )
+    assert "slicemod bench --quick" in commands(ROOT / "README.md")
     assert set(here(ROOT / "docs" / "install.md")) == {"make", "pip"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_only_programs_that_are_tested_are_named(page: Path) -> None:
-    assert set(here(page)) <= {"slicemod", "make", "pip"}
+    assert set(here(page)) <= {"slicemod", "make", "pip", "torchrun", "srun"}
 
 
 @pytest.mark.slow
@@ -58,7 +69,7 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(bench_command, "find_works", small_works)
     monkeypatch.setattr(bench_command, "GROWTH_TOKENS", (61, 127))
-    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+    measure_little(monkeypatch)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "digits.yaml").write_text(yaml.safe_dump(tiny_config()))
     monkeypatch.setattr("slicemod.training.stable_diffusion.load_text_encoders", tiny_stable_diffusion.letter_encoders)
@@ -73,6 +84,15 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     for command in here(page)["slicemod"]:
         assert main(shlex.split(command)[1:]) == 0, command
+
+
+@pytest.mark.parametrize("command", FOR_SEVERAL_DEVICES)
+def test_commands_for_several_devices_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    _, _, options = command.partition(" fit ")
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *shlex.split(options), "--print_config"])
+    assert ended.value.code in (0, None)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "make" in here(page)], ids=lambda page: page.name)

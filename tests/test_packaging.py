@@ -46,11 +46,18 @@ def test_a_wheel_and_an_sdist_are_built(built: list[Path]) -> None:
     assert [path.name for path in built] == [f"slicemod-{version}-py3-none-any.whl", f"slicemod-{version}.tar.gz"]
 
 
+def test_wheel_and_sdist_hold_every_file_of_the_package(built: list[Path]) -> None:
+    asked = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "slicemod"]
+    listed = subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    sources = {name for name in listed if (ROOT / name).exists()}
+    assert {"slicemod/py.typed", "slicemod/__init__.py"} <= sources
+    assert sources <= names_in(built[0])
+    with tarfile.open(built[1]) as archive:
+        assert sources <= {name.partition("/")[2] for name in archive.getnames()}
+
+
 def test_the_wheel_holds_the_package_alone(built: list[Path]) -> None:
     names = names_in(built[0])
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "slicemod").rglob("*.py")}
-    assert sources <= names
-    assert "slicemod/py.typed" in names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"slicemod", f"slicemod-{slicemod.__version__}.dist-info"}
 

@@ -1,4 +1,4 @@
-"""The Python in README.md and docs/ runs, page by page from top to bottom, and links lead somewhere."""
+"""Python and YAML in README.md and docs/ run, page by page from top to bottom, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.adapters import sgm_stand_in
 from tests.documents import PAGES, ROOT, python_blocks
 
 README = ROOT / "README.md"
+HOSTS = ROOT / "docs" / "hosts.md"
 
 
 def name_of(page: Path) -> str:
@@ -53,18 +54,18 @@ def test_python_blocks_of_the_readme_print_what_it_says(capsys: pytest.CaptureFi
 
 def configs() -> dict[str, dict[str, object]]:
     """The blocks of YAML, by the name that each begins with."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```$", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", HOSTS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return {name: block for text in blocks for name, block in yaml.safe_load(text).items()}
 
 
 @pytest.mark.usefixtures("omegaconf")
-def test_the_unet_config_of_the_readme_builds_a_swapped_unet() -> None:
+def test_the_unet_config_builds_a_swapped_unet() -> None:
     unet: nn.Module = instantiate_from_config(configs()["unet_config"])
     ours = [module for module in unet.modules() if isinstance(module, MemoryAwareCrossAttention)]
     assert {layer.slicing for layer in ours} == {SliceConfig(budget="2GiB", policy="exact")}
 
 
-def test_the_network_config_of_the_readme_names_the_mode_of_the_sgm_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_config_names_the_mode_of_the_sgm_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = sgm_stand_in.import_adapter(monkeypatch)
     assert configs()["network_config"]["params"] == {"spatial_transformer_attn_type": adapter.MODE}
 

@@ -18,7 +18,7 @@ from slicemod.bench.markdown_blocks import fill_blocks
 from slicemod.bench.peers import Peer, find_peers
 from slicemod.bench.pictures import save_pictures
 from slicemod.bench.results import Results, load_results
-from slicemod.bench.tables import comparison_tables, growth_table, left_out_lines, machine_line
+from slicemod.bench.tables import comparison_tables, growth_tables, left_out_lines, machine_line
 from slicemod.bench.workloads import GROWTH_TOKENS, WORK_NAMES, CallWork, Work, find_works
 from slicemod.budget import parse_budget
 from slicemod.user_error import UserError
@@ -26,7 +26,7 @@ from slicemod.user_error import UserError
 DTYPES = ("float32", "bfloat16", "float16", "bfloat16-mixed", "float16-mixed")
 QUICK_PEERS = ("sdpa", "sdpa-math", "full", "diffusers*", "ldm", "memory-*", "slicemod", "slicemod-exact")
 GROWTH_PEERS = ("sdpa", "slicemod", "slicemod-exact")
-GROWTH_HEADS, GROWTH_HEAD_DIM = 2, 40
+GROWTH_HEADS, GROWTH_HEAD_DIM = 4, 40  # of Stable Diffusion 1.5, half of the heads: 65,536 tokens take long enough
 QUICK_SECONDS = 100.0  # after which no comparison and no further round begins
 
 
@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         results = _measure(options, list(arguments[1:]), console)
     in_tokens = any(row.unit == "tokens" for row in results.measurements)
-    for table in [growth_table(results)] if in_tokens else comparison_tables(results):
+    for table in growth_tables(results) if in_tokens else comparison_tables(results):
         console.print(table)
     for line in left_out_lines(results.left_out):
         console.print(f"left out: {line}", style="dim", highlight=False)
@@ -149,7 +149,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="three layers of SD1.5, the main peers, under three minutes"
     )
-    parser.add_argument("--growth", action="store_true", help="bare attention of 1,024 to 65,536 tokens instead")
+    parser.add_argument(
+        "--growth", action="store_true", help="bare attention of 1,024 to 65,536 tokens instead, ten minutes or more"
+    )
     parser.add_argument("--work", nargs="+", default=["sd15-layers"], metavar="WORK",
                         help=f"{', '.join(WORK_NAMES)}, or of a YAML or folder (default: sd15-layers)")  # fmt: skip
     parser.add_argument("--resolution", type=int, nargs="+", default=[512], help="edges in pixels (default: 512)")

@@ -156,8 +156,10 @@ class Comparison:
         self._flops = self.work.flops(training=self._training)
         self._scores = self.work.scores_bytes(self.setting.products.itemsize, training=self._training)
         with torch.device("meta"):
-            weights = sum(parameter.numel() for parameter in self.work.build().parameters()) * self._dtype.itemsize
-        needed, free = weights * (3 if self._training else 1), free_memory(self.device)
+            weights = sum(parameter.numel() for parameter in self.work.build().parameters())
+        # They are made in float32, whatever the dtype.
+        needed = weights * max(torch.float32.itemsize, self._dtype.itemsize * (3 if self._training else 1))
+        free = free_memory(self.device)
         if needed > free:
             everyone = (
                 f"weights{' and their gradients' if self._training else ''} need {needed:,} bytes, {free:,} are free"

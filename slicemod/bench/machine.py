@@ -13,6 +13,7 @@ import torch
 
 import slicemod
 from slicemod.budget import free_memory
+from slicemod.native_library import native_obstacle
 
 _PACKAGES = (
     "diffusers",
@@ -22,6 +23,11 @@ _PACKAGES = (
     "memory-efficient-attention-pytorch",
     "xformers",
 )
+
+
+# What a CPU may multiply half precision with, as `torch.cpu.get_capabilities` names it. With or without them the same
+# code is several times faster or slower, and PyTorch's own word for the CPU, "AVX512", tells nothing of it.
+_PRODUCTS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "fp16_arith", "sve_bf16")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -37,6 +43,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "half_precision": [name for name, there in torch.cpu.get_capabilities().items() if there and name in _PRODUCTS],
+        "native_obstacle": native_obstacle(),
         "free_memory": free_memory(device),
         "system": platform.platform(),
         "versions": {

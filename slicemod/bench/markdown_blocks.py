@@ -7,17 +7,25 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from slicemod.bench.pictures import KINDS
 from slicemod.bench.results import Results
-from slicemod.bench.tables import machine_line, markdown_growth, markdown_summary, markdown_tables
+from slicemod.bench.tables import (
+    machine_line,
+    markdown_growth,
+    markdown_headline,
+    markdown_summary,
+    markdown_tables,
+)
 from slicemod.user_error import UserError
 
 FORMS: dict[str, Callable[[Results], str]] = {
     "machine": machine_line,
+    "headline": markdown_headline,
     "summary": markdown_summary,
     "tables": markdown_tables,
-    "growth": markdown_growth,
+    "paces": markdown_growth,
 }
-# <!-- slicemod bench NAME.json FORM --> ... <!-- end -->, where FORM is a key of FORMS or "pictures".
+# <!-- slicemod bench NAME.json FORM --> ... <!-- end -->, where FORM is a key of FORMS or a kind of picture.
 _BLOCK = re.compile(r"(<!-- slicemod bench (?P<name>\S+) (?P<form>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,16 +45,19 @@ def fill_blocks(page: Path, name: str, results: Results, pictures: Sequence[Path
         if found["name"] != name:
             return found[0]
         form = found["form"]
-        if form == "pictures":
+        if form in KINDS:
             lines = [
                 f"![{path.stem.replace('-', ' ')}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
                 for path in sorted(pictures)
+                if path.stem.startswith(f"{form}-")
             ]
             content = "\n\n".join(lines)
         elif form in FORMS:
             content = FORMS[form](results)
         else:
-            raise UserError(f"{page}: expected a block of form {', '.join(FORMS)}, pictures; got {form!r}. Correct it.")
+            raise UserError(
+                f"{page}: expected a block of form {', '.join([*FORMS, *KINDS])}; got {form!r}. Correct it."
+            )
         return f"{found[1]}\n{content}\n\n{found[4]}"
 
     text = page.read_text()

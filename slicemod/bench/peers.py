@@ -319,9 +319,7 @@ def all_peers(budget: str) -> tuple[Peer, ...]:
         ),
         DiffusersProcessor("diffusers-sliced-max", lambda _: SlicedAttnProcessor(1), scores_held=0.2),
         CompVisLayer("ldm"),
-        AttentionFunction(
-            "memory-efficient-attention-pytorch", _memory_efficient, needs="memory_efficient_attention_pytorch"
-        ),
+        AttentionFunction("memory-efficient", _memory_efficient, needs="memory_efficient_attention_pytorch"),
         AttentionFunction("xformers", _xformers, needs="xformers", devices=cuda),
         *ours,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import groupby
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from slicemod.bench.comparing import Measurement, Setting
 from slicemod.bench.results import Results
-from slicemod.bench.tables import by_peer
+from slicemod.bench.tables import by_peer, largest_sizes
 
 _COLOURS = {"slicemod": "#c8452d", "sdpa": "#1f6f9f", "diffusers": "#4f7f4a"}
 _OTHERS = "#73777d"
 _INK = "#2b2d30"
 _LABEL_SIZE = 7.5
+_STEPS = (1, 1.5, 2, 3, 5, 7)  # ticks of a decade, where there is room for them
+_LEAST_SPAN = 4.0  # of the values on an axis, so that a line which hardly rises looks like it
 
 
 class _Label(NamedTuple):
@@ -31,70 +34,70 @@ class _Label(NamedTuple):
     colour: str
 
 
+KINDS = ("trade", "resolution", "growth")  # with which the names of the files begin
+
+
 def save_pictures(results: Results, folder: Path) -> list[Path]:
     """Writes every picture that the results have the figures for, and tells their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for setting in results.settings():
-        rows = [row for row in results.measurements if row.setting == setting]
-        in_pixels = [row for row in rows if row.unit == "px"]
-        drawn = {
-            "trade": trade_off(in_pixels, setting) if in_pixels else None,
-            "resolution": against_resolution(in_pixels, setting),
-            "growth": growth([row for row in rows if row.unit == "tokens"], setting),
-        }
-        for kind, figure in drawn.items():
-            if figure is not None:
-                path = folder / f"{kind}-{str(setting).replace(', ', '-')}.png"
-                # Without the version of matplotlib the same figures make the same file.
-                figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
-                written.append(path)
+    for name, figure in _drawn(results):
+        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png"
+        # Without the version of matplotlib the same figures make the same file.
+        figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+        written.append(path)
     return written
 
 
+def _drawn(results: Results) -> Iterator[tuple[str, Figure]]:
+    """Figures and their names."""
+    for setting in results.settings():
+        rows = [row for row in results.measurements if row.setting == setting]
+        in_pixels = [row for row in rows if row.unit == "px"]
+        if in_pixels:
+            yield f"trade {setting}", trade_off(in_pixels, setting)
+        for series in dict.fromkeys(row.series for row in rows):
+            found = [row for row in rows if row.series == series]
+            kind, draw = ("resolution", against_resolution) if found[0].unit == "px" else ("growth", growth)
+            if len({row.size for row in found}) > 1:
+                yield f"{kind} {series} {setting}", draw(found, setting)
+
+
 def trade_off(rows: Sequence[Measurement], setting: Setting) -> Figure:
-    """Time against peak memory, a panel for each work, a point for each peer, with the frontier drawn."""
-    panels = [(work, list(group)) for work, group in groupby(rows, lambda row: row.work)]
+    """Time against peak memory, a panel for each series at its largest size, with the frontier of the peers drawn."""
+    panels = [(work, list(group)) for work, group in groupby(largest_sizes(rows), lambda row: row.work)]
     figure, grid = _panels(len(panels), f"time against memory: {setting}")
     for axes, (work, peers) in zip(grid, panels, strict=True):
-        _log_axes(axes, _bytes, _seconds)
-        _title(axes, work, "peak memory beyond inputs and weights", "time")
-        points = [(max(row.peak_bytes, 1), row.seconds) for row in peers]
+        _log_axes(axes, _mebibytes, _seconds)
+        _title(axes, work, "peak memory beyond inputs and weights")
+        points = [(_peak(row), row.seconds) for row in peers]
         frontier = sorted(point for point in points if not any(_beats(other, point) for other in points))
         for row, (peak, seconds) in zip(peers, points, strict=True):
             best = (peak, seconds) in frontier
             axes.plot(peak, seconds, "o", ms=7 if best else 5, color=_colour(row.peer), mec="white", zorder=3)
         _label(axes, [_Label(row.peer, *point, _colour(row.peer)) for row, point in zip(peers, points, strict=True)])
         _staircase(axes, frontier)
-        axes.xaxis.set_major_locator(LogLocator(10, subs=_readable(*axes.get_xlim())))
+        axes.set_xticks(_readable(*axes.get_xlim(), room=0.22))
+        axes.set_yticks(_readable(*axes.get_ylim(), room=0.07))
     return figure
 
 
-def against_resolution(rows: Sequence[Measurement], setting: Setting) -> Figure | None:
-    """Time and peak against the edge of the image, a row of two panels for each series of several sizes."""
-    series: dict[str, list[Measurement]] = {}
-    for row in rows:
-        series.setdefault(row.series, []).append(row)
-    series = {name: found for name, found in series.items() if len({row.size for row in found}) > 1}
-    if not series:
-        return None
-    figure, grid = _panels(2 * len(series), f"cost against resolution: {setting}", columns=2)
-    for number, (name, found) in enumerate(series.items()):
-        _lines(grid[2 * number], found, lambda row: row.seconds, _seconds)
-        _title(grid[2 * number], f"{name}: time", "edge of the image in pixels")
-        _lines(grid[2 * number + 1], found, lambda row: row.peak_bytes, _bytes)
-        _title(grid[2 * number + 1], f"{name}: peak memory", "edge of the image in pixels")
+def against_resolution(rows: Sequence[Measurement], setting: Setting) -> Figure:
+    """Time and peak of one series against the edge of the image."""
+    figure, (pace, peak) = _panels(2, f"{rows[0].series}: {setting}")
+    _lines(pace, rows, lambda row: row.seconds, _seconds)
+    _title(pace, "time", "edge of the image in pixels")
+    _lines(peak, rows, _peak, _mebibytes)
+    _title(peak, "peak memory", "edge of the image in pixels")
     return figure
 
 
-def growth(rows: Sequence[Measurement], setting: Setting) -> Figure | None:
+def growth(rows: Sequence[Measurement], setting: Setting) -> Figure:
     """Time per N^2, and peak beyond inputs and output, against the number of tokens N."""
-    if len({row.size for row in rows}) < 2:
-        return None
-    figure, (pace, peak) = _panels(2, f"how cost grows: {rows[0].series}, {setting}", columns=2)
+    figure, (pace, peak) = _panels(2, f"how cost grows: {rows[0].series}, {setting}")
     _lines(pace, rows, lambda row: row.seconds / row.size**2, lambda value: f"{value * 1e9:g} ns")
     _title(pace, "time / N²", "tokens N")
-    _lines(peak, rows, lambda row: max(row.peak_bytes - row.output_bytes, 1), _bytes)
+    _lines(peak, rows, lambda row: max(row.peak_bytes - row.output_bytes, 1) / 2**20, _mebibytes)
     _title(peak, "peak beyond inputs and output", "tokens N")
     return figure
 
@@ -103,10 +106,16 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
-def _readable(low: float, high: float) -> tuple[float, ...]:
-    """Ticks within each decade that leave room for their labels side by side."""
-    decades = math.log10(high / low)
-    return (1.0,) if decades > 2.2 else (1.0, 2.0, 5.0) if decades > 0.9 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+def _readable(low: float, high: float, *, room: float) -> list[float]:
+    """Ticks at round numbers, as many as leave `room` for their labels, a share of the axis."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    even = ([step / parts for step in range(parts, 10 * parts)] for parts in (10, 5, 2))
+    ticks: list[float] = []
+    for steps in (*even, _STEPS, (1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if all(right / left >= (high / low) ** room for left, right in pairwise(ticks)):
+            break
+    return ticks
 
 
 def _staircase(axes: Axes, frontier: Sequence[tuple[float, float]]) -> None:
@@ -121,10 +130,9 @@ def _staircase(axes: Axes, frontier: Sequence[tuple[float, float]]) -> None:
     axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
-def _title(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
-    axes.set_title(title, fontsize=9, color=_INK, loc="left")
+def _title(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set_title(title, fontsize=8.5, color=_INK, loc="left")
     axes.set_xlabel(xlabel, fontsize=8, color=_INK)
-    axes.set_ylabel(ylabel, fontsize=8, color=_INK)
 
 
 def _lines(
@@ -143,6 +151,9 @@ def _lines(
             zorder=3 if ours else 2,
         )  # fmt: skip
         labels.append(_Label(peer, found[-1].size, values[-1], _colour(peer)))
+    low, high = axes.get_ylim()
+    widened = max(1.0, math.sqrt(_LEAST_SPAN * low / high))
+    axes.set_ylim(low / widened, high * widened)
     _label(axes, labels)
 
 
@@ -184,20 +195,25 @@ def _label(axes: Axes, labels: list[_Label]) -> None:
         )
 
 
-_PANEL_WIDTH, _PANEL_HEIGHT = 3.3, 2.9  # inches of the axes
+_PANEL_WIDTH, _PANEL_HEIGHT = 1.95, 2.5  # inches of the axes
+_LEFT, _RIGHT, _ABOVE, _BELOW = 0.62, 1.15, 0.4, 0.55  # around them, with room for the labels at the right
+_HEAD = 0.3  # for the title of the picture
+_COLUMNS = 2  # in which the text is read at the width of a page
 
 
-def _panels(count: int, title: str, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    wide = min(count, columns)
+def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    wide = min(count, _COLUMNS)
     high = -(-count // wide)
-    figure = Figure(figsize=(wide * (_PANEL_WIDTH + 2.9), high * (_PANEL_HEIGHT + 1.0) + 0.4))
+    width = wide * (_LEFT + _PANEL_WIDTH + _RIGHT)
+    height = high * (_ABOVE + _PANEL_HEIGHT + _BELOW) + _HEAD
+    figure = Figure(figsize=(width, height))
     grid: Any = figure.subplots(high, wide, squeeze=False)
-    width, height = figure.get_size_inches()
     figure.subplots_adjust(
-        left=0.8 / width, right=1 - 2.15 / width, top=1 - 0.75 / height, bottom=0.55 / height, wspace=0.88, hspace=0.38
-    )
+        left=_LEFT / width, right=1 - _RIGHT / width, top=1 - (_HEAD + _ABOVE) / height, bottom=_BELOW / height,
+        wspace=(_LEFT + _RIGHT) / _PANEL_WIDTH, hspace=(_ABOVE + _BELOW) / _PANEL_HEIGHT,
+    )  # fmt: skip
     figure.suptitle(
-        title, x=0.12 / width, ha="left", y=1 - 0.12 / height, va="top", fontsize=11, color=_INK, weight="bold"
+        title, x=0.12 / width, ha="left", y=1 - 0.12 / height, va="top", fontsize=10, color=_INK, weight="bold"
     )
     for axes in grid.flat[count:]:
         axes.remove()
@@ -207,7 +223,7 @@ def _panels(count: int, title: str, columns: int = 3) -> tuple[Figure, list[Axes
 def _log_axes(axes: Axes, x: Callable[[float], str], y: Callable[[float], str]) -> None:
     axes.set(xscale="log", yscale="log")
     for axis, text in ((axes.xaxis, x), (axes.yaxis, y)):
-        axis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+        axis.set_major_locator(LogLocator(10, subs=_STEPS, numticks=12))
         axis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
         axis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=7.5, colors=_INK, which="both", length=2)
@@ -224,5 +240,10 @@ def _seconds(value: float) -> str:
     return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms"
 
 
-def _bytes(value: float) -> str:
-    return f"{value / 1e9:g} GB" if value >= 1e9 else f"{value / 1e6:g} MB"
+def _mebibytes(value: float) -> str:
+    return f"{value:,g} MiB"
+
+
+def _peak(row: Measurement) -> float:
+    """In MiB, and above zero for the logarithm."""
+    return max(row.peak_bytes, 1) / 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -23,12 +24,13 @@ def comparison_tables(results: Results) -> Iterator[Table]:
         yield table
 
 
-def growth_table(results: Results) -> Table:
-    """Time per N^2 and peak beyond inputs and output against N, for works of several numbers of tokens."""
-    table = _table("how cost grows with the number of tokens N", GROWTH_COLUMNS)
-    for cells in _growth_rows(results):
-        table.add_row(*cells)
-    return table
+def growth_tables(results: Results) -> Iterator[Table]:
+    """Time per N^2 and peak beyond inputs and output against the number of tokens N, a table for each setting."""
+    for title, rows in _growths(results):
+        table = _table(title, GROWTH_COLUMNS)
+        for cells in rows:
+            table.add_row(*cells)
+        yield table
 
 
 GROWTH_COLUMNS = ("attention", "N", "time", "time / N²", "to median", "of product", "peak beyond in- and output")
@@ -51,59 +53,78 @@ def machine_line(results: Results) -> str:
     machine = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
+    instructions = [machine["cpu_capability"], *machine.get("half_precision", [])]  # which older results lack
+    if machine.get("native_obstacle"):
+        instructions.append(f"no native kernel: {machine['native_obstacle']}")
     rates = {row.setting.dtype: row.product_rate for row in results.measurements}
     products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     return (
-        f"{where} ({machine['cpu_capability']}), {machine['threads']} threads on {machine['cores']} cores, {versions}, "
+        f"{where} ({', '.join(instructions)}), {machine['threads']} threads on {machine['cores']} cores, {versions}, "
         f"{machine['date']}. A large matrix product runs at {products}."
     )
 
 
 def markdown_tables(results: Results) -> str:
-    """Every comparison as a Markdown table under its heading."""
+    """Every comparison as a Markdown table under its name, and what was left out; folded away on a page."""
     blocks = [
-        f"### {work}: {setting}\n\n{_markdown(COLUMNS, [_cells(row) for row in rows])}"
+        f"**{work}: {setting}**\n\n{_markdown(COLUMNS, [_cells(row) for row in rows])}"
         for work, setting, rows in results.comparisons()
     ]
-    left_out = "\n".join(f"- {line}" for line in left_out_lines(results.left_out))
-    return "\n\n".join([*blocks, *([f"Left out:\n\n{left_out}"] if left_out else [])])
+    if results.left_out:
+        blocks.append("Left out:\n\n" + "\n".join(f"- {line}" for line in left_out_lines(results.left_out)))
+    return "\n\n".join(["<details>\n<summary>Every figure of this run</summary>", *blocks, "</details>"])
 
 
 def markdown_summary(results: Results) -> str:
-    """A row for each comparison at a series' largest size: SDPA, ours, and the fastest and the smallest of the rest."""
-    columns = ("work", "SDPA", "slicemod", "slicemod, sliced", "fastest of the others", "least memory of the others")
+    """A table for each series at its largest size, a row for each peer, a column for each setting."""
+    return "\n\n".join(f"### {work}\n\n{_settings_side_by_side(rows)}" for work, rows in _largest_works(results))
+
+
+def markdown_headline(results: Results) -> str:
+    """The first table of `markdown_summary` alone."""
+    return _settings_side_by_side(next(_largest_works(results))[1])
+
+
+def _largest_works(results: Results) -> Iterator[tuple[str, list[Measurement]]]:
+    for work, rows in groupby(largest_sizes(results.measurements), lambda row: row.work):
+        yield work, list(rows)
+
+
+def _settings_side_by_side(rows: Sequence[Measurement]) -> str:
+    settings = list(dict.fromkeys(row.setting for row in rows))
     lines = []
-    largest = {row.series: row.size for row in sorted(results.measurements, key=lambda row: row.size)}
-    for work, setting, rows in results.comparisons():
-        if rows[0].size < largest[rows[0].series]:
-            continue
-        named = {row.peer: row for row in rows}
-        others = [row for row in rows if not row.peer.startswith(("slicemod", "sdpa"))]
-        chosen = [named.get("slicemod"), named.get("slicemod-exact")]
-        best = [min(others, key=key, default=None) for key in (lambda row: row.ratio, lambda row: row.peak_bytes)]
-        lines.append(
-            (
-                f"{work}: {setting}",
-                f"{_time(named['sdpa'].seconds)}, {_size(named['sdpa'].peak_bytes)}",
-                *(_brief(row) for row in chosen),
-                *("-" if row is None else f"{row.peer}: {_brief(row)}" for row in best),
-            )
-        )
-    return _markdown(columns, lines)
+    for peer, found in by_peer(rows):
+        cells = {
+            row.setting: f"{_time(row.seconds)} ({row.ratio:.2f})<br>{_size(row.peak_bytes)}".replace(" ", "&nbsp;")
+            for row in found
+        }
+        name = f"**{peer}**" if peer.startswith("slicemod") else peer
+        lines.append((name, *(cells.get(setting, "-") for setting in settings)))
+    return _markdown(("attention", *map(str, settings)), lines)
 
 
 def markdown_growth(results: Results) -> str:
-    """`growth_table` in Markdown."""
-    return _markdown(GROWTH_COLUMNS, list(_growth_rows(results)))
+    """`growth_tables` in Markdown."""
+    return "\n\n".join(f"### {title}\n\n{_markdown(GROWTH_COLUMNS, rows)}" for title, rows in _growths(results))
 
 
-def _growth_rows(results: Results) -> Iterator[tuple[str, ...]]:
-    for peer, rows in by_peer([row for row in results.measurements if row.unit == "tokens"]):
-        pace = [row.seconds / row.size**2 for row in rows]
-        middle = sorted(pace)[len(pace) // 2]
-        for row, own in zip(rows, pace, strict=True):
-            share, beyond = f"{row.rate_share:.0%}", _size(row.peak_bytes - row.output_bytes)
-            yield peer, f"{row.size:,}", _time(row.seconds), f"{own * 1e9:.2f} ns", f"{own / middle:.2f}", share, beyond
+def _growths(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Title and rows for each setting."""
+    in_tokens = [row for row in results.measurements if row.unit == "tokens"]
+    for setting, found in groupby(sorted(in_tokens, key=lambda row: str(row.setting)), lambda row: row.setting):
+        rows = list(found)
+        yield f"{rows[0].series}: {setting}", [cells for _, same in by_peer(rows) for cells in _growth_of(same)]
+
+
+def _growth_of(rows: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
+    """A row for each number of tokens of one peer."""
+    middle = statistics.median(row.seconds / row.size**2 for row in rows)
+    for row in rows:
+        pace = row.seconds / row.size**2
+        share, beyond = f"{row.rate_share:.0%}", _size(row.peak_bytes - row.output_bytes)
+        yield (
+            row.peer, f"{row.size:,}", _time(row.seconds), f"{pace * 1e9:.2f} ns", f"{pace / middle:.2f}", share, beyond
+        )  # fmt: skip
 
 
 def by_peer(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
@@ -112,6 +133,12 @@ def by_peer(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement
     ordered = sorted(rows, key=lambda row: (order.index(row.peer), row.size))
     for peer, group in groupby(ordered, lambda row: row.peer):
         yield peer, list(group)
+
+
+def largest_sizes(rows: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements at the largest size of each series."""
+    largest = {row.series: row.size for row in sorted(rows, key=lambda row: row.size)}
+    return [row for row in rows if row.size == largest[row.series]]
 
 
 def _cells(row: Measurement) -> tuple[str, ...]:
@@ -124,10 +151,6 @@ def _cells(row: Measurement) -> tuple[str, ...]:
         f"{row.rate_share:.0%}",
         f"{row.error:.1e}",
     )
-
-
-def _brief(row: Measurement | None) -> str:
-    return "-" if row is None else f"{row.ratio:.2f} ({row.spread[0]:.2f}-{row.spread[1]:.2f}), {_size(row.peak_bytes)}"
 
 
 def _time(seconds: float) -> str:

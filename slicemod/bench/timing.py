@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,25 +10,37 @@ from typing import Any
 import torch
 
 PRODUCT_SIZE = 2048
+SHORTEST_SPAN = 0.05  # seconds
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call; on a CUDA device between two events on its stream, the work before it done.
 
+    A call shorter than `SHORTEST_SPAN` is repeated until it fills it, and the mean is told: caches that the peer before
+    left cold and threads that have to wake up would otherwise make small works look slower than they are in a model.
+
     >>> seconds_of(lambda: sum(range(1000)), torch.device("cpu")) > 0
     True
     """
+    seconds = _seconds_of(call, 1, device)
+    repeats = math.ceil(SHORTEST_SPAN / seconds)
+    return seconds if repeats <= 1 else _seconds_of(call, repeats, device) / repeats
+
+
+def _seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     if device.type == "cuda":
         event: Any = torch.cuda.Event  # PyTorch leaves it without types
         start, end = event(enable_timing=True), event(enable_timing=True)
         torch.cuda.synchronize(device)
         start.record()
-        call()
+        for _ in range(repeats):
+            call()
         end.record()
         torch.cuda.synchronize(device)
         return float(start.elapsed_time(end)) / 1e3
     start_time = time.perf_counter()
-    call()
+    for _ in range(repeats):
+        call()
     return time.perf_counter() - start_time
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.peers import FULL, REFERENCE, Peer
-from slicemod.planning.attention_calls import at_resolution, record_attention_calls
+from slicemod.planning.attention_calls import LayersAlike, at_resolution, record_attention_calls
 from slicemod.planning.unets import NAMED_UNETS, find_unet, meta_inputs
 from slicemod.shapes import AttentionShape
 from slicemod.user_error import UserError
@@ -266,19 +267,20 @@ def find_works(
             works += [UnetWork(model, size, batch, checkpoint_blocks) for size in sizes]
             continue
         calls = record_attention_calls(model, batch=batch, itemsize=4)[:largest]
-        works += [_layer_of(model, at_resolution(call, size).shape, size) for call in calls for size in sizes]
+        works += [_layer_of(model, at_resolution(call, size)) for call in calls for size in sizes]
     return works
 
 
-def _layer_of(model: str, shape: AttentionShape, size: int) -> LayerWork:
+def _layer_of(model: str, call: LayersAlike) -> LayerWork:
     """The layer around a call of a UNet, in which channels are heads times head dim."""
-    own = shape.queries == shape.keys
+    shape, own = call.shape, call.is_self_attention
     tokens = "self" if own else f"{shape.keys} tokens"
     inner = shape.heads * shape.head_dim
     text_width = find_unet(model).config.get("cross_attention_dim", inner)
+    scale = call.pixels // math.isqrt(shape.queries)  # of the image's edge to that of this layer's tokens
     return LayerWork(
-        f"{Path(model).name} {shape.heads}x{shape.head_dim} {tokens}",
-        size,
+        f"{Path(model).name} {shape.heads}x{shape.head_dim} {tokens} at 1/{scale}",
+        call.pixels,
         shape.batch,
         shape.queries,
         inner,

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from slicemod.bench import bench_command, timing
+from slicemod.bench import bench_command
 from slicemod.bench.bench_command import run
 from slicemod.bench.comparing import Comparison
 from slicemod.bench.results import load_results
 from slicemod.user_error import UserError
-from tests.bench.tiny import made_up_results, write_unet
+from tests.bench.tiny import made_up_results, measure_little, write_unet
 
 
 @pytest.fixture(autouse=True)
-def _small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+def _little(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_little(monkeypatch)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_pages_get_their_figures_from_the_json(tmp_path: Path) -> None:
     made_up_results().save(results)
     page.write_text("<!-- slicemod bench results.json summary -->\n<!-- end -->\n")
     assert run(["bench", "--from", str(results), "--into", str(page)]) == 0
-    assert "| layer, 512 px: float32, inference | 51.20 s, 4.4 MiB |" in page.read_text()
+    assert "| sdpa | 51.20&nbsp;s&nbsp;(512.00)<br>4.4&nbsp;MiB |" in page.read_text()
 
 
 @pytest.mark.parametrize(

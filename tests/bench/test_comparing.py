@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from slicemod.bench import comparing, timing
+from slicemod.bench import comparing
 from slicemod.bench.comparing import Comparison, Measurement, Setting
 from slicemod.bench.peers import SDPA, AttentionFunction, Peer, find_peers
 from slicemod.bench.workloads import UnetWork, Work
-from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work, write_unet
+from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work, measure_little, write_unet
 
 CPU = torch.device("cpu")
 FEW = ["full", "diffusers-sliced", "ldm", "slicemod", "slicemod-exact"]
@@ -21,8 +21,8 @@ FOREVER = float("inf")
 
 
 @pytest.fixture(autouse=True)
-def _small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+def _little(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_little(monkeypatch)
 
 
 def compared(work: Work, peers: list[Peer], setting: Setting, rounds: int = 2) -> Comparison:
@@ -110,8 +110,9 @@ def test_scores_and_weights_that_do_not_fit_are_not_tried(monkeypatch: pytest.Mo
     comparison = compared(SELF, find_peers(["full", "slicemod"], "1MiB"), INFERENCE)
     assert [row.peer for row in comparison.measurements()] == ["sdpa", "slicemod"]
     assert "would hold 89,780 bytes of scores, 40,000 are free" in comparison.left_out[0].reason
-    monkeypatch.setattr(comparing, "free_memory", lambda device: 4_000)
-    comparison = Comparison(SELF, find_peers(["full"], "1MiB"), INFERENCE, CPU)
+    monkeypatch.setattr(comparing, "free_memory", lambda device: 10_000)
+    half = Setting("bfloat16", "inference")  # whose weights are made in float32 first
+    comparison = Comparison(SELF, find_peers(["full"], "1MiB"), half, CPU)
     assert not [*comparison.prepare(), *comparison.rounds(2, FOREVER), *comparison.measurements()]
     assert {entry.peer for entry in comparison.left_out} == {"sdpa", "full"}
 

@@ -11,13 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from slicemod.bench.pictures import against_resolution, growth, save_pictures, trade_off
+from slicemod.bench.pictures import _readable, growth, save_pictures, trade_off
 from tests.bench.tiny import INFERENCE, made_up_results, measurement
 
 
 def test_every_picture_that_there_are_figures_for_is_written(tmp_path: Path) -> None:
     written = save_pictures(made_up_results(), tmp_path / "new")
-    names = [f"{kind}-float32-inference.png" for kind in ("trade", "resolution", "growth")]
+    names = [f"{name}-float32-inference.png" for name in ("trade", "resolution-layer", "growth-attention")]
     assert [path.name for path in written] == names
     for path in written:
         with Image.open(path) as picture:
@@ -28,7 +28,7 @@ def test_every_picture_that_there_are_figures_for_is_written(tmp_path: Path) -> 
 
 def test_the_frontier_is_of_those_that_no_other_beats() -> None:
     rows = [
-        measurement("layer", 64, peer, seconds, peak)
+        measurement("layer", 64, peer, seconds, peak * 2**20)
         for peer, seconds, peak in (("small", 4.0, 10), ("quick", 1.0, 1000), ("beaten", 4.0, 2000), ("even", 2.0, 100))
     ]
     (axes,) = trade_off(rows, INFERENCE).axes
@@ -39,10 +39,30 @@ def test_the_frontier_is_of_those_that_no_other_beats() -> None:
     assert not any(peak == 2000 for peak, _ in corners)
 
 
-def test_one_size_makes_no_line() -> None:
-    rows = [measurement("layer", 64, "sdpa", 1.0, 10)]
-    assert against_resolution(rows, INFERENCE) is None
-    assert growth(rows, INFERENCE) is None
+def test_one_size_makes_no_line(tmp_path: Path) -> None:
+    results = made_up_results()
+    results.measurements = [row for row in results.measurements if row.size in (512, 1024)]
+    assert [path.name for path in save_pictures(results, tmp_path)] == ["trade-float32-inference.png"]
+
+
+def test_time_against_memory_is_of_the_largest_size() -> None:
+    rows = [measurement(series, size, "sdpa", 1.0, 10) for series in ("one", "other") for size in (64, 128)]
+    panels = trade_off(rows, INFERENCE).axes
+    assert [axes.get_title("left") for axes in panels] == ["one, 128 px", "other, 128 px"]
+
+
+def test_a_line_that_hardly_rises_looks_flat() -> None:
+    rows = [measurement("attention", size, "sdpa", size**2.01, 2000, "tokens") for size in (1024, 2048)]
+    low, high = growth(rows, INFERENCE).axes[0].get_ylim()
+    assert high / low == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(4.1, 4.9), (15, 45), (11, 900), (3, 70_000), (0.0013, 0.0031)])
+def test_ticks_have_room_and_there_are_some(low: float, high: float) -> None:
+    ticks = _readable(low, high, room=0.22)
+    assert 2 <= len(ticks) <= 5
+    assert low <= ticks[0] <= ticks[-1] <= high
+    assert all(right / left >= (high / low) ** 0.22 for left, right in pairwise(ticks))
 
 
 @pytest.mark.parametrize("count", [2, 18])

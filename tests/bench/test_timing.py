@@ -18,6 +18,18 @@ def test_a_call_takes_as_long_as_it_takes() -> None:
     assert seconds_of(lambda: time.sleep(0.05), CPU) >= 0.05
 
 
+@pytest.mark.parametrize(("ticks", "calls"), [((0.07,), 1), ((0.02, 0.03), 1 + 3)], ids=["long", "short"])
+def test_a_short_call_is_repeated_until_it_fills_the_span(
+    ticks: tuple[float, ...], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([second for tick in ticks for second in (0.0, tick)])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    counted: list[None] = []
+    seconds = seconds_of(lambda: counted.append(None), CPU)
+    assert len(counted) == calls
+    assert seconds == pytest.approx(ticks[-1] / max(calls - 1, 1))
+
+
 def test_the_product_counts_two_operations_for_each_multiplication(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
     product = LargeProduct(torch.bfloat16, CPU)
@@ -38,3 +50,4 @@ def test_the_machine_names_its_versions() -> None:
     assert machine["versions"]["torch"] == torch.__version__
     assert machine["device"] == "cpu"
     assert machine["processor"]
+    assert ("avx512_bf16" in machine["half_precision"]) == bool(torch.cpu.get_capabilities().get("avx512_bf16"))

@@ -78,7 +78,14 @@ def test_layers_of_a_model_are_found_at_every_resolution() -> None:
         (16384, 320, (77, 768)),
     ]  # fmt: skip
     assert works[-1] == UnetWork("sdxl", 1024, 2)
-    assert works[0].name == "sd15 8x40 self, 512 px"
+    assert works[0].name == "sd15 8x40 self at 1/8, 512 px"
+
+
+def test_no_two_layers_have_the_same_name() -> None:
+    works = find_works(["sd15-layers", "sdxl-layers"], [512, 1024], batch=1, largest=99)
+    names = [work.name for work in works]
+    assert len(names) > 20
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from slicemod.bench import timing
 from slicemod.bench.comparing import LeftOut, Measurement, Setting
 from slicemod.bench.results import Results
 from slicemod.bench.workloads import CallWork, LayerWork, UnetWork, Work
@@ -14,6 +17,12 @@ INFERENCE, TRAINING = Setting("float32", "inference"), Setting("float32", "train
 SELF = LayerWork("self", 72, 1, 67, 26, 2, 13)
 CROSS = LayerWork("cross", 72, 2, 53, 26, 2, 13, (7, 19))
 CALL = CallWork(61, 2, 11)
+
+
+def measure_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the large product small, and times every call once."""
+    monkeypatch.setattr(timing, "PRODUCT_SIZE", 67)
+    monkeypatch.setattr(timing, "SHORTEST_SPAN", 0.0)
 
 
 def write_unet(folder: Path) -> Path:
@@ -54,7 +63,8 @@ def made_up_results() -> Results:
         "processor": "Some CPU",
         "cores": 3,
         "threads": 2,
-        "cpu_capability": "AVX2",
+        "cpu_capability": "AVX512",
+        "half_precision": ["avx512_bf16", "amx_bf16"],
         "free_memory": 5,
         "system": "Linux",
         "versions": {"python": "3.11", "torch": "2.14"},
