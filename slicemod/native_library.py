@@ -168,8 +168,9 @@ def _compiled(compiler: str) -> Path:
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    features = next((line for line in processor.splitlines() if line.startswith("flags")), processor)
-    parts = (SOURCE.read_text(encoding="utf-8"), version, features, " ".join(_FLAGS))
+    # The model beside the flags: a compiler finds instructions that an old kernel's flags do not list.
+    kind = [line for line in processor.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))]
+    parts = (SOURCE.read_text(encoding="utf-8"), version, *kind, " ".join(_FLAGS))
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     target = _cache_folder() / f"attention-{name}.so"
     if not target.exists():
@@ -183,7 +184,10 @@ def _compiled(compiler: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("SLICEMOD_CACHE") or Path(caches) / "slicemod")
+    given, caches = os.environ.get("SLICEMOD_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(given or Path(caches or Path.home() / ".cache") / "slicemod")
+    except RuntimeError as error:  # the user of a container need not have a home
+        raise FileNotFoundError(f"{error} Set SLICEMOD_CACHE to a folder of your own.") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

@@ -93,6 +93,21 @@ def test_a_compiler_that_fails_is_quoted_once(anew: Path, x86: None, monkeypatch
     assert list((anew / "cache").iterdir()) == []
 
 
+def homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_without_a_home_folder_the_cache_is_asked_for(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLICEMOD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("CXX", "true")
+    with pytest.warns(NativeLibraryWarning, match="Set SLICEMOD_CACHE"):
+        assert native_library() is None
+    monkeypatch.setenv("SLICEMOD_CACHE", str(anew / "given"))
+    assert module._cache_folder() == anew / "given"
+
+
 def test_a_graph_from_another_machine_says_what_is_missing(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLICEMOD_NATIVE", "0")
     query = torch.randn(1, 2, 17, 8)
