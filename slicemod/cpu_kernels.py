@@ -68,7 +68,7 @@ def native_plan(
     plain = shape.mask is None and not shape.causal and not shape.dropout and shape.group == 1
     products = shape.scores_bytes // shape.score_itemsize * shape.head_dim
     wide = max(shape.head_dim, shape.values) > _WIDEST_NATIVE_HEAD and not (training and dtype == torch.bfloat16)
-    if library is None or not plain or wide:
+    if library is None or not plain or wide or not shape.values:
         return None
     if shape.keys < _LEAST_NATIVE_KEYS or products < _LEAST_NATIVE_PRODUCTS:
         return None

@@ -280,8 +280,30 @@ def planned_attention(
         return output.reshape(*lead, queries, value.shape[3]), None
     if plan is None:
         plan = _plan(query, key, value, mask, dropout_p, is_causal, scale, obstacle, settings)
+    elif plan.kernel == "native":
+        _check_native(query, key, mask, dropout_p, is_causal, scale)
     output = _follow(plan, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
     return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan
+
+
+def _check_native(
+    query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None
+) -> None:
+    """The native kernel has no place for these arguments, and a plan that came from elsewhere may meet them."""
+    others = {
+        "a mask": mask is not None,
+        "is_causal": is_causal,
+        "dropout": dropout_p > 0,
+        "a scale that is not positive": scale is not None and scale <= 0,
+        "fewer heads of keys than of queries": key.shape[1] != query.shape[1],
+        "float64": query.dtype == torch.float64,
+    }
+    found = [name for name, is_there in others.items() if is_there]
+    if found:
+        raise ValueError(
+            f"plan: expected one made for this call; got one of the native kernel, which does not compute "
+            f"{', '.join(found)}. Leave plan out, or make one for this call."
+        )
 
 
 def _follow(

@@ -257,6 +257,35 @@ def test_what_it_does_not_compute_is_left_to_others(more: dict[str, Any]) -> Non
     assert native_plan(AttentionShape(**(sizes | more)), torch.bfloat16, 2**30, **settings) is None
 
 
+def test_values_without_channels_are_left_to_others() -> None:
+    shape = AttentionShape(2, 3, 521, 613, 40, 2, value_dim=0)
+    assert native_plan(shape, torch.bfloat16, 2**30, policy="exact", training=False, threads=2) is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"attn_mask": torch.ones(521, 521, dtype=torch.bool)},
+        {"is_causal": True},
+        {"dropout_p": 0.5},
+        {"scale": -0.5},
+        {"enable_gqa": True},
+        {"dtype": torch.float64},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_its_plan_is_refused_for_what_it_does_not_compute(more: dict[str, Any]) -> None:
+    inputs = layer_inputs(queries=521, keys=521, width=40)
+    plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
+    assert plan is not None
+    assert plan.kernel == "native"
+    query, key, value = (each.to(more.get("dtype")) for each in (inputs.query, inputs.key, inputs.value))
+    if "enable_gqa" in more:
+        key, value = key[:, :1], value[:, :1]
+    with pytest.raises(ValueError, match="plan: expected one made for this call"):
+        planned_attention(query, key, value, plan=plan, **{name: more[name] for name in more if name != "dtype"})
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_auto_takes_it_and_says_so(dtype: torch.dtype) -> None:
     inputs = layer_inputs(dtype, queries=521, keys=521, width=40)
