@@ -174,6 +174,18 @@ def test_nan_and_inf_go_where_sdpa_sends_them(dtype: torch.dtype, which: str, sp
     assert torch.equal(ours.isinf(), theirs.isinf())
 
 
+def test_a_key_that_is_infinitely_far_gets_no_gradient(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype, batch=1)
+    inputs.query[..., 3] = 1
+    inputs.key[0, 1, 5, 3] = -math.inf
+    ones = torch.ones_like(inputs.run(native))
+    with sdpa_kernel(SDPBackend.MATH):
+        ours, theirs = (results(each, inputs.leaves(), ones) for each in (native, F.scaled_dot_product_attention))
+    for name in ("key", "value"):
+        assert torch.equal(ours[name].isnan(), theirs[name].isnan()), name
+        assert not ours[name][0, 1, 5].any(), name
+
+
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 def test_gradients_that_nobody_asked_for_are_left_out(dtype: torch.dtype, which: str) -> None:
     inputs = layer_inputs(dtype)

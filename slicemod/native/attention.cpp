@@ -793,6 +793,10 @@ struct Backward {
                                     some, width, head_lanes, false});
                     Mode::multiply({space.grad_weights, width, space.value + row * value_lanes, value_lanes,
                                     space.grad_columns, some, width, value_lanes, false});
+                    // What is no query has no scores, not even against a key that is infinite.
+                    for (Index i = 0; rows < width && i < some; i++)
+                        for (float *all : {space.scores, space.grad_weights})
+                            std::fill(all + i * width + rows, all + (i + 1) * width, 0.0f);
                     weigh(space, row, some, count, padded, width, c);
                     const Index lanes = width / per_lane;
                     Mode::multiply({space.grad_value + row * value_columns, value_columns, space.weights, lanes,
