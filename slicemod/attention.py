@@ -97,6 +97,7 @@ class MemoryAwareCrossAttention(nn.Module):
         if mask is not None and _is_key_mask(mask, key):
             query, mask = _apply_key_mask(query, mask)
         output = attend(self, query, key, value, mask, self.slicing, self.scale)
+        del query, key, value  # or they would live on beside what the last projection makes
         output = rearrange(output, "b h n d -> b n (h d)")
         out: Tensor = self.to_out(output[:, -own_tokens:])
         return out

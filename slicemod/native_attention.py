@@ -9,6 +9,7 @@ from torch import Tensor
 from slicemod.double_backward import differentiable_gradients
 from slicemod.math_kernel import Call, empty_gradients, empty_heads
 from slicemod.native_library import NativeLibrary, native_library, native_obstacle
+from slicemod.out_of_memory import with_fewer_threads
 
 
 def _library() -> NativeLibrary:
@@ -31,7 +32,11 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ke
     """
     output = empty_heads(query, value.shape[3])
     logsumexp = query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
-    _library().forward(query, key, value, output, logsumexp if keep else None, scale)
+    kept = logsumexp if keep else None
+    library = _library()
+    with_fewer_threads(
+        lambda threads: library.forward(query, key, value, output, kept, scale, threads), torch.get_num_threads()
+    )
     return output, logsumexp
 
 
@@ -53,7 +58,11 @@ def _native_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = empty_gradients(query, key, value, None, (needs[0], needs[1], needs[2], False))[:3]
     wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-    _library().backward(grad_output, query, key, value, output, logsumexp, wanted, scale)
+    library = _library()
+    with_fewer_threads(
+        lambda threads: library.backward(grad_output, query, key, value, output, logsumexp, wanted, scale, threads),
+        torch.get_num_threads(),
+    )
     return gradients
 
 

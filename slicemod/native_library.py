@@ -78,13 +78,20 @@ class NativeLibrary:
         )
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor | None, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        logsumexp: Tensor | None,
+        scale: float,
+        threads: int,
     ) -> None:
         """Write the output `(B, H, N, Dv)` and the base-2 logarithms of the rows' sums `(B, H, N)`, float32.
 
         Query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)` of any strides.
         """
-        call = self._call(query, key, value, scale, output=output)
+        call = self._call(query, key, value, scale, threads, output=output)
         self._run("forward", query.dtype, call, query, key, value, output, logsumexp)
 
     def backward(
@@ -97,15 +104,18 @@ class NativeLibrary:
         logsumexp: Tensor,
         gradients: Sequence[Tensor | None],
         scale: float,
+        threads: int,
     ) -> None:
         """Write the gradients of query, key and value, those that are not None."""
         named = dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True))
-        call = self._call(query, key, value, scale, output=output, grad_output=grad_output, **named)
+        call = self._call(query, key, value, scale, threads, output=output, grad_output=grad_output, **named)
         delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row, the sum of output and its gradient
         self._run("backward", query.dtype, call, grad_output, query, key, value, output, logsumexp, *gradients, delta)
 
-    def _call(self, query: Tensor, key: Tensor, value: Tensor, scale: float, **others: Tensor | None) -> _Call:
-        call = _Call(scale=scale, threads=torch.get_num_threads())
+    def _call(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, threads: int, **others: Tensor | None
+    ) -> _Call:
+        call = _Call(scale=scale, threads=threads)
         call.sizes = (ctypes.c_int64 * 6)(*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
         for name, tensor in {"query": query, "key": key, "value": value, **others}.items():
             if tensor is not None:
@@ -114,13 +124,17 @@ class NativeLibrary:
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
-        workspace = torch.empty(getattr(self._functions, f"slicemod_{name}_bytes")(*setting), dtype=torch.uint8)
+        workspace = _workspace(getattr(self._functions, f"slicemod_{name}_bytes")(*setting))
         pointers = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, workspace))
         if not getattr(self._functions, f"slicemod_{name}")(*setting, *pointers):
             raise RuntimeError(
                 f"native attention: expected a library with mode {self.modes[dtype]} for {dtype}; got one without. "
                 "Set SLICEMOD_NATIVE=0 and report this."
             )
+
+
+def _workspace(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
 
 
 @lru_cache(maxsize=1)

@@ -40,19 +40,38 @@ def with_smaller_slices(run: Callable[[Call], Result], call: Call, queries: int,
         try:
             return run(call)
         except RuntimeError as error:
-            if not _ran_out(error) or call.dropout_p > 0 or (call.rows == 1 and call.heads == 1 and call.keys <= 1):
+            if not ran_out(error) or call.dropout_p > 0 or (call.rows == 1 and call.heads == 1 and call.keys <= 1):
                 raise
             reason = str(error).splitlines()[0]
         # Out of the handler, whose traceback would keep the tensors of the failed try.
         smaller = _halved(call)
-        _say_once(call, smaller, device, reason)
+        say_once(device, f"slices of {_sizes(call)}", _sizes(smaller), reason)
         call = smaller
         gc.collect()
         if device.type not in ("cpu", "meta"):
             torch.accelerator.empty_cache()
 
 
-def _ran_out(error: RuntimeError) -> bool:
+def with_fewer_threads(run: Callable[[int], Result], threads: int) -> Result:
+    """`run(threads)` on the CPU; where that runs out of memory, again with half the threads, each of which takes some.
+
+    Raises:
+        RuntimeError: it runs out of memory with one thread as well.
+    """
+    while True:
+        try:
+            return run(threads)
+        except RuntimeError as error:
+            if not ran_out(error) or threads == 1:
+                raise
+            reason = str(error).splitlines()[0]
+        say_once(torch.device("cpu"), f"the blocks of {threads} threads", f"those of {threads // 2}", reason)
+        threads //= 2
+        gc.collect()
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """An allocator said that there is no more memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _MESSAGES)
 
 
@@ -64,15 +83,16 @@ def _halved(call: Call) -> Call:
     return replace(call, keys=(call.keys + 1) // 2)
 
 
-def _say_once(call: Call, smaller: Call, device: torch.device, reason: str) -> None:
+def say_once(device: torch.device, tried: str, smaller: str, reason: str) -> None:
+    """Warn of what did not fit, once for each type of device."""
     if device.type in _said:
         return
     _said.add(device.type)
     warnings.warn(
-        f"attention ran out of memory on {device} with slices of {_sizes(call)} and goes on "
-        f"with {_sizes(smaller)}; a smaller budget saves the failed try. The device said: {reason}",
+        f"attention ran out of memory on {device} with {tried} and goes on with {smaller}; a smaller budget saves the "
+        f"failed try. The device said: {reason}",
         SmallerSlicesWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
 
 

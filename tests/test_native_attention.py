@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slicemod import native_library as native_library_module
+from slicemod import out_of_memory
 from slicemod.cpu_kernels import native_plan
 from slicemod.native_attention import native_attention
 from slicemod.native_library import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, native_library, native_obstacle
+from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.shapes import AttentionShape, MaskShape
 from slicemod.sliced import planned_attention
 from tests.measured_peak import measured_peak
@@ -254,7 +257,34 @@ def test_the_workspace_does_not_grow_with_the_tokens(dtype: torch.dtype) -> None
         assert plan is not None
         return plan.peak_bytes
 
-    assert peak(1024) == peak(4096) == peak(65536)
+    assert peak(2048) == peak(4096) == peak(65536)
+
+
+def test_out_of_memory_it_goes_on_with_fewer_threads_and_the_same_result(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(out_of_memory, "_said", set())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    inputs = layer_inputs(dtype, queries=1031, keys=509)
+    grad = torch.ones(2, 3, 1031, 11, dtype=dtype)
+    wanted = results(native, inputs.leaves(), grad)
+    asked: list[int] = []
+
+    def fails_at_first(size: int) -> Tensor:
+        asked.append(size)
+        if len(asked) in (1, 3):  # forward and backward with all threads
+            raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(native_library_module, "_workspace", fails_at_first)
+    with pytest.warns(SmallerSlicesWarning, match="blocks of 4 threads and goes on with those of 2"):
+        found = results(native, inputs.leaves(), grad)
+    assert len(asked) == 4
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name])
+    monkeypatch.setattr(native_library_module, "_workspace", lambda size: torch.empty(2**62, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        inputs.run(native)
 
 
 @pytest.mark.parametrize(

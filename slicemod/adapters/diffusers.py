@@ -114,7 +114,7 @@ class SlicemodAttnProcessor:
         output = rearrange(output, "b h n d -> b n (h d)").to(query.dtype)
         if more is not None:
             output = more(query, output)
-        del query
+        del query  # or it would live on beside what the last projection makes
         output = attn.to_out[1](attn.to_out[0](output))
         if is_image:
             output = output.transpose(1, 2).reshape(residual.shape)

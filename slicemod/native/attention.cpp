@@ -25,7 +25,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+#include <numeric>
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -498,7 +498,8 @@ Index strip_of(const Sizes &sizes) {
 
 // ---- forward
 
-constexpr Index kForwardQueries = 512, kForwardKeys = 256;
+// A block of queries is as large as leaves some for every thread: keys and values are packed anew for each.
+constexpr Index kMostQueries = 1024, kLeastQueries = 128, kBlocksOfThread = 4, kForwardKeys = 256;
 
 template <class Mode>
 struct Forward {
@@ -509,9 +510,12 @@ struct Forward {
         float *scores, *output, *maximum, *sums, *factor;
     };
 
-    explicit Forward(const Sizes &of) : sizes(of) {
+    Forward(const Sizes &of, Index threads) : sizes(of) {
         strip = strip_of<Mode>(of);
-        queries = std::min(round_up(kForwardQueries, strip), round_up(of.queries, 16));
+        Index most = kMostQueries;
+        while (most > kLeastQueries && of.batch * of.heads * ceil_div(of.queries, most) < kBlocksOfThread * threads)
+            most /= 2;
+        queries = std::min(round_up(most, std::lcm<Index>(strip, 16)), round_up(of.queries, 16));
         keys = std::min(kForwardKeys, round_up(of.keys, Mode::step));
         head_lanes = lanes_of<Mode>(of.head_dim);
         value_columns = round_up(of.value_dim, 16);
@@ -852,7 +856,7 @@ struct Call {
 
 template <class Mode, class Element>
 void forward(const Call &call, void *query, void *key, void *value, void *output, float *logsumexp, char *memory) {
-    const Forward<Mode> kernel(call.sizes);
+    const Forward<Mode> kernel(call.sizes, call.threads);
     const Sizes &sizes = call.sizes;
     const Index blocks = ceil_div(sizes.queries, kernel.queries), bytes = kernel.bytes();
     struct Body {
@@ -983,7 +987,7 @@ int slicemod_best_mode() {
 Index slicemod_forward_rows(int mode, int element, const Call *call) {
     Index rows = -1;
     dispatch(mode, element, [&](auto m, auto) {
-        rows = std::min(Forward<decltype(m)>(call->sizes).queries, call->sizes.queries);
+        rows = std::min(Forward<decltype(m)>(call->sizes, call->threads).queries, call->sizes.queries);
     });
     return rows;
 }
@@ -992,7 +996,7 @@ Index slicemod_forward_rows(int mode, int element, const Call *call) {
 Index slicemod_forward_bytes(int mode, int element, const Call *call) {
     Index bytes = -1;
     dispatch(mode, element, [&](auto m, auto) {
-        const Forward<decltype(m)> kernel(call->sizes);
+        const Forward<decltype(m)> kernel(call->sizes, call->threads);
         const Index units = call->sizes.batch * call->sizes.heads * ceil_div(call->sizes.queries, kernel.queries);
         bytes = std::min(call->threads, units) * kernel.bytes();
     });
