@@ -115,6 +115,14 @@ class NativeLibrary:
     def _call(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, threads: int, **others: Tensor | None
     ) -> _Call:
+        sizes = (*query.shape, key.shape[2], value.shape[3])
+        alike = key.shape[:2] == query.shape[:2] and value.shape[:3] == key.shape[:3] and key.shape[3] == query.shape[3]
+        if 0 in sizes or not alike:
+            raise ValueError(
+                "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv), no size 0; got "
+                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}. Call sliced_attention, which "
+                "takes more."
+            )
         call = _Call(scale=scale, threads=threads)
         call.sizes = (ctypes.c_int64 * 6)(*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
         for name, tensor in {"query": query, "key": key, "value": value, **others}.items():
@@ -153,12 +161,12 @@ def _library_or_obstacle() -> NativeLibrary | str:
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(
-            f"the native attention kernel could not be built with {compiler}, and attention on the CPU is PyTorch's. "
+            f"the native attention kernel could not be built with {compiler} or loaded, and attention on the CPU is PyTorch's. "
             f"SLICEMOD_NATIVE=0 saves the try. {said}",
             NativeLibraryWarning,
             stacklevel=2,
         )
-        return f"{compiler} could not build it: {said}"
+        return f"{compiler} could not build it, or it could not be loaded: {said}"
 
 
 def native_library() -> NativeLibrary | None:

@@ -383,3 +383,15 @@ def test_the_operators_are_registered_as_pytorch_wants_them(keep: bool) -> None:
         grad = torch.randn_like(kept[0])
         arguments = (grad, inputs.query, inputs.key, inputs.value, *kept, 0.3, [True, False, True])
         torch.library.opcheck(torch.ops.slicemod.native_attention_backward, arguments)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values"),
+    [((1, 2, 0, 8), (1, 2, 3, 8), (1, 2, 3, 8)), ((1, 2, 3, 8), (1, 1, 5, 8), (1, 1, 5, 8))],
+    ids=["no queries", "fewer key heads"],
+)
+def test_the_operator_refuses_what_the_kernel_would_read_beyond(
+    queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="expected .* no size 0"):
+        native_attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values), 0.3, False)

@@ -111,7 +111,8 @@ def test_the_predicted_peak_of_sd15_is_the_measured_one(dtype: torch.dtype) -> N
         torch.nn.init.normal_(tensor, std=0.02)
     for way, (predicted, measured) in _predicted_and_measured(unet, source, kind, 512, 64 * 2**20).items():
         print(f"{way}, {dtype}: predicted {predicted:,}, measured {measured:,}, {predicted / measured:.4f}")
-        assert predicted == pytest.approx(measured, rel=0.02), way
+        scratch = 4 * tile_scratch(dtype)  # of the wide convolutions that halve the image
+        assert predicted == pytest.approx(measured, rel=0.02, abs=scratch), way
 
 
 def test_sd15_has_the_attention_layers_of_its_paper() -> None:
