@@ -161,8 +161,8 @@ def _library_or_obstacle() -> NativeLibrary | str:
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
         warnings.warn(
-            f"the native attention kernel could not be built with {compiler} or loaded, and attention on the CPU is PyTorch's. "
-            f"SLICEMOD_NATIVE=0 saves the try. {said}",
+            f"the native attention kernel could not be built with {compiler} or loaded, and attention on the CPU is "
+            f"PyTorch's. SLICEMOD_NATIVE=0 saves the try. {said}",
             NativeLibraryWarning,
             stacklevel=2,
         )

@@ -393,5 +393,5 @@ def test_the_operators_are_registered_as_pytorch_wants_them(keep: bool) -> None:
 def test_the_operator_refuses_what_the_kernel_would_read_beyond(
     queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match="expected .* no size 0"):
+    with pytest.raises(ValueError, match=r"expected .* no size 0"):
         native_attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values), 0.3, False)
