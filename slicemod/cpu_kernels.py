@@ -20,6 +20,10 @@ from slicemod.shapes import AttentionShape, ceil_div
 _LEAST_NATIVE_KEYS = 16
 _LEAST_NATIVE_PRODUCTS = 2**23  # of heads, queries, keys and channels
 
+# The backward pass packs queries for every block of keys, which costs more than PyTorch's kernel does in float32 where
+# one block of few keys is all there is.
+_FEW_FLOAT32_KEYS = 256
+
 # Wider heads do not leave a block of keys and values in the cache; PyTorch's large products do better then, but for the
 # backward pass in bfloat16.
 _WIDEST_NATIVE_HEAD = 256
@@ -68,7 +72,8 @@ def native_plan(
     plain = shape.mask is None and not shape.causal and not shape.dropout and shape.group == 1
     products = shape.scores_bytes // shape.score_itemsize * shape.head_dim
     wide = max(shape.head_dim, shape.values) > _WIDEST_NATIVE_HEAD and not (training and dtype == torch.bfloat16)
-    if library is None or not plain or wide or not shape.values:
+    few = training and dtype == torch.float32 and shape.keys < _FEW_FLOAT32_KEYS
+    if library is None or not plain or wide or few or not shape.values:
         return None
     if shape.keys < _LEAST_NATIVE_KEYS or products < _LEAST_NATIVE_PRODUCTS:
         return None

@@ -22,8 +22,7 @@ def _library() -> NativeLibrary:
     return library
 
 
-@torch.library.custom_op("slicemod::native_attention", mutates_args=(), device_types="cpu")
-def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+def native_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
     """Attention of query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)`, one of the library's dtypes.
 
     Returns:
@@ -38,6 +37,11 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ke
         lambda threads: library.forward(query, key, value, output, kept, scale, threads), torch.get_num_threads()
     )
     return output, logsumexp
+
+
+native_attention = torch.library.custom_op(
+    "slicemod::native_attention", native_forward, mutates_args=(), device_types="cpu"
+)
 
 
 @native_attention.register_fake

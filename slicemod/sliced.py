@@ -29,7 +29,7 @@ from slicemod.math_kernel import (
     math_backward,
     math_forward,
 )
-from slicemod.native_attention import native_attention
+from slicemod.native_attention import native_attention, native_forward
 from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
@@ -174,8 +174,10 @@ def _plan(
     # Half precision has no matrix product of float32 accuracy on a CPU; the tiles are float32 there.
     upcast = query.device.type == "cpu" and query.element_size() < 4
     sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
-    # Only a positive scale leaves the maximum of a row's products that of its scores.
-    dtype = query.dtype if scale is None or scale > 0 else None
+    # Only a positive scale leaves the maximum of a row's products that of its scores, and torch.func.grad takes no
+    # operator of ours, but PyTorch's.
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    dtype = query.dtype if not transformed and (scale is None or scale > 0) else None
     return _decide(settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle, dtype)
 
 
@@ -190,6 +192,17 @@ def _settings(slicing: SliceConfig | Mapping[str, Any] | None) -> tuple[Any, ...
 @_constant_in_graph
 def _settings_of_items(items: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
     return _settings(SliceConfig.of(dict(items)))
+
+
+def _is_watched(*tensors: Tensor) -> bool:
+    """Something traces, transforms or counts the operators that are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(tensor) is not Tensor for tensor in tensors)
+    )
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -326,7 +339,9 @@ def _follow(
     if plan.kernel == "fused":
         output, _ = float32_flash(query, key, value, mask, is_causal, scale, plan.heads, training)
     elif plan.kernel == "native":
-        output, _ = native_attention(query, key, value, scale, training)
+        # An operator costs tens of microseconds, which only gradients and whoever looks on need.
+        attend = native_attention if training or _is_watched(query, key, value) else native_forward
+        output, _ = attend(query, key, value, scale, training)
     else:
         seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
         keep_weights = training and not plan.checkpoint and not plan.keys
