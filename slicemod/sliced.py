@@ -198,7 +198,7 @@ def _is_watched(*tensors: Tensor) -> bool:
     """Something traces, transforms or counts the operators that are called."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(type(tensor) is not Tensor for tensor in tensors)
