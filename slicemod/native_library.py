@@ -115,7 +115,7 @@ class NativeLibrary:
     def _call(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, threads: int, **others: Tensor | None
     ) -> _Call:
-        sizes = (*query.shape, key.shape[2], value.shape[3])
+        sizes = (*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
         alike = key.shape[:2] == query.shape[:2] and value.shape[:3] == key.shape[:3] and key.shape[3] == query.shape[3]
         if 0 in sizes or not alike:
             raise ValueError(
@@ -123,8 +123,7 @@ class NativeLibrary:
                 f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}. Call sliced_attention, which "
                 "takes more."
             )
-        call = _Call(scale=scale, threads=threads)
-        call.sizes = (ctypes.c_int64 * 6)(*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
+        call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), scale=scale, threads=threads)
         for name, tensor in {"query": query, "key": key, "value": value, **others}.items():
             if tensor is not None:
                 setattr(call, name, (ctypes.c_int64 * 4)(*tensor.stride()))

@@ -40,9 +40,8 @@ class DiffusersHost:
         processor = _processor(module)
         if not isinstance(processor, SlicemodAttnProcessor):
             return None
-        if (
-            processor.replaced is None
-        ):  # made anew by its class alone, as diffusers does to load or unload an IP-Adapter
+        # To load or unload an IP-Adapter diffusers makes processors anew, by their class alone.
+        if processor.replaced is None:
             processor.replaced = vars(module).get(_REPLACED)
         return None if processor.replaced is None else processor
 

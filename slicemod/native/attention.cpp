@@ -103,6 +103,8 @@ struct Matrix {
     Type *data;
     Index row_stride, column_stride, columns;
 
+    Matrix from_row(Index start) const { return {data + start * row_stride, row_stride, column_stride, columns}; }
+
     // 16 columns of a row in float32, zeros beyond the last one.
     Vector floats(Index row, Index column) const {
         const Type *from = data + row * row_stride + column * column_stride;
@@ -415,8 +417,7 @@ void pack_columns(Lane *to, Index lanes, const Matrix<Element> &from, Index star
 template <class Mode, class Element>
 void pack_lanes(Lane *to, Index columns, const Matrix<Element> &from, Index start, Index rows, Index padded) {
     const Index lanes = padded / Mode::per_lane;
-    Matrix<Element> part = from;
-    part.data += start * from.row_stride;
+    const Matrix<Element> part = from.from_row(start);
     for (Index column = 0; column < columns; column += 16)
         for (Index lane = 0; lane < lanes; lane++)
             _mm512_storeu_si512(panel(to, lanes, columns, lane, column), Mode::across(part, lane, rows, column));
@@ -426,8 +427,7 @@ void pack_lanes(Lane *to, Index columns, const Matrix<Element> &from, Index star
 template <class Mode, class Element>
 void pack_transposed(Lane *to, Index columns, const Matrix<Element> &from, Index start, Index rows, Index padded) {
     const Index lanes = padded / Mode::per_lane;
-    Matrix<Element> part = from;
-    part.data += start * from.row_stride;
+    const Matrix<Element> part = from.from_row(start);
     for (Index column = 0; column < columns; column += 16)
         for (Index lane = 0; lane < lanes; lane += 16) {
             __m512i some[16];
@@ -714,7 +714,6 @@ struct Backward {
         return arena.used;
     }
     Index grad_query_buffers() const { return parts > 1 ? units() : std::min(threads, units()); }
-    Index delta_bytes() const { return round_up(sizes.batch * sizes.heads * sizes.queries * 4, 64); }
     Index bytes() const {
         return std::min(threads, units()) * thread_bytes() + grad_query_buffers() * round_up(grad_query_floats() * 4, 64);
     }
