@@ -5,11 +5,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+try:
+    import resource
+except ImportError:  # it is POSIX's
+    resource = None  # type: ignore[assignment]
 
 ACCEPTED_BUDGETS = '"auto", bytes such as 536870912, a size such as "512MiB" or "2GB", or a fraction such as 0.25'
 
@@ -20,8 +26,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|[KMGT]i?B)")
 # cgroup v1 writes "no limit" as the largest page-aligned 63-bit int.
 _CGROUP_V1_UNLIMITED = 1 << 62
 
-_MEMINFO = Path("/proc/meminfo")
+_MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
 _MEMBERSHIP, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_MEM_AVAILABLE = re.compile(rb"^MemAvailable: *(\d+) kB$", flags=re.MULTILINE)
+_READ_AT_ONCE = 2**16  # bytes
+
+# How old a reading of a CPU's free memory may be, and more bytes than a machine writes in that time.
+_RECENT_SECONDS = 1e-3
+_WRITTEN_SINCE = 2**30
+_last_reading = 0, -math.inf  # bytes, and time.monotonic() before they were read
 
 
 def parse_budget(budget: object, available: int | None = None) -> int | float:
@@ -33,26 +46,29 @@ def parse_budget(budget: object, available: int | None = None) -> int | float:
     Raises:
         ValueError: `budget` has none of the accepted forms, or is not positive.
     """
-    refusal = ValueError(f"budget: expected {ACCEPTED_BUDGETS}; got {budget!r}. Write it in one of these forms.")
     if budget == "auto":
         budget = 1.0
     if isinstance(budget, str):
         match = _SIZE.fullmatch(budget.strip())
         if match is None or ("." in match[1] and not match[2]):
-            raise refusal
+            raise _refusal(budget)
         size = float(match[1]) * _UNITS[match[2]]
         if not 1 <= size < math.inf:
-            raise refusal
+            raise _refusal(budget)
         return int(size)
     if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise refusal
+        raise _refusal(budget)
     if isinstance(budget, int):
         if budget < 1:
-            raise refusal
+            raise _refusal(budget)
         return budget
     if not 0.0 < budget <= 1.0:  # also refuses NaN
-        raise refusal
+        raise _refusal(budget)
     return budget if available is None else int(budget * available)
+
+
+def _refusal(budget: object) -> ValueError:
+    return ValueError(f"budget: expected {ACCEPTED_BUDGETS}; got {budget!r}. Write it in one of these forms.")
 
 
 def budget_bytes(budget: int | float | str, device: torch.device) -> int:
@@ -64,6 +80,22 @@ def budget_bytes(budget: int | float | str, device: torch.device) -> int:
     """
     parsed = parse_budget(budget)
     return parsed if isinstance(parsed, int) else int(parsed * free_memory(device))
+
+
+def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
+    """A budget, as `parse_budget` gives it, allows `size` bytes, and that is known without a look at the device.
+
+    A fraction of what a CPU has free is known where the last reading is no older than a short call takes, and leaves so
+    much that nobody can have written to all of it since: memory is free until it is written to. An address space is
+    used up by less; where that is limited, nothing is known.
+    """
+    if isinstance(parsed, int):
+        return size <= parsed
+    if device.type != "cpu" or free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
+        return False
+    free, read_at = _last_reading
+    recent = time.monotonic() - read_at < _RECENT_SECONDS
+    return recent and size <= parsed * (free - _WRITTEN_SINCE) and not _has_limited_addresses()
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -89,6 +121,9 @@ def free_memory(device: torch.device | str) -> int:
     return int(backend.mem_get_info(device)[0] + cached)
 
 
+_PROBE = free_memory
+
+
 def _no_probe(device: str) -> str:
     return (
         f"free_memory: no way to read the free memory of {device!r} on {sys.platform}; expected a device that "
@@ -101,30 +136,48 @@ def _free_cpu_memory() -> int:
         return _macos_available()
     if not sys.platform.startswith("linux"):
         raise RuntimeError(_no_probe("cpu"))
-    import resource  # POSIX only
-
+    global _last_reading
+    read_at = time.monotonic()
     readings = [_ram_available(_MEMINFO), *cgroup_headrooms(_MEMBERSHIP, _CGROUP_MOUNT)]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        pages = int(_read("/proc/self/statm").split()[0])
+    if _has_limited_addresses():
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        pages = int(_STATM.read_bytes().split()[0])  # opened each time: it is that of the process that opened it
         readings.append(limit - pages * resource.getpagesize())
-    return max(0, min(readings))
+    free = max(0, min(readings))
+    _last_reading = free, read_at
+    return free
 
 
-def _read(path: str | Path) -> bytes:
-    """What the kernel says in a file, in a third of the time that pathlib takes: with "auto" every call asks."""
-    content = b""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        while more := os.read(descriptor, 2**16):
+def _has_limited_addresses() -> bool:
+    return resource is not None and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+class _KernelFile:
+    """A file that the kernel writes whenever it is read; left open, since with "auto" every call reads some."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor, self._process = -1, -1
+
+    def read(self) -> bytes:
+        """What it says now."""
+        process = os.getpid()
+        if process != self._process:
+            # A child opens its own: a daemon closes what it was born with, and the numbers are given out again.
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._process = process
+        content = more = os.pread(self._descriptor, _READ_AT_ONCE, 0)  # short only at the end: it is one record
+        while len(more) == _READ_AT_ONCE:
+            more = os.pread(self._descriptor, _READ_AT_ONCE, len(content))
             content += more
-    finally:
-        os.close(descriptor)
-    return content
+        return content
+
+
+_kernel_file = cache(_KernelFile)
 
 
 def _ram_available(meminfo: Path) -> int:
-    found = re.search(rb"^MemAvailable: *(\d+) kB$", _read(meminfo), flags=re.MULTILINE)
+    found = _MEM_AVAILABLE.search(_kernel_file(meminfo).read())
     if found is None:
         raise RuntimeError(_no_probe("cpu"))
     return int(found[1]) * 1024
@@ -143,9 +196,9 @@ def _macos_available() -> int:
 class _Cgroup(NamedTuple):
     """The files that tell a cgroup's memory, and what its cache that the kernel can drop is called."""
 
-    limit: Path
-    usage: Path
-    stat: Path
+    limit: _KernelFile
+    usage: _KernelFile
+    stat: _KernelFile | None
     cache: bytes
 
 
@@ -160,9 +213,9 @@ def cgroup_headrooms(membership: Path, mount: Path) -> list[int]:
     """
     headrooms: list[int] = []
     for group in _memory_cgroups(membership, mount):
-        most = _read(group.limit).strip()
+        most = group.limit.read().strip()
         if most != b"max" and int(most) < _CGROUP_V1_UNLIMITED:
-            used = int(_read(group.usage)) - _cgroup_stat(group.stat, group.cache)
+            used = int(group.usage.read()) - _cgroup_stat(group.stat, group.cache)
             headrooms.append(int(most) - used)
     return headrooms
 
@@ -189,14 +242,19 @@ def _ancestors(root: Path, path: str, limit: str, usage: str, cache: bytes) -> l
     group = root / path.lstrip("/")
     folders = [folder for folder in (group, *group.parents) if root in (folder, *folder.parents)]
     return [
-        _Cgroup(folder / limit, folder / usage, folder / "memory.stat", cache)
+        _Cgroup(
+            _KernelFile(folder / limit),
+            _KernelFile(folder / usage),
+            _KernelFile(folder / "memory.stat") if (folder / "memory.stat").exists() else None,
+            cache,
+        )
         for folder in folders
         if (folder / limit).exists() and (folder / usage).exists()
     ]
 
 
-def _cgroup_stat(stat: Path, key: bytes) -> int:
-    if not stat.exists():
+def _cgroup_stat(stat: _KernelFile | None, key: bytes) -> int:
+    if stat is None:
         return 0
-    found = re.search(rb"^%s (\d+)$" % key, _read(stat), flags=re.MULTILINE)
+    found = re.search(rb"^%s (\d+)$" % key, stat.read(), flags=re.MULTILINE)
     return int(found[1]) if found else 0

@@ -171,14 +171,25 @@ class SliceConfig:
             NotEnoughMemoryError: no plan fits the budget.
             ValueError: `kernel="fused"` and there is an obstacle.
         """
-        available = memory.budget_bytes(self.budget, device)
+        return self.plans(shape, device, training=training, fused_obstacle=fused_obstacle, cpu=cpu).now()
+
+    def plans(
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        training: bool,
+        fused_obstacle: str | None,
+        cpu: CpuKernels = NO_CPU_KERNELS,
+    ) -> CallPlans:
+        """The plans of one call, from which what is free picks one; arguments and errors are those of `plan`."""
         given = device.type, training, fused_obstacle, cpu, torch.get_num_threads(), POLICIES[self.policy]
-        if self.kernel != "math" and self.steps is None and available > 0:
+        best = None
+        if self.kernel != "math" and self.steps is None:
             # What is free differs from call to call, and the same kernel is the best in all that it fits into.
             best = _plan(self, shape, _ALL_THERE_COULD_BE, *given)
-            if best.kernel != "math" and best.peak_bytes <= available:
-                return best
-        return _plan(self, shape, available, *given)
+        best = None if best is None or best.kernel == "math" else best
+        return CallPlans(self, memory.parse_budget(self.budget), shape, device, given, best)
 
     def _cpu_plan(
         self, shape: AttentionShape, available: int, training: bool, fused_obstacle: str | None, cpu: CpuKernels
@@ -198,6 +209,41 @@ class SliceConfig:
             f"budget: {self.budget!r} allows {available:,} bytes and the plan needs {plan.peak_bytes:,} ({plan}), "
             f"for {shape}. Raise the budget, {advice} or lower the resolution: at most about {side}x{side} would fit."
         )
+
+
+@dataclass(frozen=True)
+class CallPlans:
+    """All that the plan of a call depends on, but for the memory that is free.
+
+    Attributes:
+        slicing: what was asked for.
+        parsed_budget: its budget in bytes, or a fraction of what is free.
+        shape: sizes of the call.
+        device: where it runs.
+        given: the further arguments of `_plan`.
+        best: the plan where there is memory enough for it, if that is not of the sliced kernel.
+    """
+
+    slicing: SliceConfig
+    parsed_budget: int | float
+    shape: AttentionShape
+    device: torch.device
+    given: tuple[Any, ...]
+    best: SlicePlan | None
+
+    def now(self) -> SlicePlan:
+        """The plan for what is free now, which is read where the budget refers to it.
+
+        Raises:
+            NotEnoughMemoryError: no plan fits the budget.
+        """
+        best = self.best
+        if best is not None and memory.surely_allows(self.parsed_budget, best.peak_bytes, self.device):
+            return best
+        available = memory.budget_bytes(self.slicing.budget, self.device)
+        if best is not None and 0 < available >= best.peak_bytes:
+            return best
+        return _plan(self.slicing, self.shape, available, *self.given)
 
 
 @lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step

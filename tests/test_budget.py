@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slicemod import budget as memory
-from slicemod.budget import budget_bytes, cgroup_headrooms, free_memory, parse_budget
+from slicemod.budget import budget_bytes, cgroup_headrooms, free_memory, parse_budget, surely_allows
 
 MIB = 2**20
 
@@ -170,6 +172,88 @@ def test_a_cgroup_inside_a_container_may_have_its_files_at_the_mount(tmp_path: P
 
 def test_a_system_without_cgroups_has_no_limits_by_them(tmp_path: Path) -> None:
     assert cgroup_headrooms(tmp_path / "absent", tmp_path) == []
+
+
+def test_a_limit_that_changes_is_seen_at_the_next_reading(tmp_path: Path) -> None:
+    box = tmp_path / "cgroup" / "box"
+    write(box, memory__max="1000", memory__current="500")
+    assert headrooms(tmp_path, "0::/box\n") == [500]
+    write(box, memory__max="700", memory__current="600", memory__stat="inactive_file 5")
+    assert headrooms(tmp_path, "0::/box\n") == [100]
+    write(box, memory__max="max")
+    assert headrooms(tmp_path, "0::/box\n") == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_closes_all_files_reads_the_right_ones(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 300 kB\n")
+    (tmp_path / "other").write_text("MemAvailable: 7 kB\n")
+    program = """
+import os, sys
+from pathlib import Path
+from slicemod.budget import _ram_available
+meminfo, other = map(Path, sys.argv[1:])
+_ram_available(meminfo)
+if os.fork() == 0:
+    os.closerange(3, 100)
+    for _ in range(50):
+        os.open(other, os.O_RDONLY)
+    os._exit(_ram_available(meminfo) != 300 * 1024)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path / "meminfo", tmp_path / "other"], check=True)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds: the last of these. The CPU has 4 GiB free."""
+    times = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: times[-1])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(memory, "_ram_available", lambda meminfo: 4 * 2**30)
+    monkeypatch.setattr(memory, "cgroup_headrooms", lambda membership, mount: [])
+    monkeypatch.setattr(memory, "_last_reading", (0, -math.inf))
+    return times
+
+
+def test_nothing_is_sure_before_the_device_was_looked_at(clock: list[float]) -> None:
+    assert not surely_allows(1.0, 1, torch.device("cpu"))
+
+
+def test_a_reading_is_trusted_for_less_than_it_said_and_not_for_long(clock: list[float]) -> None:
+    free_memory("cpu")
+    clock.append(100.0009)
+    assert surely_allows(1.0, 3 * 2**30, torch.device("cpu"))
+    assert not surely_allows(1.0, 3 * 2**30 + 1, torch.device("cpu"))
+    assert surely_allows(0.5, 3 * 2**29, torch.device("cpu"))
+    assert not surely_allows(0.5, 3 * 2**29 + 1, torch.device("cpu"))
+    clock.append(100.0011)
+    assert not surely_allows(1.0, 1, torch.device("cpu"))
+
+
+def test_a_reading_says_nothing_of_other_devices_or_of_a_simulated_one(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_memory("cpu")
+    assert not surely_allows(1.0, 1, torch.device("cuda"))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**40)
+    assert not surely_allows(1.0, 1, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is enforced on Linux only")
+def test_where_the_address_space_is_limited_no_reading_is_trusted(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_memory("cpu")
+    assert surely_allows(1.0, 1, torch.device("cpu"))
+    monkeypatch.setattr("resource.getrlimit", lambda which: (2**40, 2**40))
+    assert not surely_allows(1.0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_budget_in_bytes_is_sure_on_any_device(device: str) -> None:
+    assert surely_allows(100, 100, torch.device(device))
+    assert not surely_allows(100, 101, torch.device(device))
 
 
 def test_free_cpu_memory_is_the_smallest_reading(monkeypatch: pytest.MonkeyPatch) -> None:
