@@ -91,7 +91,9 @@ class NativeLibrary:
 
         Query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)` of any strides.
         """
-        call = self._call(query, key, value, scale, threads, output=output)
+        call = _call(
+            (query.shape, key.shape, value.shape), scale, threads, **_strides(query, key, value, output=output)
+        )
         self._run("forward", query.dtype, call, query, key, value, output, logsumexp)
 
     def backward(
@@ -108,26 +110,10 @@ class NativeLibrary:
     ) -> None:
         """Write the gradients of query, key and value, those that are not None."""
         named = dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True))
-        call = self._call(query, key, value, scale, threads, output=output, grad_output=grad_output, **named)
+        strides = _strides(query, key, value, output=output, grad_output=grad_output, **named)
+        call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
         delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row, the sum of output and its gradient
         self._run("backward", query.dtype, call, grad_output, query, key, value, output, logsumexp, *gradients, delta)
-
-    def _call(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, threads: int, **others: Tensor | None
-    ) -> _Call:
-        sizes = (*query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
-        alike = key.shape[:2] == query.shape[:2] and value.shape[:3] == key.shape[:3] and key.shape[3] == query.shape[3]
-        if 0 in sizes or not alike:
-            raise ValueError(
-                "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv), no size 0; got "
-                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}. Call sliced_attention, which "
-                "takes more."
-            )
-        call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), scale=scale, threads=threads)
-        for name, tensor in {"query": query, "key": key, "value": value, **others}.items():
-            if tensor is not None:
-                setattr(call, name, (ctypes.c_int64 * 4)(*tensor.stride()))
-        return call
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
@@ -138,6 +124,29 @@ class NativeLibrary:
                 f"native attention: expected a library with mode {self.modes[dtype]} for {dtype}; got one without. "
                 "Set SLICEMOD_NATIVE=0 and report this."
             )
+
+
+def _strides(query: Tensor, key: Tensor, value: Tensor, **others: Tensor | None) -> dict[str, tuple[int, ...]]:
+    strides = {"query": query.stride(), "key": key.stride(), "value": value.stride()}
+    for name, tensor in others.items():
+        if tensor is not None:
+            strides[name] = tensor.stride()
+    return strides
+
+
+@lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step, and the library only reads it
+def _call(shapes: tuple[torch.Size, ...], scale: float, threads: int, **strides: tuple[int, ...]) -> _Call:
+    query, key, value = shapes
+    sizes = (*query[:3], key[2], query[3], value[3])
+    if 0 in sizes or key[:2] != query[:2] or value[:3] != key[:3] or key[3] != query[3]:
+        raise ValueError(
+            "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv), no size 0; got "
+            f"{tuple(query)}, {tuple(key)} and {tuple(value)}. Call sliced_attention, which takes more."
+        )
+    call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), scale=scale, threads=threads)
+    for name, stride in strides.items():
+        setattr(call, name, (ctypes.c_int64 * 4)(*stride))
+    return call
 
 
 def _workspace(size: int) -> Tensor:
