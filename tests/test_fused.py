@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.cpu_kernels import cpu_kernels
 from slicemod.fused import fused_attention, fused_obstacle
 from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import layer_inputs, layer_like
 
-MATH = SDPBackend.MATH.value
+MATH_BACKEND = SDPBackend.MATH
+MATH = MATH_BACKEND.value
 HALF_AND_MORE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -144,6 +145,27 @@ def test_where_nothing_is_fused_there_is_an_error_and_no_fallback() -> None:
     query = layer_like(2, 3, 5, 7)
     with pytest.warns(UserWarning, match="kernel"), pytest.raises(RuntimeError, match="No available kernel"):
         fused_attention(query, query, query, None, 0.3, False, None, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pytorch_s_switches_choose_no_other_kernel_and_are_left_as_they_are(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype)
+
+    def attention() -> Tensor:
+        return inputs.run(sliced_attention, slicing={"kernel": "fused"})
+
+    with sdpa_kernel(MATH_BACKEND):
+        computed_unfused = inputs.run(F.scaled_dot_product_attention)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        fused = inputs.run(F.scaled_dot_product_attention)
+    assert not torch.equal(fused, computed_unfused)
+    assert torch.equal(attention(), fused)
+    with sdpa_kernel(MATH_BACKEND):  # seen at the next call
+        assert torch.equal(attention(), fused)
+        assert not torch._C._get_flash_sdp_enabled()
+    assert torch.equal(attention(), fused)
+    assert torch._C._get_flash_sdp_enabled()
+    assert torch._C._get_math_sdp_enabled()
 
 
 def test_auto_fuses_exactly_where_there_is_no_obstacle() -> None:
