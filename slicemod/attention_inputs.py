@@ -68,14 +68,21 @@ def _has_tangent(tensor: Tensor) -> bool:
     return unpack(tensor)[1] is not None
 
 
-def autocast_input(tensor: MaybeTensor) -> MaybeTensor:
+def autocast_inputs(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As the autocast of SDPA: a floating-point tensor, float64 apart, takes the autocast dtype."""
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, key, value, attn_mask
+    dtype = torch.get_autocast_dtype(device)
+    return _cast(query, dtype), _cast(key, dtype), _cast(value, dtype), _cast(attn_mask, dtype)
+
+
+def _cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(dtype)
 
 
 def as_four_dims(

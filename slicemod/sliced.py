@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from slicemod.attention_inputs import as_four_dims, autocast_input, check_inputs
+from slicemod.attention_inputs import as_four_dims, autocast_inputs, check_inputs
 from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
@@ -29,10 +30,11 @@ from slicemod.math_kernel import (
     math_backward,
     math_forward,
 )
-from slicemod.native_attention import native_attention, native_forward
+from slicemod.native_attention import attend_natively
 from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
-from slicemod.slice_config import SliceConfig
+from slicemod.slice_config import CallPlans, SliceConfig
+from slicemod.watched import is_watched
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 # PyTorch leaves this decorator without types.
@@ -146,8 +148,19 @@ def _decide(
     dtype: torch.dtype | None,
 ) -> SlicePlan:
     """The plan of a call; while a graph is traced this runs outside of it, and its answer is a constant in there."""
+    return _plans(settings, sizes, device, training, fused_obstacle, dtype).now()
+
+
+def _plans(
+    settings: tuple[Any, ...],
+    sizes: tuple[Any, ...],
+    device: str,
+    training: bool,
+    fused_obstacle: str | None,
+    dtype: torch.dtype | None,
+) -> CallPlans:
     cpu = NO_CPU_KERNELS if dtype is None else cpu_kernels(dtype, torch.device(device))
-    return _checked_config(*settings).plan(
+    return _checked_config(*settings).plans(
         attention_shape(sizes),
         torch.device(device),
         training=training,
@@ -159,7 +172,7 @@ def _decide(
 _checked_config = lru_cache(typed=True)(SliceConfig)  # a budget of 1 byte is not one of 1.0, all there is
 
 
-def _plan(
+def _question(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -169,8 +182,8 @@ def _plan(
     scale: float | None,
     obstacle: str | None,
     settings: tuple[Any, ...],
-) -> SlicePlan:
-    """The plan for 4-D inputs, of which only sizes and types are looked at."""
+) -> tuple[Any, ...]:
+    """The arguments of `_decide` for 4-D inputs, of which only sizes and types are looked at."""
     # Half precision has no matrix product of float32 accuracy on a CPU; the tiles are float32 there.
     upcast = query.device.type == "cpu" and query.element_size() < 4
     sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
@@ -178,7 +191,49 @@ def _plan(
     # operator of ours, but PyTorch's.
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     dtype = query.dtype if not transformed and (scale is None or scale > 0) else None
-    return _decide(settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle, dtype)
+    return settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle, dtype
+
+
+# Calls that were checked and planned before, by all that this depends on but for the memory that is free. What a
+# processor has is no part of it, as that stays while the process runs. A UNet has some dozens of calls.
+_known_calls: dict[tuple[Any, ...], CallPlans] = {}
+_MOST_KNOWN_CALLS = 4096
+
+
+def _known_as(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    slicing: SliceConfig | Mapping[str, Any] | None,
+) -> tuple[Any, ...] | None:
+    """What a call without mask and dropout is known by; None for one that is not to be remembered.
+
+    Other devices' calls are not: whether PyTorch fuses those depends on its settings too.
+    """
+    if is_watched(query, key, value) or not (query.is_cpu and key.is_cpu and value.is_cpu):
+        return None
+    if forward_ad._current_level >= 0 or not (scale is None or scale > 0):
+        return None
+    slicing = _DEFAULT if slicing is None else SliceConfig.of(slicing)
+    return (
+        *(query.shape, query.stride(), query.dtype, query.requires_grad),
+        *(key.shape, key.stride(), key.dtype, key.requires_grad),
+        *(value.shape, value.stride(), value.dtype, value.requires_grad),
+        *(is_causal, enable_gqa, torch.is_grad_enabled(), torch.get_num_threads()),
+        *(slicing, type(slicing.budget)),  # a budget of 1 byte equals one of 1.0, all there is
+    )
+
+
+_DEFAULT = SliceConfig()
+
+
+def _remember(call: tuple[Any, ...], plans: CallPlans) -> None:
+    if len(_known_calls) >= _MOST_KNOWN_CALLS:
+        _known_calls.clear()
+    _known_calls[call] = plans
 
 
 def _settings(slicing: SliceConfig | Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -192,17 +247,6 @@ def _settings(slicing: SliceConfig | Mapping[str, Any] | None) -> tuple[Any, ...
 @_constant_in_graph
 def _settings_of_items(items: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
     return _settings(SliceConfig.of(dict(items)))
-
-
-def _is_watched(*tensors: Tensor) -> bool:
-    """Something traces, transforms or counts the operators that are called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(tensor) is not Tensor for tensor in tensors)
-    )
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -279,9 +323,15 @@ def planned_attention(
             f"plan: expected a SlicePlan and no slicing beside it; got {type(plan).__name__}"
             f"{' and slicing' if slicing is not None else ''}. Pass the one or the other."
         )
+    query, key, value, attn_mask = autocast_inputs(query, key, value, attn_mask)
+    call = None
+    if plan is None and attn_mask is None and dropout_p == 0:
+        call = _known_as(query, key, value, is_causal, scale, enable_gqa, slicing)
+        if (plans := None if call is None else _known_calls.get(call)) is not None:
+            plan = plans.now()
+            return _follow(plan, query, key, value, None, 0.0, is_causal, scale, enable_gqa), plan
     settings = _settings(slicing)
-    query, key, value = autocast_input(query), autocast_input(key), autocast_input(value)
-    attn_mask = autocast_input(attn_mask)
+    shapes = query.shape, key.shape, value.shape
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
     # Asked of the inputs as they came: where SDPA would not fuse, its accuracy is that of the unfused kernel.
     obstacle = fused_obstacle(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
@@ -292,7 +342,10 @@ def planned_attention(
         output = (query @ key.new_zeros(1, 1, head_dim, 1)) * value.new_zeros(value.shape[3])  # (B, H, N, Dv)
         return output.reshape(*lead, queries, value.shape[3]), None
     if plan is None:
-        plan = _plan(query, key, value, mask, dropout_p, is_causal, scale, obstacle, settings)
+        question = _question(query, key, value, mask, dropout_p, is_causal, scale, obstacle, settings)
+        plan = _decide(*question)
+        if call is not None and shapes == (query.shape, key.shape, value.shape):  # not ones to be viewed as 4-D
+            _remember(call, _plans(*question))
     elif plan.kernel == "native":
         _check_native(query, key, mask, dropout_p, is_causal, scale)
     output = _follow(plan, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
@@ -339,9 +392,7 @@ def _follow(
     if plan.kernel == "fused":
         output, _ = float32_flash(query, key, value, mask, is_causal, scale, plan.heads, training)
     elif plan.kernel == "native":
-        # An operator costs tens of microseconds, which only gradients and whoever looks on need.
-        attend = native_attention if training or _is_watched(query, key, value) else native_forward
-        output, _ = attend(query, key, value, scale, training)
+        output = attend_natively(query, key, value, scale, training)
     else:
         seed = torch.randint(2**63 - 1, ()) if dropout_p > 0 else None
         keep_weights = training and not plan.checkpoint and not plan.keys

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slicemod import cpu_kernels as module
+from slicemod import sliced
 from slicemod.cpu_kernels import CpuKernels, cpu_kernels
 from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
@@ -15,8 +16,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without the native kernel."""
+    """A machine without the native kernel, which has not seen what was planned on this one."""
     monkeypatch.setattr(module, "native_library", lambda: None)
+    monkeypatch.setattr(sliced, "_known_calls", {})
 
 
 def test_a_half_precision_without_instructions_is_computed_in_float32(

@@ -1,0 +1,271 @@
+"""A call that was planned before is planned as if it were the first: whatever changes is seen at the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slicemod import budget as memory
+from slicemod import sliced as module
+from slicemod.native_library import native_library, native_obstacle
+from slicemod.plan import NotEnoughMemoryError, SlicePlan
+from slicemod.slice_config import SliceConfig
+from slicemod.sliced import planned_attention, sliced_attention
+from tests.oracle import Inputs, layer_inputs, layer_like
+
+needs_native = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """The calls that are known: none at first."""
+    calls: dict[Any, Any] = {}
+    monkeypatch.setattr(module, "_known_calls", calls)
+    return calls
+
+
+@pytest.fixture
+def free_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the probe answers: the last of these."""
+    answers = [2**30]
+    monkeypatch.setattr(memory, "free_memory", lambda device: answers[-1])
+    return answers
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def plan_of(inputs: Inputs, **more: Any) -> SlicePlan:
+    plan = planned_attention(inputs.query, inputs.key, inputs.value, inputs.mask, **inputs.settings, **more)[1]
+    assert plan is not None
+    return plan
+
+
+SMALL: dict[str, Any] = {"queries": 61, "keys": 53}  # PyTorch's kernel is the faster one
+LARGE: dict[str, Any] = {"queries": 521, "keys": 521, "width": 40}  # the native one is
+
+
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_call_is_checked_and_planned_once(
+    sizes: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch, known: dict[Any, Any]
+) -> None:
+    inputs = layer_inputs(**sizes)
+    inputs = inputs.leaves() if training else inputs
+    first, plan = planned_attention(inputs.query, inputs.key, inputs.value)
+    assert len(known) == 1
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(module, "check_inputs", refuse)
+    second, same_plan = planned_attention(inputs.query, inputs.key, inputs.value)
+    assert same_plan is plan
+    assert torch.equal(first, second)
+    assert second.requires_grad is training
+
+
+@pytest.mark.parametrize("budget", ["auto", 0.5])
+def test_a_changed_probe_is_seen_at_the_next_call(budget: Any, free_bytes: list[int]) -> None:
+    inputs, slicing = layer_inputs(**LARGE), SliceConfig(budget=budget)
+    ample = plan_of(inputs, slicing=slicing)
+    assert ample.kernel != "math"
+    free_bytes.append(ample.peak_bytes - 1)
+    tight = plan_of(inputs, slicing=slicing)
+    assert tight.peak_bytes < ample.peak_bytes
+    free_bytes.append(2 * ample.peak_bytes)
+    assert plan_of(inputs, slicing=slicing) == ample
+
+
+def test_the_probe_is_asked_at_every_call_where_it_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(memory, "free_memory", lambda device: asked.append(device) or 2**30)  # type: ignore[func-returns-value]
+    inputs = layer_inputs()
+    for count in (1, 2, 3):
+        inputs.run(sliced_attention)
+        assert len(asked) == count
+
+
+def test_a_budget_that_no_plan_keeps_is_an_error_at_every_call(free_bytes: list[int]) -> None:
+    inputs, slicing = layer_inputs(), SliceConfig(budget=0.5, kernel="fused")
+    plan_of(inputs, slicing=slicing)
+    free_bytes.append(100)
+    for _ in range(2):
+        with pytest.raises(NotEnoughMemoryError, match="allows 50 bytes"):
+            plan_of(inputs, slicing=slicing)
+
+
+def test_a_budget_of_one_byte_is_not_one_of_all_there_is() -> None:
+    inputs = layer_inputs()
+    plan_of(inputs, slicing=SliceConfig(budget=1.0, kernel="fused"))
+    with pytest.raises(NotEnoughMemoryError, match="allows 1 bytes"):
+        plan_of(inputs, slicing=SliceConfig(budget=1, kernel="fused"))
+
+
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+def test_a_plan_follows_the_thread_count(sizes: dict[str, Any], threads: None) -> None:
+    inputs = layer_inputs(**sizes)
+    peaks = []
+    for count in (1, 3, 1):
+        torch.set_num_threads(count)
+        peaks.append(plan_of(inputs).peak_bytes)
+    assert peaks[0] == peaks[2] < peaks[1]
+
+
+def test_autocast_is_seen_at_the_next_call() -> None:
+    inputs = layer_inputs()
+    assert inputs.run(sliced_attention).dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert inputs.run(sliced_attention).dtype == dtype
+    assert inputs.run(sliced_attention).dtype == torch.float32
+
+
+def test_whether_gradients_are_wanted_is_seen_at_the_next_call() -> None:
+    inputs = layer_inputs(**LARGE)
+    leaves = inputs.leaves()
+    with torch.no_grad():
+        inference = plan_of(leaves)
+    training = plan_of(leaves)
+    assert inference.peak_bytes < training.peak_bytes
+    assert plan_of(inputs) == inference
+    with torch.inference_mode():
+        assert not leaves.run(sliced_attention).requires_grad
+    assert leaves.run(sliced_attention).requires_grad
+
+
+def test_settings_are_seen_at_the_next_call() -> None:
+    inputs = layer_inputs()
+    assert plan_of(inputs).kernel == "fused"
+    assert plan_of(inputs, slicing={"kernel": "math", "steps": 3}).steps == 3
+    assert plan_of(inputs, slicing=SliceConfig(kernel="math", steps=7)).steps == 7
+    assert plan_of(inputs).kernel == "fused"
+    with pytest.raises(ValueError, match="kernel: expected"):
+        plan_of(inputs, slicing={"kernel": "flash"})
+
+
+def test_strides_are_seen_at_the_next_call() -> None:
+    inputs = layer_inputs()
+    assert plan_of(inputs).kernel == "fused"
+    inputs.key = inputs.key.mT.contiguous().mT
+    assert plan_of(inputs).kernel == "math"
+
+
+@needs_native
+def test_a_scale_that_is_not_positive_is_seen_at_the_next_call() -> None:
+    inputs = layer_inputs(**LARGE)
+    assert [plan_of(inputs, scale=scale).kernel for scale in (0.3, -0.3, 0.7)] == ["native", "fused", "native"]
+    expected = inputs.run(F.scaled_dot_product_attention, scale=0.7)
+    torch.testing.assert_close(inputs.run(sliced_attention, scale=0.7), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_masks_dropout_and_causality_are_seen_at_the_next_call() -> None:
+    inputs = layer_inputs(keys=61)
+    inputs.run(sliced_attention)
+    for more in ({"attn_mask": torch.rand(61, 61) > 0.3}, {"is_causal": True}, {}):
+        ours, theirs = (
+            attention(inputs.query, inputs.key, inputs.value, **more)
+            for attention in (sliced_attention, F.scaled_dot_product_attention)
+        )
+        assert torch.equal(ours, theirs)
+    assert plan_of(inputs, dropout_p=0.5).kernel == "math"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"key": layer_like(2, 3, 53, 11, torch.float64)},
+        {"value": layer_like(2, 3, 51, 11)},
+        {"key": layer_like(2, 1, 53, 11).expand(2, 2, 53, 11)},
+        {"value": layer_like(2, 3, 53, 11).to("meta")},
+        {"dropout_p": -0.0001},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_inputs_that_do_not_go_together_are_refused_after_ones_that_do(changed: dict[str, Any]) -> None:
+    inputs = layer_inputs()
+    inputs.run(sliced_attention)
+    call = {"query": inputs.query, "key": inputs.key, "value": inputs.value} | changed
+    with pytest.raises(ValueError, match="expected"):
+        sliced_attention(**call)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5, 3)], ids=str)
+def test_inputs_of_other_dimensions_keep_theirs_at_every_call(lead: tuple[int, ...]) -> None:
+    query, key = torch.randn(*lead, 61, 11), torch.randn(*lead, 53, 11)
+    for _ in range(2):
+        torch.testing.assert_close(sliced_attention(query, key, key), F.scaled_dot_product_attention(query, key, key))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_a_tangent_is_refused_at_the_next_call() -> None:
+    inputs = layer_inputs()
+    inputs.run(sliced_attention)
+    with forward_ad.dual_level():
+        inputs.query = forward_ad.make_dual(inputs.query, torch.ones_like(inputs.query))  # type: ignore[no-untyped-call]
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            inputs.run(sliced_attention)
+
+
+def test_a_transform_is_seen_at_the_next_call() -> None:
+    inputs = layer_inputs(**LARGE)
+    inputs.run(sliced_attention)
+
+    def total(query: Tensor) -> Tensor:
+        return sliced_attention(query, inputs.key, inputs.value).sum()
+
+    leaves = inputs.leaves()
+    (expected,) = torch.autograd.grad(leaves.run(F.scaled_dot_product_attention).sum(), leaves.query)
+    found: Tensor = torch.func.grad(total)(inputs.query)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes down the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+@pytest.mark.parametrize("training", [False, True])
+def test_who_looks_on_sees_operators_and_the_same_results(training: bool) -> None:
+    inputs = layer_inputs(**LARGE)
+    inputs = inputs.leaves() if training else inputs
+    leaves = list(inputs.differentiable().values())
+    alone = inputs.run(sliced_attention)
+    grads = torch.autograd.grad(alone.sum(), leaves) if training else ()
+    with Recorder() as seen:
+        watched = inputs.run(sliced_attention)
+        watched_grads = torch.autograd.grad(watched.sum(), leaves) if training else ()
+    operators = [name for name in seen.names if "slicemod" in name]
+    backward = ["slicemod.native_attention_backward.default"] if training else []
+    assert operators == ["slicemod.native_attention.default", *backward]
+    for one, other in zip((watched, *watched_grads), (alone, *grads), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_not_more_calls_are_remembered_than_there_is_room_for(
+    known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_KNOWN_CALLS", 3)
+    for tokens in range(1, 12):
+        layer_inputs(queries=tokens).run(sliced_attention)
+        assert 1 <= len(known) <= 3
