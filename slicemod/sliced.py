@@ -204,12 +204,13 @@ def _known_as(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
     slicing: SliceConfig | Mapping[str, Any] | None,
 ) -> tuple[Any, ...] | None:
-    """What a call without mask and dropout is known by; None for one that is not to be remembered.
+    """What a call without dropout is known by; None for one that is not to be remembered.
 
     Other devices' calls are not: whether PyTorch fuses those depends on its settings too.
     """
@@ -217,11 +218,14 @@ def _known_as(
         return None
     if forward_ad._current_level >= 0 or not (scale is None or scale > 0):
         return None
+    if mask is not None and not (type(mask) is Tensor and mask.is_cpu and mask.dim() == 4):
+        return None
     slicing = _DEFAULT if slicing is None else SliceConfig.of(slicing)
     return (
         *(query.shape, query.stride(), query.dtype, query.requires_grad),
         *(key.shape, key.stride(), key.dtype, key.requires_grad),
         *(value.shape, value.stride(), value.dtype, value.requires_grad),
+        None if mask is None else (mask.shape, mask.dtype, mask.requires_grad),
         *(is_causal, enable_gqa, torch.is_grad_enabled(), torch.get_num_threads()),
         *(slicing, type(slicing.budget)),  # a budget of 1 byte equals one of 1.0, all there is
     )
@@ -325,11 +329,11 @@ def planned_attention(
         )
     query, key, value, attn_mask = autocast_inputs(query, key, value, attn_mask)
     call = None
-    if plan is None and attn_mask is None and dropout_p == 0:
-        call = _known_as(query, key, value, is_causal, scale, enable_gqa, slicing)
+    if plan is None and dropout_p == 0:
+        call = _known_as(query, key, value, attn_mask, is_causal, scale, enable_gqa, slicing)
         if (plans := None if call is None else _known_calls.get(call)) is not None:
             plan = plans.now()
-            return _follow(plan, query, key, value, None, 0.0, is_causal, scale, enable_gqa), plan
+            return _follow(plan, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa), plan
     settings = _settings(slicing)
     shapes = query.shape, key.shape, value.shape
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal)

@@ -59,19 +59,21 @@ LARGE: dict[str, Any] = {"queries": 521, "keys": 521, "width": 40}  # the native
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 def test_a_call_is_checked_and_planned_once(
-    sizes: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch, known: dict[Any, Any]
+    sizes: dict[str, Any], masked: bool, training: bool, monkeypatch: pytest.MonkeyPatch, known: dict[Any, Any]
 ) -> None:
     inputs = layer_inputs(**sizes)
     inputs = inputs.leaves() if training else inputs
-    first, plan = planned_attention(inputs.query, inputs.key, inputs.value)
+    mask = torch.rand(1, 3, 1, inputs.key.shape[2]) > 0.3 if masked else None
+    first, plan = planned_attention(inputs.query, inputs.key, inputs.value, mask)
     assert len(known) == 1
 
     def refuse(*_: Any) -> None:
         raise AssertionError("checked again")
 
     monkeypatch.setattr(module, "check_inputs", refuse)
-    second, same_plan = planned_attention(inputs.query, inputs.key, inputs.value)
+    second, same_plan = planned_attention(inputs.query, inputs.key, inputs.value, mask)
     assert same_plan is plan
     assert torch.equal(first, second)
     assert second.requires_grad is training
@@ -174,13 +176,40 @@ def test_a_scale_that_is_not_positive_is_seen_at_the_next_call() -> None:
 def test_masks_dropout_and_causality_are_seen_at_the_next_call() -> None:
     inputs = layer_inputs(keys=61)
     inputs.run(sliced_attention)
-    for more in ({"attn_mask": torch.rand(61, 61) > 0.3}, {"is_causal": True}, {}):
+    kept = torch.rand(2, 1, 61, 61) > 0.3
+    for more in (
+        {"attn_mask": kept[0, 0]},
+        {"attn_mask": kept},
+        {"attn_mask": ~kept},
+        {"attn_mask": kept.float()},
+        {"attn_mask": kept[:1]},
+        {"is_causal": True},
+        {},
+    ):
         ours, theirs = (
             attention(inputs.query, inputs.key, inputs.value, **more)
             for attention in (sliced_attention, F.scaled_dot_product_attention)
         )
         assert torch.equal(ours, theirs)
     assert plan_of(inputs, dropout_p=0.5).kernel == "math"
+
+
+def test_a_mask_is_seen_at_the_next_call_and_refused_where_it_does_not_fit() -> None:
+    mask = torch.zeros(2, 1, 61, 53)
+    inputs = layer_inputs(mask=mask)
+    assert plan_of(inputs).kernel == "fused"
+    inputs.mask = mask.clone().requires_grad_()
+    assert plan_of(inputs).kernel == "math"
+    for refused, more in (
+        (mask[..., :50], {}),
+        (mask.double(), {}),
+        (mask.to("meta"), {}),
+        (mask, {"is_causal": True}),
+    ):
+        inputs.mask = refused
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"(attn_mask|is_causal): expected"):
+                plan_of(inputs, **more)
 
 
 @pytest.mark.parametrize(
