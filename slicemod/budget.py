@@ -31,9 +31,9 @@ _MEMBERSHIP, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _MEM_AVAILABLE = re.compile(rb"^MemAvailable: *(\d+) kB$", flags=re.MULTILINE)
 _READ_AT_ONCE = 2**16  # bytes
 
-# How old a reading of a CPU's free memory may be, and more bytes than a machine writes in that time.
-_RECENT_SECONDS = 1e-3
-_WRITTEN_SINCE = 2**30
+# How old a reading of a CPU's free memory may be, and more than a machine writes.
+_RECENT_SECONDS = 0.01
+_BYTES_PER_SECOND = 2**40
 _last_reading = 0, -math.inf  # bytes, and time.monotonic() before they were read
 
 
@@ -85,17 +85,19 @@ def budget_bytes(budget: int | float | str, device: torch.device) -> int:
 def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
     """A budget, as `parse_budget` gives it, allows `size` bytes, and that is known without a look at the device.
 
-    A fraction of what a CPU has free is known where the last reading is no older than a short call takes, and leaves so
-    much that nobody can have written to all of it since: memory is free until it is written to. An address space is
-    used up by less; where that is limited, nothing is known.
+    A fraction of what a CPU has free is known where the last reading is no older than what many a call takes, and left
+    more than anybody can have written to since: memory is free until it is written to. An address space is used up by
+    less; where that is limited, nothing is known.
     """
     if isinstance(parsed, int):
         return size <= parsed
     if device.type != "cpu" or free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
         return False
     free, read_at = _last_reading
-    recent = time.monotonic() - read_at < _RECENT_SECONDS
-    return recent and size <= parsed * (free - _WRITTEN_SINCE) and not _has_limited_addresses()
+    age = time.monotonic() - read_at
+    if age > _RECENT_SECONDS or _has_limited_addresses():
+        return False
+    return size <= parsed * (free - _BYTES_PER_SECOND * age)
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -153,7 +155,7 @@ def _has_limited_addresses() -> bool:
 
 
 class _KernelFile:
-    """A file that the kernel writes whenever it is read; left open, since with "auto" every call reads some."""
+    """A file that the kernel writes whenever it is read; left open, since with "auto" calls read some of them often."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

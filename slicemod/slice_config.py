@@ -232,7 +232,7 @@ class CallPlans:
     best: SlicePlan | None
 
     def now(self) -> SlicePlan:
-        """The plan for what is free now, which is read where the budget refers to it.
+        """The plan for what is free now, which is read where the budget refers to it and no recent reading will do.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.

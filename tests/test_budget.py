@@ -220,14 +220,22 @@ def test_nothing_is_sure_before_the_device_was_looked_at(clock: list[float]) -> 
     assert not surely_allows(1.0, 1, torch.device("cpu"))
 
 
-def test_a_reading_is_trusted_for_less_than_it_said_and_not_for_long(clock: list[float]) -> None:
+def test_a_reading_is_trusted_for_less_than_it_said_and_not_for_long(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     free_memory("cpu")
-    clock.append(100.0009)
+    clock.append(100 + 2**-10)  # in which 1 GiB may be written
     assert surely_allows(1.0, 3 * 2**30, torch.device("cpu"))
     assert not surely_allows(1.0, 3 * 2**30 + 1, torch.device("cpu"))
     assert surely_allows(0.5, 3 * 2**29, torch.device("cpu"))
     assert not surely_allows(0.5, 3 * 2**29 + 1, torch.device("cpu"))
-    clock.append(100.0011)
+    clock.append(100 + 2**-8)  # in which all of it may be
+    assert not surely_allows(1.0, 1, torch.device("cpu"))
+    monkeypatch.setattr(memory, "_ram_available", lambda meminfo: 2**50)
+    free_memory("cpu")
+    clock.append(clock[-1] + 0.009)
+    assert surely_allows(1.0, 2**49, torch.device("cpu"))
+    clock.append(clock[-1] + 0.002)
     assert not surely_allows(1.0, 1, torch.device("cpu"))
 
 
