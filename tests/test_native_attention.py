@@ -105,10 +105,12 @@ def test_a_common_offset_of_a_rows_scores_costs_no_accuracy(dtype: torch.dtype, 
     assert_as_exact_as_sdpa(native, inputs)
 
 
-def test_scores_that_grow_from_block_to_block_rescale_what_was_summed(dtype: torch.dtype) -> None:
-    inputs = layer_inputs(dtype, batch=1, queries=71, keys=1103, width=16)
-    inputs.query[..., 0] = 6
-    inputs.key[..., 0] = torch.linspace(-9, 9, 1103).to(dtype)[None, None]
+@pytest.mark.parametrize("growth", [9, 140])  # the weights of one block of keys, or of a few keys, outgrow all before
+@pytest.mark.parametrize("width", [16, 83])
+def test_scores_that_grow_from_key_to_key_rescale_what_was_summed(dtype: torch.dtype, width: int, growth: int) -> None:
+    inputs = layer_inputs(dtype, batch=1, queries=71, keys=1103, width=width)
+    inputs.query[..., 0] = 1.5 * math.sqrt(width)
+    inputs.key[..., 0] = torch.linspace(-growth, growth, 1103).to(dtype)[None, None]
     assert_as_exact_as_sdpa(native, inputs)
 
 
@@ -187,6 +189,15 @@ def test_a_key_that_is_infinitely_far_gets_no_gradient(dtype: torch.dtype) -> No
     for name in ("key", "value"):
         assert torch.equal(ours[name].isnan(), theirs[name].isnan()), name
         assert not ours[name][0, 1, 5].any(), name
+
+
+@pytest.mark.parametrize("keys", [3, 67, 301])  # of one chunk of scores, of more than one, of a block and more
+def test_keys_that_are_infinitely_far_may_come_first(dtype: torch.dtype, keys: int) -> None:
+    inputs = layer_inputs(dtype, batch=1, keys=409)
+    inputs.query[..., 3] = 1
+    near = Inputs(inputs.query, inputs.key[:, :, keys:], inputs.value[:, :, keys:])
+    inputs.key[:, :, :keys, 3] = -math.inf
+    torch.testing.assert_close(inputs.run(native), near.run(native), rtol=0, atol=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("which", ["query", "key", "value"])

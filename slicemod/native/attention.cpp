@@ -14,6 +14,8 @@
 //
 // Forward, for a block of queries and one block of keys after another, with a running softmax over the latter
 // (arXiv 2112.05682, 2205.14135): S = Q K^T, P = 2^(c S - m), O = O 2^(m_old - m) + P V, c = scale log2(e).
+// The shift m of a row is the maximum of the first scores. Weights in bfloat16 are as exact above 1 as below it, so m is
+// raised to the maximum so far, and what was summed is scaled, only where weights have grown large.
 // Backward, for a block of keys and one block of queries after another, transposed so that no product needs a
 // transposed operand but small ones: S^T = K Q^T, P^T = 2^(c S^T - L), dP^T = V G^T, dS^T = P^T (dP^T - D),
 // dV += P^T G, dK += dS^T Q, dQ^T += K^T dS^T, where G is the output's gradient, D = sum(G O) and L the base-2
@@ -25,7 +27,9 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <numeric>
+#include <type_traits>
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -239,6 +243,8 @@ struct Product {
     const Lane *b;
     Index m, n, k;
     bool add;
+    Index b_start = 0, b_rows = k;  // the first row to take of a panel of B, and how many a panel has
+    const Lane *panel(Index j) const { return b + j * b_rows + b_start * std::min(kPanel, n - j); }
 };
 
 // Lanes that are summed before the sum is added to C: sums of sums are more exact than one long sum, and so much of a
@@ -280,7 +286,7 @@ inline void multiply_by_vectors(const Product &of) {
         const Index width = std::min(kPanel, of.n - j);
         for (Index l = 0; l < of.k; l += kSummed) {
             const Index k = std::min(kSummed, of.k - l);
-            const Lane *a = of.a + l, *b = of.b + j * of.k + l * width;
+            const Lane *a = of.a + l, *b = of.panel(j) + l * width;
             const bool add = of.add || l > 0;
             switch (width / 16) {
                 case 4: rows_of_panel<Dot, 6, 4>(of, 0, a, b, k, of.c + j, add); break;
@@ -293,7 +299,8 @@ inline void multiply_by_vectors(const Product &of) {
 }
 
 struct FloatMode : FloatLanes {
-    static constexpr Index k_step = 1, strip = 24;
+    static constexpr Index k_step = 1, strip = 24, chunk = 256;
+    static constexpr float most_sum = 0;  // float32 is the more exact the nearer the exponents are to zero
     static Vector dot(Vector sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
@@ -304,7 +311,8 @@ struct FloatMode : FloatLanes {
 
 #if HAS_BF16
 struct BfloatMode : BfloatLanes {
-    static constexpr Index k_step = 1, strip = 24;
+    static constexpr Index k_step = 1, strip = 24, chunk = 128;
+    static constexpr float most_sum = 65536;  // of weights, before shifts are raised
     static Vector dot(Vector sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
     static void multiply(const Product &of) { multiply_by_vectors<BfloatMode>(of); }
     static void begin() {}
@@ -314,7 +322,8 @@ struct BfloatMode : BfloatLanes {
 
 #if HAS_AMX
 struct TiledMode : BfloatLanes {
-    static constexpr Index k_step = 16, strip = 32;
+    static constexpr Index k_step = 16, strip = 32, chunk = 64;
+    static constexpr float most_sum = 65536;
 
     static void begin() {
         struct alignas(64) {
@@ -366,7 +375,7 @@ struct TiledMode : BfloatLanes {
     static void multiply(const Product &of) {
         for (Index j = 0; j < of.n; j += 32) {
             const Index start = j / kPanel * kPanel, width = std::min(kPanel, of.n - start);
-            const Lane *b = of.b + start * of.k + (j - start);
+            const Lane *b = of.panel(start) + (j - start);
             const bool two_columns = j + 32 <= of.n;
             for (Index i = 0; i < of.m; i += 32) {
                 const Lane *a = of.a + i * of.a_stride;
@@ -504,10 +513,10 @@ constexpr Index kMostQueries = 1024, kLeastQueries = 128, kBlocksOfThread = 4, k
 template <class Mode>
 struct Forward {
     const Sizes sizes;
-    Index strip, queries, keys, head_lanes, value_columns;
+    Index strip, queries, keys, chunk, head_lanes, value_columns;
     struct Space {
         Lane *query, *key, *value, *weights;
-        float *scores, *output, *maximum, *sums, *factor;
+        float *scores, *output, *shifts, *sums, *new_sums;
     };
 
     Forward(const Sizes &of, Index threads) : sizes(of) {
@@ -517,15 +526,16 @@ struct Forward {
             most /= 2;
         queries = std::min(round_up(most, std::lcm<Index>(strip, 16)), round_up(of.queries, 16));
         keys = std::min(kForwardKeys, round_up(of.keys, Mode::step));
+        chunk = std::min(Mode::chunk, keys);
         head_lanes = lanes_of<Mode>(of.head_dim);
         value_columns = round_up(of.value_dim, 16);
     }
     Space carve(Arena &arena) const {
         return {arena.take<Lane>(queries * head_lanes), arena.take<Lane>(keys * head_lanes),
                 arena.take<Lane>(keys / Mode::per_lane * value_columns),
-                arena.take<Lane>(strip * keys / Mode::per_lane), arena.take<float>(2 * strip * keys),
+                arena.take<Lane>(strip * keys / Mode::per_lane), arena.take<float>(strip * chunk),
                 arena.take<float>(queries * value_columns), arena.take<float>(queries),
-                arena.take<float>(queries * 16), arena.take<float>(round_up(strip, 16))};
+                arena.take<float>(queries * 16), arena.take<float>(strip * 16)};
     }
     Index bytes() const {
         Arena arena{nullptr};
@@ -533,56 +543,59 @@ struct Forward {
         return arena.used;
     }
 
-    // Weights of some queries and a block of keys, and what they do to sums and outputs of earlier blocks.
-    //
-    // `between(row)` is called among the rows, to keep the units for products busy meanwhile.
-    template <class Between>
-    void softmax(const Space &space, float *all_scores, Index start, Index rows, Index count, Index padded, float c,
-                 bool is_first, const Between &between) const {
+    // Raises the shifts of some queries to the maxima of a chunk of scores, and scales what was summed by then to them.
+    void raise_shifts(const Space &space, Index width, Index start, Index rows, float c, float *sums,
+                      bool has_output) const {
         alignas(64) float maxima[64];
         for (Index row = 0; row < rows; row++) {
-            float *scores = all_scores + row * padded;
-            for (Index j = count; j < padded; j++) scores[j] = -INFINITY;
+            const float *scores = space.scores + row * width;
             Vector most = _mm512_loadu_ps(scores), other = most;
             Index j = 16;
-            for (; j + 32 <= padded; j += 32) {
+            for (; j + 32 <= width; j += 32) {
                 most = _mm512_max_ps(_mm512_loadu_ps(scores + j), most);
                 other = _mm512_max_ps(_mm512_loadu_ps(scores + j + 16), other);
             }
-            for (; j < padded; j += 16) most = _mm512_max_ps(_mm512_loadu_ps(scores + j), most);
+            for (; j < width; j += 16) most = _mm512_max_ps(_mm512_loadu_ps(scores + j), most);
             maxima[row] = _mm512_reduce_max_ps(_mm512_max_ps(most, other));
         }
-        bool rescale = false;
         for (Index row = 0; row < rows; row += 16) {
             const __mmask16 some = first(rows - row);
-            float *kept = space.maximum + start + row;
-            const Vector old = is_first ? _mm512_set1_ps(-INFINITY) : _mm512_maskz_loadu_ps(some, kept);
-            Vector now = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, maxima + row), _mm512_set1_ps(c));
-            now = _mm512_max_ps(now, old);
-            // Where all scores are -inf their difference to the maximum would not be a number.
-            const Vector shift = _mm512_mask_mov_ps(
-                now, _mm512_cmp_ps_mask(now, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ), _mm512_setzero_ps());
-            _mm512_mask_storeu_ps(kept, some, now);
-            _mm512_store_ps(maxima + row, shift);
-            _mm512_store_ps(space.factor + row, exp2_fine(_mm512_sub_ps(old, shift)));
-            rescale |= !is_first && (_mm512_cmp_ps_mask(old, now, _CMP_NEQ_UQ) & some);
+            const Vector old = _mm512_maskz_loadu_ps(some, space.shifts + start + row);
+            const Vector most = _mm512_mul_ps(_mm512_load_ps(maxima + row), _mm512_set1_ps(c));
+            const Vector now = _mm512_max_ps(most, old);
+            _mm512_mask_storeu_ps(space.shifts + start + row, some, now);
+            _mm512_store_ps(maxima + row, exp2_fine(_mm512_sub_ps(old, now)));
         }
-        const Vector factor = _mm512_set1_ps(c);
         for (Index row = 0; row < rows; row++) {
-            between(row);
-            const float *scores = all_scores + row * padded;
-            const Vector shift = _mm512_set1_ps(maxima[row]);
-            Vector sum = _mm512_setzero_ps();
-            Lane *weights = space.weights + row * (padded / Mode::per_lane);
+            if (maxima[row] == 1) continue;
+            const Vector by = _mm512_set1_ps(maxima[row]);
+            _mm512_storeu_ps(sums + row * 16, _mm512_mul_ps(_mm512_loadu_ps(sums + row * 16), by));
+            float *output = space.output + (start + row) * value_columns;
+            for (Index j = 0; has_output && j < value_columns; j += 16)
+                _mm512_storeu_ps(output + j, _mm512_mul_ps(_mm512_loadu_ps(output + j), by));
+        }
+    }
+
+    // Weights of a chunk of scores. `sums` and these weights become `new_sums`, the largest of which is returned.
+    template <class Width>
+    float weigh(const Space &space, Width width, Index lane, Index lanes, Index start, Index rows, float c,
+                const float *sums, float *new_sums) const {
+        const Vector factor = _mm512_set1_ps(c);
+        Vector most = _mm512_setzero_ps();
+        for (Index row = 0; row < rows; row++) {
+            const float *scores = space.scores + row * width;
+            const Vector shift = _mm512_set1_ps(space.shifts[start + row]);
+            Vector sum = _mm512_loadu_ps(sums + row * 16);
+            Lane *weights = space.weights + row * lanes + lane;
             if constexpr (Mode::per_lane == 1) {
-                for (Index j = 0; j < padded; j += 16) {
+                for (Index j = 0; j < width; j += 16) {
                     const Vector p = Mode::exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j), factor, shift));
                     sum = _mm512_add_ps(sum, p);
                     _mm512_storeu_ps(reinterpret_cast<float *>(weights) + j, p);
                 }
             } else {
                 Vector more = _mm512_setzero_ps();
-                for (Index j = 0; j < padded; j += 32) {
+                for (Index j = 0; j < width; j += 32) {
                     const Vector p = Mode::exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j), factor, shift));
                     const Vector q = Mode::exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j + 16), factor, shift));
                     sum = _mm512_add_ps(sum, p);
@@ -591,21 +604,18 @@ struct Forward {
                 }
                 sum = _mm512_add_ps(sum, more);
             }
-            float *sums = space.sums + (start + row) * 16;
-            if (!is_first)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(space.factor[row]), sum);
-            _mm512_storeu_ps(sums, sum);
-            if (rescale) {
-                float *output = space.output + (start + row) * value_columns;
-                const Vector by = _mm512_set1_ps(space.factor[row]);
-                for (Index j = 0; j < value_columns; j += 16)
-                    _mm512_storeu_ps(output + j, _mm512_mul_ps(_mm512_loadu_ps(output + j), by));
-            }
+            _mm512_storeu_ps(new_sums + row * 16, sum);
+            most = _mm512_max_ps(sum, most);  // of a sum that is not a number, `most`
         }
+        return _mm512_reduce_max_ps(most);
     }
 
     static __m512i both(Vector low, Vector high) {
+#if HAS_BF16
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
         return _mm512_inserti64x4(_mm512_castsi256_si512(to_bfloat(low)), to_bfloat(high), 1);
+#endif
     }
 
     template <class Element>
@@ -615,32 +625,51 @@ struct Forward {
         const Index rows = std::min(queries, sizes.queries - start);
         const Index padded_rows = round_up(rows, 16);
         pack_rows<Mode>(space.query, head_lanes, query, start, rows, padded_rows);
+        std::fill(space.shifts, space.shifts + padded_rows, -std::numeric_limits<float>::max());
+        std::fill(space.sums, space.sums + padded_rows * 16, 0.0f);
         for (Index from = 0; from < sizes.keys; from += keys) {
             const Index count = std::min(keys, sizes.keys - from);
-            const Index padded = round_up(count, Mode::step);
+            const Index padded = round_up(count, Mode::step), lanes = padded / Mode::per_lane;
             pack_columns<Mode>(space.key, head_lanes, key, from, count, padded);
             pack_lanes<Mode>(space.value, value_columns, value, from, count, padded);
-            // The scores of a strip of queries are computed, a panel of keys at a time, among the rows of the strip before.
-            const Index panels = ceil_div(padded, kPanel);
-            float *scores = space.scores, *others = space.scores + strip * keys;
-            const auto multiply = [&](float *to, Index row, Index number) {
-                const Index j = number * kPanel;
-                Mode::multiply({to + j, padded, space.query + row * head_lanes, head_lanes,
-                                space.key + j * head_lanes, std::min(strip, padded_rows - row),
-                                std::min(kPanel, padded - j), head_lanes, false});
-            };
-            for (Index number = 0; number < panels; number++) multiply(scores, 0, number);
             for (Index row = 0; row < padded_rows; row += strip) {
-                const Index some = std::min(strip, padded_rows - row), next = row + strip;
-                Index number = next < padded_rows ? 0 : panels;
-                softmax(space, scores, row, some, count, padded, c, from == 0, [&](Index done) {
-                    if (number < panels && done * panels >= number * some) multiply(others, next, number++);
-                });
-                while (number < panels) multiply(others, next, number++);
-                Mode::multiply({space.output + row * value_columns, value_columns, space.weights,
-                                padded / Mode::per_lane, space.value, some, value_columns, padded / Mode::per_lane,
-                                from > 0});
-                std::swap(scores, others);
+                const Index some = std::min(strip, padded_rows - row);
+                float *sums = space.sums + row * 16, *new_sums = space.new_sums;
+                Index multiplied = 0;  // keys of the block
+                const auto multiply = [&](Index end) {
+                    const Index lane = multiplied / Mode::per_lane;
+                    Mode::multiply({space.output + row * value_columns, value_columns, space.weights + lane, lanes,
+                                    space.value, some, value_columns, end / Mode::per_lane - lane,
+                                    from + multiplied > 0, lane, lanes});
+                    multiplied = end;
+                };
+                for (Index j = 0; j < padded; j += chunk) {
+                    const Index width = std::min(chunk, padded - j);
+                    Mode::multiply({space.scores, width, space.query + row * head_lanes, head_lanes,
+                                    space.key + j * head_lanes, some, width, head_lanes, false});
+                    for (Index i = 0; count < j + width && i < some; i++)
+                        std::fill(space.scores + i * width + (count - j), space.scores + (i + 1) * width, -INFINITY);
+                    const auto raise = [&] {
+                        if (multiplied < j) multiply(j);
+                        raise_shifts(space, width, row, some, c, sums, from + multiplied > 0);
+                    };
+                    const auto weigh_chunk = [&](auto columns) {
+                        return weigh(space, columns, j / Mode::per_lane, lanes, row, some, c, sums, new_sums);
+                    };
+                    // A loop of a length that the compiler knows is unrolled.
+                    const auto weigh_all = [&] {
+                        return width == Mode::chunk ? weigh_chunk(std::integral_constant<Index, Mode::chunk>{})
+                                                    : weigh_chunk(width);
+                    };
+                    if (from + j == 0 || !Mode::most_sum) raise();
+                    if (weigh_all() > Mode::most_sum && Mode::most_sum) {
+                        raise();
+                        weigh_all();
+                    }
+                    std::swap(sums, new_sums);
+                }
+                multiply(padded);
+                if (sums == space.new_sums) std::copy(sums, sums + some * 16, space.sums + row * 16);
             }
         }
         for (Index row = 0; row < rows; row++) {
@@ -649,7 +678,7 @@ struct Forward {
             const Vector by = _mm512_set1_ps(dead ? 0 : 1 / sum);
             for (Index j = 0; j < sizes.value_dim; j += 16)
                 output.set(start + row, j, _mm512_mul_ps(_mm512_loadu_ps(space.output + row * value_columns + j), by));
-            if (logsumexp) logsumexp[start + row] = dead ? 0 : space.maximum[row] + std::log2(sum);
+            if (logsumexp) logsumexp[start + row] = dead ? 0 : space.shifts[row] + std::log2(sum);
         }
     }
 };
