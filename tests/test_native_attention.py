@@ -197,7 +197,7 @@ def test_keys_that_are_infinitely_far_may_come_first(dtype: torch.dtype, keys: i
     inputs.query[..., 3] = 1
     near = Inputs(inputs.query, inputs.key[:, :, keys:], inputs.value[:, :, keys:])
     inputs.key[:, :, :keys, 3] = -math.inf
-    torch.testing.assert_close(inputs.run(native), near.run(native), rtol=0, atol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(inputs.run(native), near.run(native), rtol=0, atol=max(torch.finfo(dtype).eps, 2e-6))
 
 
 @pytest.mark.parametrize("which", ["query", "key", "value"])
