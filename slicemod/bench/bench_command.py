@@ -26,7 +26,7 @@ from slicemod.user_error import UserError
 DTYPES = ("float32", "bfloat16", "float16", "bfloat16-mixed", "float16-mixed")
 QUICK_PEERS = ("sdpa", "sdpa-math", "full", "diffusers*", "ldm", "memory-*", "slicemod", "slicemod-exact")
 GROWTH_PEERS = ("sdpa", "slicemod", "slicemod-exact")
-GROWTH_HEADS, GROWTH_HEAD_DIM = 4, 40  # of Stable Diffusion 1.5, half of the heads: 65,536 tokens take long enough
+GROWTH_HEADS, GROWTH_HEAD_DIM = 8, 40  # of Stable Diffusion 1.5
 QUICK_SECONDS = 100.0  # after which no comparison and no further round begins
 
 
