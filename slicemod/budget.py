@@ -82,7 +82,7 @@ def budget_bytes(budget: int | float | str, device: torch.device) -> int:
     return parsed if isinstance(parsed, int) else int(parsed * free_memory(device))
 
 
-def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
+def surely_allows(parsed: int | float, size: int, device_type: str) -> bool:
     """A budget, as `parse_budget` gives it, allows `size` bytes, and that is known without a look at the device.
 
     A fraction of what a CPU has free is known where the last reading is no older than what many a call takes, and left
@@ -91,7 +91,7 @@ def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
     """
     if isinstance(parsed, int):
         return size <= parsed
-    if device.type != "cpu" or free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
+    if device_type != "cpu" or free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
         return False
     free, read_at = _last_reading
     age = time.monotonic() - read_at

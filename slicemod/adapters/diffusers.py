@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from slicemod.attention import attend
+from slicemod.heads import merge_heads, split_heads
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
 
@@ -101,7 +101,7 @@ class SlicemodAttnProcessor:
             # A layer with added projections gets masks of the added keys, to which its own keys are appended.
             mask = _key_mask(attn, mask, len(residual), (tokens if added else encoder_hidden_states).shape[1])
         query, key, value = (
-            rearrange(projected, "b n (h d) -> b h n d", h=attn.heads)
+            split_heads(projected, attn.heads)
             for projected in _projections(attn, hidden_states, encoder_hidden_states, self.fused_projections)
         )
         del tokens, hidden_states, encoder_hidden_states
@@ -111,7 +111,7 @@ class SlicemodAttnProcessor:
             key = attn.norm_k(key)
         output: Tensor = attend(self, query, key, value, mask, self.slicing, attn.scale)
         del key, value
-        output = rearrange(output, "b h n d -> b n (h d)").to(query.dtype)
+        output = merge_heads(output).to(query.dtype)
         if more is not None:
             output = more(query, output)
         del query  # or it would live on beside what the last projection makes
