@@ -240,7 +240,7 @@ class CallPlans:
         best, device_type = self.best, self.given[0]
         if best is not None and memory.surely_allows(self.parsed_budget, best.peak_bytes, device_type):
             return best
-        available = memory.budget_bytes(self.slicing.budget, self.device)
+        available = memory.budget_bytes(self.parsed_budget, self.device)
         if best is not None and 0 < available >= best.peak_bytes:
             return best
         return _plan(self.slicing, self.shape, available, *self.given)
