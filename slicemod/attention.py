@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slicemod.heads import merge_heads, split_heads
 from slicemod.plan import SlicePlan
+from slicemod.projection import project
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import planned_attention
 
@@ -90,7 +91,7 @@ class MemoryAwareCrossAttention(nn.Module):
         if additional_tokens is not None:
             x = torch.cat([additional_tokens, x], dim=1)
         context = x if context is None else context
-        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        query, key, value = project(self.to_q, x), project(self.to_k, context), project(self.to_v, context)
         if n_times_crossframe_attn_in_self:
             key = _first_of_each(key, n_times_crossframe_attn_in_self)
             value = _first_of_each(value, n_times_crossframe_attn_in_self)
@@ -101,8 +102,7 @@ class MemoryAwareCrossAttention(nn.Module):
         output = attend(self, query, key, value, mask, self.slicing, self.scale)
         del query, key, value  # or they would live on beside what the last projection makes
         output = merge_heads(output)
-        out: Tensor = self.to_out(output if additional_tokens is None else output[:, -own_tokens:])
-        return out
+        return project(self.to_out, output if additional_tokens is None else output[:, -own_tokens:])
 
     def extra_repr(self) -> str:
         plan = "" if self.plan is None else f", plan: {self.plan}"

@@ -27,6 +27,7 @@ ORDER = (
     "slice_config.py",
     "reference.py",
     "watched.py",
+    "projection.py",
     "heads.py",
     "attention_inputs.py",
     "fused.py",

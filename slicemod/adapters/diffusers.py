@@ -11,6 +11,7 @@ from torch import Tensor
 from slicemod.attention import attend
 from slicemod.heads import merge_heads, split_heads
 from slicemod.plan import SlicePlan
+from slicemod.projection import project
 from slicemod.slice_config import SliceConfig
 
 
@@ -115,7 +116,7 @@ class SlicemodAttnProcessor:
         if more is not None:
             output = more(query, output)
         del query  # or it would live on beside what the last projection makes
-        output = attn.to_out[1](attn.to_out[0](output))
+        output = attn.to_out[1](project(attn.to_out[0], output))
         if is_image:
             output = output.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection or added:
@@ -132,11 +133,11 @@ def _projections(
     if fused and encoder_hidden_states is hidden_states:
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         return query, key, value
-    query = attn.to_q(hidden_states)
+    query = project(attn.to_q, hidden_states)
     if fused:
         return query, *attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
     if attn.add_k_proj is None:
-        return query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        return query, project(attn.to_k, encoder_hidden_states), project(attn.to_v, encoder_hidden_states)
     key, value = attn.add_k_proj(encoder_hidden_states), attn.add_v_proj(encoder_hidden_states)
     if attn.only_cross_attention:
         return query, key, value
