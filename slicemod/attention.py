@@ -9,7 +9,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from slicemod.heads import merge_heads, split_heads
 from slicemod.plan import SlicePlan
+from slicemod.projection import project
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import planned_attention
 
@@ -89,18 +91,18 @@ class MemoryAwareCrossAttention(nn.Module):
         if additional_tokens is not None:
             x = torch.cat([additional_tokens, x], dim=1)
         context = x if context is None else context
-        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        query, key, value = project(self.to_q, x), project(self.to_k, context), project(self.to_v, context)
         if n_times_crossframe_attn_in_self:
             key = _first_of_each(key, n_times_crossframe_attn_in_self)
             value = _first_of_each(value, n_times_crossframe_attn_in_self)
-        query, key, value = (rearrange(tensor, "b n (h d) -> b h n d", h=self.heads) for tensor in (query, key, value))
+        heads = self.heads
+        query, key, value = split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
         if mask is not None and _is_key_mask(mask, key):
             query, mask = _apply_key_mask(query, mask)
         output = attend(self, query, key, value, mask, self.slicing, self.scale)
         del query, key, value  # or they would live on beside what the last projection makes
-        output = rearrange(output, "b h n d -> b n (h d)")
-        out: Tensor = self.to_out(output[:, -own_tokens:])
-        return out
+        output = merge_heads(output)
+        return project(self.to_out, output if additional_tokens is None else output[:, -own_tokens:])
 
     def extra_repr(self) -> str:
         plan = "" if self.plan is None else f", plan: {self.plan}"
@@ -121,7 +123,7 @@ def attend(
     Not while it is traced for compilation: there the plan is a constant of the graph.
     """
     output, plan = planned_attention(query, key, value, mask, scale=scale, slicing=slicing)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and owner.plan is not plan:  # a module takes its time to set an attribute
         owner.plan = plan
     return output
 

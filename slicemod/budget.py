@@ -31,6 +31,8 @@ _MEMBERSHIP, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _MEM_AVAILABLE = re.compile(rb"^MemAvailable: *(\d+) kB$", flags=re.MULTILINE)
 _READ_AT_ONCE = 2**16  # bytes
 
+_CPU = torch.device("cpu")
+
 # How old a reading of a CPU's free memory may be, and more than a machine writes.
 _RECENT_SECONDS = 0.01
 _BYTES_PER_SECOND = 2**40
@@ -82,7 +84,7 @@ def budget_bytes(budget: int | float | str, device: torch.device) -> int:
     return parsed if isinstance(parsed, int) else int(parsed * free_memory(device))
 
 
-def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
+def surely_allows(parsed: int | float, size: int, device_type: str) -> bool:
     """A budget, as `parse_budget` gives it, allows `size` bytes, and that is known without a look at the device.
 
     A fraction of what a CPU has free is known where the last reading is no older than what many a call takes, and left
@@ -91,7 +93,7 @@ def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
     """
     if isinstance(parsed, int):
         return size <= parsed
-    if device.type != "cpu" or free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
+    if device_type != "cpu" or free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
         return False
     free, read_at = _last_reading
     age = time.monotonic() - read_at
@@ -110,6 +112,8 @@ def free_memory(device: torch.device | str) -> int:
     Raises:
         RuntimeError: there is no probe for the device; name a budget in bytes instead.
     """
+    if device == _CPU:  # an answer that is asked for often, and a device's type takes longer to tell
+        return _free_cpu_memory()
     device = torch.device(device)
     if device.type == "cpu":
         return _free_cpu_memory()

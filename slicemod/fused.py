@@ -95,3 +95,14 @@ def fused_attention(
         return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
     with sdpa_kernel(_FUSED_BACKENDS[query.device.type]):
         return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    """What `fused_attention` runs on the CPU without a mask, for inputs that PyTorch would take for it.
+
+    It is not asked again: it was when an earlier call with inputs of these sizes, strides and dtypes was planned.
+    """
+    output: Tensor = torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)[
+        0
+    ]
+    return output

@@ -1,6 +1,6 @@
 """The operators `slicemod::native_attention` and its backward: attention by the library of `native_library.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from slicemod.double_backward import differentiable_gradients
 from slicemod.math_kernel import Call, empty_gradients, empty_heads
 from slicemod.native_library import NativeLibrary, native_library, native_obstacle
-from slicemod.out_of_memory import with_fewer_threads
+from slicemod.out_of_memory import ran_out, with_fewer_threads
 from slicemod.watched import is_watched
 
 
@@ -131,3 +131,29 @@ def attend_natively(query: Tensor, key: Tensor, value: Tensor, scale: float, tra
     else:
         output, _ = native_forward(query, key, value, scale, training)
     return output
+
+
+def prepared_inference(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`attend_natively` without gradients, where nobody looks on, of any inputs with these sizes, strides and dtype.
+
+    And for as long as PyTorch has as many threads as now.
+    """
+    width = value.shape[3]
+    like_output = empty_heads(query.new_empty(query.shape, device="meta"), width)
+    forward = _library().prepared_forward(query, key, value, like_output, scale, torch.get_num_threads())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = empty_heads(query, width)
+        try:
+            forward(query, key, value, output)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        else:
+            return output
+        del output
+        return native_forward(query, key, value, scale, False)[0]
+
+    return attend

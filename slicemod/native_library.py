@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,30 @@ class NativeLibrary:
         )
         self._run("forward", query.dtype, call, query, key, value, output, logsumexp)
 
+    def prepared_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, threads: int
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+        """`forward` without logarithms, of any query, key, value and output with these sizes, strides and dtype."""
+        strides = _strides(query, key, value, output=output)
+        call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
+        setting = self._setting(query.dtype, call)
+        size = self._workspace_bytes("forward", setting)
+        function, pointer = self._functions.slicemod_forward, ctypes.c_void_p
+
+        def forward(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+            workspace = _workspace(size)
+            function(
+                *setting,
+                pointer(query.data_ptr()),
+                pointer(key.data_ptr()),
+                pointer(value.data_ptr()),
+                pointer(output.data_ptr()),
+                None,
+                pointer(workspace.data_ptr()),
+            )
+
+        return forward
+
     def backward(
         self,
         grad_output: Tensor,
@@ -116,14 +141,22 @@ class NativeLibrary:
         self._run("backward", query.dtype, call, grad_output, query, key, value, output, logsumexp, *gradients, delta)
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
-        setting = self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
-        workspace = _workspace(getattr(self._functions, f"slicemod_{name}_bytes")(*setting))
+        setting = self._setting(dtype, call)
+        workspace = _workspace(self._workspace_bytes(name, setting))
         pointers = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, workspace))
-        if not getattr(self._functions, f"slicemod_{name}")(*setting, *pointers):
+        getattr(self._functions, f"slicemod_{name}")(*setting, *pointers)
+
+    def _setting(self, dtype: torch.dtype, call: _Call) -> tuple[Any, ...]:
+        return self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
+
+    def _workspace_bytes(self, name: str, setting: tuple[Any, ...]) -> int:
+        size = int(getattr(self._functions, f"slicemod_{name}_bytes")(*setting))
+        if size < 0:
             raise RuntimeError(
-                f"native attention: expected a library with mode {self.modes[dtype]} for {dtype}; got one without. "
+                f"native attention: expected a library with mode and type {setting[:2]}; got one without. "
                 "Set SLICEMOD_NATIVE=0 and report this."
             )
+        return size
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor, **others: Tensor | None) -> dict[str, tuple[int, ...]]:

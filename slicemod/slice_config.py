@@ -220,7 +220,7 @@ class CallPlans:
         parsed_budget: its budget in bytes, or a fraction of what is free.
         shape: sizes of the call.
         device: where it runs.
-        given: the further arguments of `_plan`.
+        given: the further arguments of `_plan`; the first is the type of the device.
         best: the plan where there is memory enough for it, if that is not of the sliced kernel.
     """
 
@@ -237,10 +237,10 @@ class CallPlans:
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
         """
-        best = self.best
-        if best is not None and memory.surely_allows(self.parsed_budget, best.peak_bytes, self.device):
+        best, device_type = self.best, self.given[0]
+        if best is not None and memory.surely_allows(self.parsed_budget, best.peak_bytes, device_type):
             return best
-        available = memory.budget_bytes(self.slicing.budget, self.device)
+        available = memory.budget_bytes(self.parsed_budget, self.device)
         if best is not None and 0 < available >= best.peak_bytes:
             return best
         return _plan(self.slicing, self.shape, available, *self.given)

@@ -7,8 +7,8 @@ order stays ours.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from slicemod.attention_inputs import as_four_dims, autocast_inputs, check_input
 from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
-from slicemod.fused import fused_attention, fused_obstacle
+from slicemod.fused import flash_attention, fused_attention, fused_obstacle
 from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
     Call,
@@ -30,7 +30,7 @@ from slicemod.math_kernel import (
     math_backward,
     math_forward,
 )
-from slicemod.native_attention import attend_natively
+from slicemod.native_attention import attend_natively, prepared_inference
 from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import CallPlans, SliceConfig
@@ -194,9 +194,23 @@ def _question(
     return settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle, dtype
 
 
+class _Known(NamedTuple):
+    """What is known of a call.
+
+    Attributes:
+        plans: its plans.
+        run: what the best of them does with query, key and value, without looking at them again; None where it has to.
+        scale: the one that `run` is for.
+    """
+
+    plans: CallPlans
+    run: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    scale: float | None
+
+
 # Calls that were checked and planned before, by all that this depends on but for the memory that is free. What a
 # processor has is no part of it, as that stays while the process runs. A UNet has some dozens of calls.
-_known_calls: dict[tuple[Any, ...], CallPlans] = {}
+_known_calls: dict[tuple[Any, ...], _Known] = {}
 _MOST_KNOWN_CALLS = 4096
 
 
@@ -220,13 +234,15 @@ def _known_as(
         return None
     if mask is not None and not (type(mask) is Tensor and mask.is_cpu and mask.dim() == 4):
         return None
-    slicing = _DEFAULT if slicing is None else SliceConfig.of(slicing)
+    if type(slicing) is not SliceConfig:
+        slicing = _DEFAULT if slicing is None else SliceConfig.of(slicing)
     return (
-        *(query.shape, query.stride(), query.dtype, query.requires_grad),
-        *(key.shape, key.stride(), key.dtype, key.requires_grad),
-        *(value.shape, value.stride(), value.dtype, value.requires_grad),
+        *(query.shape, key.shape, value.shape),
+        *(query.stride(), key.stride(), value.stride()),
+        *(query.dtype, key.dtype, value.dtype),
+        torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
         None if mask is None else (mask.shape, mask.dtype, mask.requires_grad),
-        *(is_causal, enable_gqa, torch.is_grad_enabled(), torch.get_num_threads()),
+        *(is_causal, enable_gqa, torch.get_num_threads()),
         *(slicing, type(slicing.budget)),  # a budget of 1 byte equals one of 1.0, all there is
     )
 
@@ -234,10 +250,28 @@ def _known_as(
 _DEFAULT = SliceConfig()
 
 
-def _remember(call: tuple[Any, ...], plans: CallPlans) -> None:
+def _known(
+    plans: CallPlans,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> _Known:
+    best, run = plans.best, None
+    if best is not None and best.kernel == "native" and not _needs_grad(query, key, value, None):
+        run = prepared_inference(query, key, value, _scale_of(query, scale))
+    elif best is not None and best.kernel == "fused" and not best.upcast and mask is None and not enable_gqa:
+        run = partial(flash_attention, is_causal=is_causal, scale=scale)
+    return _Known(plans, run, scale)
+
+
+def _remember(call: tuple[Any, ...], known: _Known) -> None:
     if len(_known_calls) >= _MOST_KNOWN_CALLS:
         _known_calls.clear()
-    _known_calls[call] = plans
+    _known_calls[call] = known
 
 
 def _settings(slicing: SliceConfig | Mapping[str, Any] | None) -> tuple[Any, ...]:
@@ -331,8 +365,11 @@ def planned_attention(
     call = None
     if plan is None and dropout_p == 0:
         call = _known_as(query, key, value, attn_mask, is_causal, scale, enable_gqa, slicing)
-        if (plans := None if call is None else _known_calls.get(call)) is not None:
+        if (known := None if call is None else _known_calls.get(call)) is not None:
+            plans, run, its_scale = known
             plan = plans.now()
+            if run is not None and plan is plans.best and scale == its_scale:
+                return run(query, key, value), plan
             return _follow(plan, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa), plan
     settings = _settings(slicing)
     shapes = query.shape, key.shape, value.shape
@@ -349,7 +386,8 @@ def planned_attention(
         question = _question(query, key, value, mask, dropout_p, is_causal, scale, obstacle, settings)
         plan = _decide(*question)
         if call is not None and shapes == (query.shape, key.shape, value.shape):  # not ones to be viewed as 4-D
-            _remember(call, _plans(*question))
+            plans = _plans(*question)
+            _remember(call, _known(plans, query, key, value, mask, is_causal, scale, enable_gqa))
     elif plan.kernel == "native":
         _check_native(query, key, mask, dropout_p, is_causal, scale)
     output = _follow(plan, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
@@ -376,6 +414,10 @@ def _check_native(
         )
 
 
+def _scale_of(query: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale
+
+
 def _follow(
     plan: SlicePlan,
     query: Tensor,
@@ -390,7 +432,7 @@ def _follow(
     """Attention of 4-D inputs by the plan's kernel."""
     if plan.kernel == "fused" and not plan.upcast:
         return fused_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
-    scale = 1 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale
+    scale = _scale_of(query, scale)
     training = _needs_grad(query, key, value, mask)
     output: Tensor
     if plan.kernel == "fused":

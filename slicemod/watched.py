@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+# Taken from PyTorch's dictionaries once: between large products, looking through them takes longer than the questions.
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+
 
 def is_watched(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Something traces, transforms or counts operators, or stands in for these tensors.
@@ -11,8 +15,8 @@ def is_watched(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
         or not type(query) is type(key) is type(value) is Tensor
     )

@@ -27,6 +27,8 @@ ORDER = (
     "slice_config.py",
     "reference.py",
     "watched.py",
+    "projection.py",
+    "heads.py",
     "attention_inputs.py",
     "fused.py",
     "workspace.py",

@@ -217,7 +217,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_nothing_is_sure_before_the_device_was_looked_at(clock: list[float]) -> None:
-    assert not surely_allows(1.0, 1, torch.device("cpu"))
+    assert not surely_allows(1.0, 1, "cpu")
 
 
 def test_a_reading_is_trusted_for_less_than_it_said_and_not_for_long(
@@ -225,27 +225,27 @@ def test_a_reading_is_trusted_for_less_than_it_said_and_not_for_long(
 ) -> None:
     free_memory("cpu")
     clock.append(100 + 2**-10)  # in which 1 GiB may be written
-    assert surely_allows(1.0, 3 * 2**30, torch.device("cpu"))
-    assert not surely_allows(1.0, 3 * 2**30 + 1, torch.device("cpu"))
-    assert surely_allows(0.5, 3 * 2**29, torch.device("cpu"))
-    assert not surely_allows(0.5, 3 * 2**29 + 1, torch.device("cpu"))
+    assert surely_allows(1.0, 3 * 2**30, "cpu")
+    assert not surely_allows(1.0, 3 * 2**30 + 1, "cpu")
+    assert surely_allows(0.5, 3 * 2**29, "cpu")
+    assert not surely_allows(0.5, 3 * 2**29 + 1, "cpu")
     clock.append(100 + 2**-8)  # in which all of it may be
-    assert not surely_allows(1.0, 1, torch.device("cpu"))
+    assert not surely_allows(1.0, 1, "cpu")
     monkeypatch.setattr(memory, "_ram_available", lambda meminfo: 2**50)
     free_memory("cpu")
     clock.append(clock[-1] + 0.009)
-    assert surely_allows(1.0, 2**49, torch.device("cpu"))
+    assert surely_allows(1.0, 2**49, "cpu")
     clock.append(clock[-1] + 0.002)
-    assert not surely_allows(1.0, 1, torch.device("cpu"))
+    assert not surely_allows(1.0, 1, "cpu")
 
 
 def test_a_reading_says_nothing_of_other_devices_or_of_a_simulated_one(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_memory("cpu")
-    assert not surely_allows(1.0, 1, torch.device("cuda"))
+    assert not surely_allows(1.0, 1, "cuda")
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**40)
-    assert not surely_allows(1.0, 1, torch.device("cpu"))
+    assert not surely_allows(1.0, 1, "cpu")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is enforced on Linux only")
@@ -253,15 +253,15 @@ def test_where_the_address_space_is_limited_no_reading_is_trusted(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_memory("cpu")
-    assert surely_allows(1.0, 1, torch.device("cpu"))
+    assert surely_allows(1.0, 1, "cpu")
     monkeypatch.setattr("resource.getrlimit", lambda which: (2**40, 2**40))
-    assert not surely_allows(1.0, 1, torch.device("cpu"))
+    assert not surely_allows(1.0, 1, "cpu")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_budget_in_bytes_is_sure_on_any_device(device: str) -> None:
-    assert surely_allows(100, 100, torch.device(device))
-    assert not surely_allows(100, 101, torch.device(device))
+    assert surely_allows(100, 100, device)
+    assert not surely_allows(100, 101, device)
 
 
 def test_free_cpu_memory_is_the_smallest_reading(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,11 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slicemod import budget as memory
+from slicemod import native_library as native_library_module
+from slicemod import out_of_memory
 from slicemod import sliced as module
 from slicemod.native_library import native_library, native_obstacle
+from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import planned_attention, sliced_attention
@@ -171,6 +174,35 @@ def test_a_scale_that_is_not_positive_is_seen_at_the_next_call() -> None:
     assert [plan_of(inputs, scale=scale).kernel for scale in (0.3, -0.3, 0.7)] == ["native", "fused", "native"]
     expected = inputs.run(F.scaled_dot_product_attention, scale=0.7)
     torch.testing.assert_close(inputs.run(sliced_attention, scale=0.7), expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_native
+def test_out_of_memory_a_known_call_goes_on_with_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_memory, "_said", set())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    inputs = layer_inputs(**LARGE)
+    expected = inputs.run(sliced_attention)
+    asked: list[int] = []
+
+    def fails_at_first(size: int) -> Tensor:
+        asked.append(size)
+        if len(asked) <= 2:  # as it was prepared, and once more with all threads
+            raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(native_library_module, "_workspace", fails_at_first)
+    with pytest.warns(SmallerSlicesWarning, match="blocks of 4 threads and goes on with those of 2"):
+        found = inputs.run(sliced_attention)
+    assert len(asked) == 3
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+def test_a_known_call_of_other_tensors_has_their_result(sizes: dict[str, Any]) -> None:
+    for scale in (None, 0.3, 0.3, None, 0.7):
+        inputs = layer_inputs(**sizes)
+        expected = inputs.run(F.scaled_dot_product_attention, scale=scale)
+        torch.testing.assert_close(inputs.run(sliced_attention, scale=scale), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_masks_dropout_and_causality_are_seen_at_the_next_call() -> None:

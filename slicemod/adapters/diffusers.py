@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from slicemod.attention import attend
+from slicemod.heads import merge_heads, split_heads
 from slicemod.plan import SlicePlan
+from slicemod.projection import project
 from slicemod.slice_config import SliceConfig
 
 
@@ -101,7 +102,7 @@ class SlicemodAttnProcessor:
             # A layer with added projections gets masks of the added keys, to which its own keys are appended.
             mask = _key_mask(attn, mask, len(residual), (tokens if added else encoder_hidden_states).shape[1])
         query, key, value = (
-            rearrange(projected, "b n (h d) -> b h n d", h=attn.heads)
+            split_heads(projected, attn.heads)
             for projected in _projections(attn, hidden_states, encoder_hidden_states, self.fused_projections)
         )
         del tokens, hidden_states, encoder_hidden_states
@@ -111,11 +112,11 @@ class SlicemodAttnProcessor:
             key = attn.norm_k(key)
         output: Tensor = attend(self, query, key, value, mask, self.slicing, attn.scale)
         del key, value
-        output = rearrange(output, "b h n d -> b n (h d)").to(query.dtype)
+        output = merge_heads(output).to(query.dtype)
         if more is not None:
             output = more(query, output)
         del query  # or it would live on beside what the last projection makes
-        output = attn.to_out[1](attn.to_out[0](output))
+        output = attn.to_out[1](project(attn.to_out[0], output))
         if is_image:
             output = output.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection or added:
@@ -132,11 +133,11 @@ def _projections(
     if fused and encoder_hidden_states is hidden_states:
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         return query, key, value
-    query = attn.to_q(hidden_states)
+    query = project(attn.to_q, hidden_states)
     if fused:
         return query, *attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
     if attn.add_k_proj is None:
-        return query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        return query, project(attn.to_k, encoder_hidden_states), project(attn.to_v, encoder_hidden_states)
     key, value = attn.add_k_proj(encoder_hidden_states), attn.add_v_proj(encoder_hidden_states)
     if attn.only_cross_attention:
         return query, key, value

@@ -11,10 +11,10 @@ from typing import Any
 
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from einops import rearrange
 from torch import Tensor
 
 from slicemod.adapters.diffusers import SlicemodAttnProcessor
+from slicemod.heads import merge_heads, split_heads
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import sliced_attention
 
@@ -70,11 +70,10 @@ class SlicemodIPAdapterAttnProcessor(SlicemodAttnProcessor, IPAdapterAttnProcess
         def with_images(query: Tensor, output: Tensor) -> Tensor:
             for index, tokens, scale, mask in self._prompts(images, masks):
                 key, value = (
-                    rearrange(project(tokens), "b m (h d) -> b h m d", h=attn.heads)
-                    for project in (self.to_k_ip[index], self.to_v_ip[index])
+                    split_heads(project(tokens), attn.heads) for project in (self.to_k_ip[index], self.to_v_ip[index])
                 )
                 seen = sliced_attention(query, key, value, scale=attn.scale, slicing=self.slicing)
-                seen = rearrange(seen, "b h n d -> b n (h d)").to(query.dtype)
+                seen = merge_heads(seen).to(query.dtype)
                 if mask is not None:
                     # (B, N, H D)
                     where = IPAdapterMaskProcessor.downsample(mask, len(seen), seen.shape[1], seen.shape[2])
