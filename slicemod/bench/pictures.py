@@ -96,9 +96,9 @@ def growth(rows: Sequence[Measurement], setting: Setting) -> Figure:
     """Time per N^2, and peak beyond inputs and output, against the number of tokens N."""
     figure, (pace, peak) = _panels(2, f"how cost grows: {rows[0].series}, {setting}")
     _lines(pace, rows, lambda row: row.seconds / row.size**2, lambda value: f"{value * 1e9:g} ns")
-    _title(pace, "time / N²", "tokens N")
+    _title(pace, "time / N²", "tokens N (k: 1,024)")
     _lines(peak, rows, lambda row: max(row.peak_bytes - row.output_bytes, 1) / 2**20, _mebibytes)
-    _title(peak, "peak beyond inputs and output", "tokens N")
+    _title(peak, "peak beyond inputs and output", "tokens N (k: 1,024)")
     return figure
 
 
@@ -140,7 +140,8 @@ def _lines(
 ) -> None:
     _log_axes(axes, lambda size: f"{size:,.0f}", text)
     sizes = sorted({row.size for row in rows})
-    axes.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
+    short = rows[0].unit == "tokens" and not any(size % 1024 for size in sizes)  # seven of them side by side
+    axes.set_xticks(sizes, labels=[f"{size // 1024}k" if short else f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     labels = []
     for peer, found in by_peer(rows):

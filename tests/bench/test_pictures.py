@@ -12,6 +12,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from slicemod.bench.pictures import _readable, growth, save_pictures, trade_off
+from slicemod.bench.workloads import GROWTH_TOKENS
 from tests.bench.tiny import INFERENCE, made_up_results, measurement
 
 
@@ -76,3 +77,13 @@ def test_labels_do_not_overlap(count: int) -> None:
     boxes = sorted((Text.get_window_extent(text, renderer) for text in figure.axes[0].texts), key=lambda box: box.y0)
     assert len(boxes) == count
     assert all(lower.y1 <= upper.y0 for lower, upper in pairwise(boxes))
+
+
+def test_labels_of_many_sizes_do_not_overlap() -> None:
+    rows = [measurement("attention", size, "sdpa", size**2.0, 2000, "tokens") for size in GROWTH_TOKENS]
+    figure = growth(rows, INFERENCE)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == len(GROWTH_TOKENS)
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
