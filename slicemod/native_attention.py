@@ -98,7 +98,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[
         grads = differentiable_gradients(grad_output, query, key, value, None, call, (*needs, False))[:3]
     elif grad_output is not None:
         query, key, value, output, logsumexp = ctx.saved_tensors
-        watched = is_watched(query, key, value) or is_watched(grad_output, output, logsumexp)
+        watched = is_watched(query, key, value, grad_output, output, logsumexp)
         backward = _native_attention_backward if watched else _native_backward
         grads = backward(grad_output, query, key, value, output, logsumexp, ctx.scale, list(needs))
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None)

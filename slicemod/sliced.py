@@ -200,12 +200,10 @@ class _Known(NamedTuple):
     Attributes:
         plans: its plans.
         run: what the best of them does with query, key and value, without looking at them again; None where it has to.
-        scale: the one that `run` is for.
     """
 
     plans: CallPlans
     run: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    scale: float | None
 
 
 # Calls that were checked and planned before, by all that this depends on but for the memory that is free. What a
@@ -242,7 +240,7 @@ def _known_as(
         *(query.dtype, key.dtype, value.dtype),
         torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
         None if mask is None else (mask.shape, mask.dtype, mask.requires_grad),
-        *(is_causal, enable_gqa, torch.get_num_threads()),
+        *(is_causal, enable_gqa, scale, torch.get_num_threads()),
         *(slicing, type(slicing.budget)),  # a budget of 1 byte equals one of 1.0, all there is
     )
 
@@ -265,7 +263,7 @@ def _known(
         run = prepared_inference(query, key, value, _scale_of(query, scale))
     elif best is not None and best.kernel == "fused" and not best.upcast and mask is None and not enable_gqa:
         run = partial(flash_attention, is_causal=is_causal, scale=scale)
-    return _Known(plans, run, scale)
+    return _Known(plans, run)
 
 
 def _remember(call: tuple[Any, ...], known: _Known) -> None:
@@ -366,10 +364,9 @@ def planned_attention(
     if plan is None and dropout_p == 0:
         call = _known_as(query, key, value, attn_mask, is_causal, scale, enable_gqa, slicing)
         if (known := None if call is None else _known_calls.get(call)) is not None:
-            plans, run, its_scale = known
-            plan = plans.now()
-            if run is not None and plan is plans.best and scale == its_scale:
-                return run(query, key, value), plan
+            plan = known.plans.now()
+            if known.run is not None and plan is known.plans.best:
+                return known.run(query, key, value), plan
             return _follow(plan, query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa), plan
     settings = _settings(slicing)
     shapes = query.shape, key.shape, value.shape

@@ -8,7 +8,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 
-def is_watched(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_watched(*tensors: Tensor) -> bool:
     """Something traces, transforms or counts operators, or stands in for these tensors.
 
     Where nothing does, what is called need not be an operator, and the answer to an earlier call holds for this one.
@@ -18,5 +18,5 @@ def is_watched(query: Tensor, key: Tensor, value: Tensor) -> bool:
         or _get_tracing_state() is not None
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
-        or not type(query) is type(key) is type(value) is Tensor
+        or {*map(type, tensors)} != {Tensor}
     )

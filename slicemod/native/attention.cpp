@@ -199,6 +199,7 @@ inline Lane *panel(Lane *b, Index k, Index n, Index l, Index j) {
 
 struct FloatLanes {
     static constexpr Index per_lane = 1, step = 16;
+    static constexpr float most_sum = 0;  // float32 is the more exact the nearer the exponents are to zero
     // 16 lanes along the columns of a row.
     template <class Element>
     static __m512i along(const Matrix<Element> &from, Index row, Index lane) {
@@ -214,6 +215,7 @@ struct FloatLanes {
 
 struct BfloatLanes {
     static constexpr Index per_lane = 2, step = 32;
+    static constexpr float most_sum = 65536;  // of weights, before shifts are raised
     template <class Element>
     static __m512i along(const Matrix<Element> &from, Index row, Index lane) {
         return from.pairs(row, 2 * lane);
@@ -300,7 +302,6 @@ inline void multiply_by_vectors(const Product &of) {
 
 struct FloatMode : FloatLanes {
     static constexpr Index k_step = 1, strip = 24, chunk = 256;
-    static constexpr float most_sum = 0;  // float32 is the more exact the nearer the exponents are to zero
     static Vector dot(Vector sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
@@ -312,7 +313,6 @@ struct FloatMode : FloatLanes {
 #if HAS_BF16
 struct BfloatMode : BfloatLanes {
     static constexpr Index k_step = 1, strip = 24, chunk = 128;
-    static constexpr float most_sum = 65536;  // of weights, before shifts are raised
     static Vector dot(Vector sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
     static void multiply(const Product &of) { multiply_by_vectors<BfloatMode>(of); }
     static void begin() {}
@@ -323,7 +323,6 @@ struct BfloatMode : BfloatLanes {
 #if HAS_AMX
 struct TiledMode : BfloatLanes {
     static constexpr Index k_step = 16, strip = 32, chunk = 64;
-    static constexpr float most_sum = 65536;
 
     static void begin() {
         struct alignas(64) {
