@@ -80,10 +80,16 @@ def test_it_is_as_exact_as_sdpa(dtype: torch.dtype, sizes: tuple[int, int, int])
     assert_as_exact_as_sdpa(native, layer_inputs(dtype, queries=queries, keys=keys, width=width))
 
 
+@pytest.mark.parametrize("queries", [293, 1021])  # an odd number of blocks, and one that two threads share by rows
 @pytest.mark.parametrize("heads", [1, 3])
-def test_threads_may_share_heads(dtype: torch.dtype, heads: int, threads: int) -> None:
-    inputs = layer_inputs(dtype, batch=1, heads=heads, queries=293, keys=1531, width=19)
+def test_threads_may_share_heads(dtype: torch.dtype, heads: int, queries: int, threads: int) -> None:
+    inputs = layer_inputs(dtype, batch=1, heads=heads, queries=queries, keys=1531, width=19)
     assert_as_exact_as_sdpa(native, inputs)
+
+
+@pytest.mark.parametrize("threads", [67], indirect=True)
+def test_more_threads_than_it_has_ranges_of_heads_for_compute_all_heads(dtype: torch.dtype, threads: int) -> None:
+    assert_as_exact_as_sdpa(native, layer_inputs(dtype, batch=1, heads=threads + 4, queries=5, keys=7, width=3))
 
 
 def test_heads_of_an_autoencoder_are_as_wide_as_its_channels(dtype: torch.dtype) -> None:

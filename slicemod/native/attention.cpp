@@ -467,20 +467,29 @@ Matrix<Element> head_of(void *data, const Strides &strides, Index batch, Index h
     return {start, strides.row, strides.column, columns};
 }
 
-// Calls body(unit, thread) for each unit on that many threads; units are taken as threads come for them.
+// Calls body(unit, thread) for each unit on that many threads. Each thread has a range of units, and helps with others'
+// when it is done: units side by side write to the same cache lines, where heads are not as wide as whole ones.
 template <class Body>
 void parallel(Index units, Index threads, const Body &body) {
+    constexpr Index kMostRanges = 64;
     struct Shared {
         const Body &body;
-        Index units;
-        std::atomic<Index> next;
-    } shared{body, units, {0}};
+        Index units, ranges;
+        struct alignas(64) {
+            std::atomic<Index> next;
+        } range[kMostRanges];
+        Index start(Index of) const { return units * of / ranges; }
+    } shared{body, units, std::min({threads, units, kMostRanges}), {}};
+    for (Index i = 0; i < shared.ranges; i++) shared.range[i].next = shared.start(i);
     GOMP_parallel(
         [](void *data) {
             Shared &of = *static_cast<Shared *>(data);
             const Index thread = omp_get_thread_num();
             of.body.begin();
-            for (Index unit; (unit = of.next.fetch_add(1)) < of.units;) of.body(unit, thread);
+            for (Index turn = 0; turn < of.ranges; turn++) {
+                const Index i = (thread + turn) % of.ranges, end = of.start(i + 1);
+                for (Index unit; (unit = of.range[i].next.fetch_add(1)) < end;) of.body(unit, thread);
+            }
             of.body.end();
         },
         &shared, static_cast<unsigned>(std::min(threads, units)), 0);
@@ -896,14 +905,17 @@ void forward(const Call &call, void *query, void *key, void *value, void *output
         void begin() const { Mode::begin(); }
         void end() const { Mode::end(); }
         void operator()(Index unit, Index thread) const {
+            // Of all heads some blocks before the others, so that threads take rows apart where there are enough of these.
             const Sizes &sizes = call.sizes;
-            const Index head = unit / blocks, b = head / sizes.heads, h = head % sizes.heads;
+            const Index some = blocks / std::gcd(blocks, call.threads), heads = sizes.batch * sizes.heads;
+            const Index block = unit / (heads * some) * some + unit % some;
+            const Index head = unit / some % heads, b = head / sizes.heads, h = head % sizes.heads;
             Arena arena{memory + thread * bytes};
             kernel.attend(kernel.carve(arena), head_of<Element>(query, call.query, b, h, sizes.head_dim),
                           head_of<Element>(key, call.key, b, h, sizes.head_dim),
                           head_of<Element>(value, call.value, b, h, sizes.value_dim),
                           head_of<Element>(output, call.output, b, h, sizes.value_dim),
-                          logsumexp ? logsumexp + head * sizes.queries : nullptr, unit % blocks * kernel.queries,
+                          logsumexp ? logsumexp + head * sizes.queries : nullptr, block * kernel.queries,
                           call.scale * static_cast<float>(M_LOG2E));
         }
     };
