@@ -10,19 +10,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slicemod.native_library import native_library
+from slicemod.native_library import TILED_MODE, native_library
 from slicemod.onednn_scratch import Products
 from slicemod.plan import SlicePlan
 from slicemod.shapes import AttentionShape, ceil_div
 
-# One key has a gradient of exactly zero for the query, and calls of less work are faster in PyTorch, which has no
+# One key has a gradient of exactly zero for the query, and inference of less work is faster in PyTorch, which has no
 # operator in Python around its kernel. Measured on two cores.
 _LEAST_NATIVE_KEYS = 16
 _LEAST_NATIVE_PRODUCTS = 2**23  # of heads, queries, keys and channels
+_LEAST_TILED_PRODUCTS = 2**20
 
 # The backward pass packs queries for every block of keys, which costs more than PyTorch's kernel does in float32 where
-# one block of few keys is all there is.
+# one block of few keys is all there is; wider heads take more keys to make up for it. Measured on two cores.
 _FEW_FLOAT32_KEYS = 256
+_FEW_FLOAT32_KEYS_OF_WIDE_HEADS = 512
+_WIDE_FLOAT32_HEAD = 64
 
 # Wider heads do not leave a block of keys and values in the cache; PyTorch's large products do better then, but for the
 # backward pass in bfloat16.
@@ -71,11 +74,15 @@ def native_plan(
     library = native_library()
     plain = shape.mask is None and not shape.causal and not shape.dropout and shape.group == 1
     products = shape.scores_bytes // shape.score_itemsize * shape.head_dim
-    wide = max(shape.head_dim, shape.values) > _WIDEST_NATIVE_HEAD and not (training and dtype == torch.bfloat16)
-    few = training and dtype == torch.float32 and shape.keys < _FEW_FLOAT32_KEYS
-    if library is None or not plain or wide or few or not shape.values:
+    width = max(shape.head_dim, shape.values)
+    wide = width > _WIDEST_NATIVE_HEAD and not (training and dtype == torch.bfloat16)
+    few_keys = _FEW_FLOAT32_KEYS_OF_WIDE_HEADS if width > _WIDE_FLOAT32_HEAD else _FEW_FLOAT32_KEYS
+    few = training and dtype == torch.float32 and shape.keys < few_keys
+    if library is None or not plain or wide or few or not shape.values or shape.keys < _LEAST_NATIVE_KEYS:
         return None
-    if shape.keys < _LEAST_NATIVE_KEYS or products < _LEAST_NATIVE_PRODUCTS:
+    least = _LEAST_TILED_PRODUCTS if library.modes[dtype] == TILED_MODE else _LEAST_NATIVE_PRODUCTS
+    # PyTorch's backward pass in half precision takes several times as long, of however small a call.
+    if products < least and not (training and dtype.itemsize == 2):
         return None
     sizes = shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim, shape.values
     rows, forward, backward = library.sizes(dtype, sizes, threads)
