@@ -446,6 +446,14 @@ void pack_transposed(Lane *to, Index columns, const Matrix<Element> &from, Index
         }
 }
 
+// Brings a row into the second-level cache, while others are worked on.
+template <class Element>
+void prefetch(const Matrix<Element> &of, Index row) {
+    const char *start = reinterpret_cast<const char *>(of.data + row * of.row_stride);
+    for (Index j = 0; j < of.columns * static_cast<Index>(sizeof(*of.data)); j += 64)
+        _mm_prefetch(start + j, _MM_HINT_T1);
+}
+
 // ---- what a call is about
 
 }  // namespace
@@ -635,13 +643,19 @@ struct Forward {
         pack_rows<Mode>(space.query, head_lanes, query, start, rows, padded_rows);
         std::fill(space.shifts, space.shifts + padded_rows, -std::numeric_limits<float>::max());
         std::fill(space.sums, space.sums + padded_rows * 16, 0.0f);
+        const Index keys_of_strip = ceil_div(keys, ceil_div(padded_rows, strip));
         for (Index from = 0; from < sizes.keys; from += keys) {
             const Index count = std::min(keys, sizes.keys - from);
             const Index padded = round_up(count, Mode::step), lanes = padded / Mode::per_lane;
+            Index ahead = from + keys;
             pack_columns<Mode>(space.key, head_lanes, key, from, count, padded);
             pack_lanes<Mode>(space.value, value_columns, value, from, count, padded);
             for (Index row = 0; row < padded_rows; row += strip) {
                 const Index some = std::min(strip, padded_rows - row);
+                for (const Index end = std::min(ahead + keys_of_strip, sizes.keys); ahead < end; ahead++) {
+                    prefetch(key, ahead);
+                    prefetch(value, ahead);
+                }
                 float *sums = space.sums + row * 16, *new_sums = space.new_sums;
                 Index multiplied = 0;  // keys of the block
                 const auto multiply = [&](Index end) {
