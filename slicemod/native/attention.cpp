@@ -301,7 +301,7 @@ inline void multiply_by_vectors(const Product &of) {
 }
 
 struct FloatMode : FloatLanes {
-    static constexpr Index k_step = 1, strip = 24, chunk = 256;
+    static constexpr Index k_step = 1, strip = 24, chunk = 256, block_queries = 128, block_keys = 480;
     static Vector dot(Vector sum, __m512i a, __m512i b) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
     }
@@ -312,7 +312,7 @@ struct FloatMode : FloatLanes {
 
 #if HAS_BF16
 struct BfloatMode : BfloatLanes {
-    static constexpr Index k_step = 1, strip = 24, chunk = 128;
+    static constexpr Index k_step = 1, strip = 24, chunk = 128, block_queries = 128, block_keys = 480;
     static Vector dot(Vector sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
     static void multiply(const Product &of) { multiply_by_vectors<BfloatMode>(of); }
     static void begin() {}
@@ -322,7 +322,9 @@ struct BfloatMode : BfloatLanes {
 
 #if HAS_AMX
 struct TiledMode : BfloatLanes {
-    static constexpr Index k_step = 16, strip = 32, chunk = 64;
+    // Of the backward pass: rows of 128 scores, a power of two, would crowd in few sets of the cache, as a tile is
+    // stored 16 rows at a time.
+    static constexpr Index k_step = 16, strip = 32, chunk = 64, block_queries = 160, block_keys = 640;
 
     static void begin() {
         struct alignas(64) {
@@ -707,8 +709,6 @@ struct Forward {
 
 // ---- backward
 
-constexpr Index kBackwardQueries = 128, kBackwardKeys = 480;
-
 template <class Mode>
 struct Backward {
     const Sizes sizes;
@@ -727,8 +727,8 @@ struct Backward {
         const Index heads = of.batch * of.heads;
         parts = heads % threads == 0 || heads >= 4 * threads ? 1 : ceil_div(2 * threads, heads);
         strip = strip_of<Mode>(of);
-        queries = std::min(kBackwardQueries, round_up(of.queries, Mode::step));
-        keys = std::min(kBackwardKeys, round_up(of.keys, Mode::step));
+        queries = std::min(Mode::block_queries, round_up(of.queries, Mode::step));
+        keys = std::min(Mode::block_keys, round_up(of.keys, Mode::step));
         parts = std::min(parts, ceil_div(of.keys, keys));
         head_lanes = lanes_of<Mode>(of.head_dim);
         value_lanes = lanes_of<Mode>(of.value_dim);
