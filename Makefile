@@ -27,13 +27,13 @@ docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "built: build/docs/index.html"
 
-# Measures what README and docs show, for a quarter of an hour on an idle machine; then `make figures`.
+# Measures what README and docs show, for some twenty minutes on an idle machine; then `make figures`.
 benchmarks: $(VENV)/installed
 	$(BIN)/slicemod bench --largest 3 --resolution 256 384 512 --dtype bfloat16 float32 --rounds 5 \
 		--peers sdpa full diffusers-sliced ldm 'memory-*' flex slicemod slicemod-exact --json docs/benchmarks/layers.json
 	$(BIN)/slicemod bench --work sd15-unet --resolution 512 --dtype bfloat16 float32 --mode inference --rounds 5 \
 		--peers sdpa diffusers-full diffusers-sliced ldm slicemod --json docs/benchmarks/unet.json
-	$(BIN)/slicemod bench --growth --dtype bfloat16 float32 --rounds 3 --peers sdpa slicemod \
+	$(BIN)/slicemod bench --growth --dtype bfloat16 float32 --rounds 5 --peers sdpa slicemod \
 		--json docs/benchmarks/growth.json
 
 # The pictures and tables of README and docs from docs/benchmarks/*.json.

@@ -59,6 +59,9 @@ class NativeLibrary:
         self._functions = ctypes.CDLL(str(path))
         for name in ("slicemod_forward_bytes", "slicemod_backward_bytes", "slicemod_forward_rows"):
             getattr(self._functions, name).restype = ctypes.c_int64
+        for name, tensors in (("slicemod_forward", 6), ("slicemod_backward", 11)):  # None is no tensor
+            types = ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), *[ctypes.c_void_p] * tensors
+            getattr(self._functions, name).argtypes = types
         best = int(self._functions.slicemod_best_mode())
         self.modes = {torch.float32: FLOAT_MODE, torch.float16: FLOAT_MODE, torch.bfloat16: best}
 
@@ -105,18 +108,18 @@ class NativeLibrary:
         call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
         setting = self._setting(query.dtype, call)
         size = self._workspace_bytes("forward", setting)
-        function, pointer = self._functions.slicemod_forward, ctypes.c_void_p
+        function = self._functions.slicemod_forward
 
         def forward(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
             workspace = _workspace(size)
             function(
                 *setting,
-                pointer(query.data_ptr()),
-                pointer(key.data_ptr()),
-                pointer(value.data_ptr()),
-                pointer(output.data_ptr()),
+                query.data_ptr(),
+                key.data_ptr(),
+                value.data_ptr(),
+                output.data_ptr(),
                 None,
-                pointer(workspace.data_ptr()),
+                workspace.data_ptr(),
             )
 
         return forward
@@ -143,7 +146,7 @@ class NativeLibrary:
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self._setting(dtype, call)
         workspace = _workspace(self._workspace_bytes(name, setting))
-        pointers = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, workspace))
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (*tensors, workspace))
         getattr(self._functions, f"slicemod_{name}")(*setting, *pointers)
 
     def _setting(self, dtype: torch.dtype, call: _Call) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,34 +65,47 @@ def _measure(options: Any, command: list[str], console: Console) -> Results:
     results = Results(command, describe_machine(device))
     until = time.monotonic() + (QUICK_SECONDS if options.quick else 60 * options.minutes)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    plan = [(work, setting) for work in works for setting in settings]
+    plan = [[(work, setting)] for work in works for setting in settings]
+    if options.growth:  # sizes are compared there, and a machine's pace changes from one minute to the next
+        plan = [[(work, setting) for work in works] for setting in settings]
     each = len(peers) + options.rounds
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(plan) * each)
+        task = progress.add_task("", total=sum(map(len, plan)) * each)
+        begun = 0
         try:
-            for number, (work, setting) in enumerate(plan):
-                progress.update(task, completed=number * each)
+            for together in plan:
+                progress.update(task, completed=begun * each)
+                begun += len(together)
                 if time.monotonic() > until:
-                    console.print(f"out of time: {work.name} ({setting}) was not begun", highlight=False)
+                    for work, setting in together:
+                        console.print(f"out of time: {work.name} ({setting}) was not begun", highlight=False)
                     continue
-                _compare(Comparison(work, peers, setting, device), options, until, results, progress)
+                comparisons = [Comparison(work, peers, setting, device) for work, setting in together]
+                _compare(comparisons, options, until, results, progress)
         except KeyboardInterrupt:
             console.print("interrupted: what was measured so far follows", highlight=False)
     return results
 
 
-def _compare(comparison: Comparison, options: Any, until: float, results: Results, progress: Progress) -> None:
-    """One comparison into `results` and its file, the rounds that were done before Ctrl-C too."""
-    name = f"{comparison.work.name} ({comparison.setting})"
+def _compare(
+    comparisons: Sequence[Comparison], options: Any, until: float, results: Results, progress: Progress
+) -> None:
+    """Comparisons, a round of each in turn, into `results` and its file; so the rounds that were done before Ctrl-C."""
     task = progress.task_ids[0]
+    names = [f"{comparison.work.name} ({comparison.setting})" for comparison in comparisons]
     try:
-        for peer in comparison.prepare():
-            progress.update(task, advance=1, description=f"{name}: checking {peer}")
-        for turn in comparison.rounds(options.rounds, until):
-            progress.update(task, advance=1, description=f"{name}: round {turn} of {options.rounds}")
+        for comparison, name in zip(comparisons, names, strict=True):
+            for peer in comparison.prepare():
+                progress.update(task, advance=1, description=f"{name}: checking {peer}")
+        rounds = [comparison.rounds(options.rounds, until) for comparison in comparisons]
+        for _ in range(options.rounds):
+            for of_comparison, name in zip(rounds, names, strict=True):
+                for turn in islice(of_comparison, 1):
+                    progress.update(task, advance=1, description=f"{name}: round {turn} of {options.rounds}")
     finally:
-        results.measurements += comparison.measurements()
-        results.left_out += comparison.left_out
+        for comparison in comparisons:
+            results.measurements += comparison.measurements()
+            results.left_out += comparison.left_out
         if options.json is not None:
             results.save(Path(options.json))
 

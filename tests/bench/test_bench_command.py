@@ -58,6 +58,20 @@ def test_growth_measures_bare_calls(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {row.peer for row in rows} == set(bench_command.GROWTH_PEERS)
 
 
+def test_growth_runs_all_sizes_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, done = Comparison.rounds, []
+
+    def noted(comparison: Comparison, count: int, until: float) -> Iterator[int]:
+        for turn in rounds(comparison, count, until):
+            done.append((comparison.setting.dtype, turn, comparison.work.size))
+            yield turn
+
+    monkeypatch.setattr(Comparison, "rounds", noted)
+    few = ["--tokens", "61", "127", "--rounds", "2", "--dtype", "float32", "bfloat16"]
+    assert run(["bench", "--growth", "--peers", "slicemod", *few]) == 0
+    assert done == [(dtype, turn, size) for dtype in ("float32", "bfloat16") for turn in (1, 2) for size in (61, 127)]
+
+
 def test_ctrl_c_keeps_the_rounds_that_were_done(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
