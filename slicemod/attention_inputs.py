@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import forward_ad
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,7 +73,7 @@ def autocast_inputs(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As the autocast of SDPA: a floating-point tensor, float64 apart, takes the autocast dtype."""
-    if not torch._C._is_any_autocast_enabled():  # one question instead of a device's name and two
+    if not _is_any_autocast_enabled():  # one question instead of a device's name and two
         return query, key, value, attn_mask
     device = query.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

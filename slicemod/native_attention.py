@@ -140,12 +140,12 @@ def prepared_inference(
 
     And for as long as PyTorch has as many threads as now.
     """
-    width = value.shape[3]
-    like_output = empty_heads(query.new_empty(query.shape, device="meta"), width)
+    like_output = empty_heads(query.new_empty(query.shape, device="meta"), value.shape[3])
+    sizes, strides = like_output.shape, like_output.stride()
     forward = _library().prepared_forward(query, key, value, like_output, scale, torch.get_num_threads())
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = empty_heads(query, width)
+        output = query.new_empty_strided(sizes, strides)
         try:
             forward(query, key, value, output)
         except RuntimeError as error:

@@ -13,10 +13,12 @@ def is_watched(*tensors: Tensor) -> bool:
 
     Where nothing does, what is called need not be an operator, and the answer to an earlier call holds for this one.
     """
+    for tensor in tensors:
+        if type(tensor) is not Tensor:
+            return True
     return (
         torch.compiler.is_compiling()
         or _get_tracing_state() is not None
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
-        or {*map(type, tensors)} != {Tensor}
     )
