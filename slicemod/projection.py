@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -65,7 +66,7 @@ def _is_plain(module: nn.Module, x: Tensor) -> bool:
 
 def _is_product(linear: nn.Linear, x: Tensor) -> bool:
     """It is one product of plain tensors on a CPU, without gradients."""
-    if torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0:
+    if _is_any_autocast_enabled() or forward_ad._current_level >= 0:
         return False
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     if weight is None:  # a wrapper keeps it elsewhere

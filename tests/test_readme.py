@@ -24,9 +24,14 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def run_blocks(page: Path) -> None:
-    """Runs blocks in one session; those with prompts are doctests, whose printed results have to come."""
+def run_blocks(page: Path) -> int:
+    """Runs blocks in one session; those with prompts are doctests, whose printed results have to come.
+
+    Returns:
+        How many ran.
+    """
     names: dict[str, Any] = {}
+    number = 0
     for number, block in enumerate(python_blocks(page), 1):
         title = f"{page.name}, block {number}"
         if ">>> " in block:
@@ -37,11 +42,12 @@ def run_blocks(page: Path) -> None:
             names.update(test.globs)
         else:
             exec(compile(block, title, "exec"), names)  # our own text
+    return number
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
 def test_python_blocks_run(page: Path) -> None:
-    run_blocks(page)
+    assert run_blocks(page) == page.read_text(encoding="utf-8").count("```python")  # none is indented and passed over
 
 
 def test_python_blocks_of_the_readme_print_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
