@@ -70,9 +70,9 @@ def promise_and_peak(inputs: Inputs, slicing: SliceConfig | None, *, training: b
         assert plan is not None
         output = forward()
         grad_output = torch.ones_like(output)
-        peak = peak_memory(forward) - size([output])
+        peak = peak_memory(forward, output.device) - size([output])
         if training:
-            peak = max(peak, peak_memory(step) - size([output]) - size(wanted))
+            peak = max(peak, peak_memory(step, output.device) - size([output]) - size(wanted))
     return plan.peak_bytes, peak
 
 
