@@ -33,10 +33,11 @@ _READ_AT_ONCE = 2**16  # bytes
 
 _CPU = torch.device("cpu")
 
-# How old a reading of a CPU's free memory may be, and more than a machine writes.
+# How old a reading of free memory may be, and more than a machine writes, or a driver of a GPU hands out.
 _RECENT_SECONDS = 0.01
 _BYTES_PER_SECOND = 2**40
-_last_reading = 0, -math.inf  # bytes, and time.monotonic() before they were read
+_NEVER = 0, -math.inf
+_last_readings: dict[torch.device, tuple[int, float]] = {}  # bytes, and time.monotonic() before they were read
 
 
 def parse_budget(budget: object, available: int | None = None) -> int | float:
@@ -84,20 +85,20 @@ def budget_bytes(budget: int | float | str, device: torch.device) -> int:
     return parsed if isinstance(parsed, int) else int(parsed * free_memory(device))
 
 
-def surely_allows(parsed: int | float, size: int, device_type: str) -> bool:
+def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
     """A budget, as `parse_budget` gives it, allows `size` bytes, and that is known without a look at the device.
 
-    A fraction of what a CPU has free is known where the last reading is no older than what many a call takes, and left
-    more than anybody can have written to since: memory is free until it is written to. An address space is used up by
+    A fraction of what is free is known where the last reading is no older than what many a call takes, and left more
+    than anybody can have taken since: a CPU's memory is free until it is written to. An address space is used up by
     less; where that is limited, nothing is known.
     """
     if isinstance(parsed, int):
         return size <= parsed
-    if device_type != "cpu" or free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
+    if free_memory is not _PROBE:  # replaced: a device is simulated, as it likes
         return False
-    free, read_at = _last_reading
+    free, read_at = _last_readings.get(device, _NEVER)
     age = time.monotonic() - read_at
-    if age > _RECENT_SECONDS or _has_limited_addresses():
+    if age > _RECENT_SECONDS or (device == _CPU and _has_limited_addresses()):
         return False
     return size <= parsed * (free - _BYTES_PER_SECOND * age)
 
@@ -112,22 +113,33 @@ def free_memory(device: torch.device | str) -> int:
     Raises:
         RuntimeError: there is no probe for the device; name a budget in bytes instead.
     """
+    read_at = time.monotonic()
     if device == _CPU:  # an answer that is asked for often, and a device's type takes longer to tell
-        return _free_cpu_memory()
-    device = torch.device(device)
-    if device.type == "cpu":
-        return _free_cpu_memory()
-    if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    backend: Any = getattr(torch, device.type, None)
-    if not hasattr(backend, "mem_get_info") or not hasattr(backend, "memory_stats"):
-        raise RuntimeError(_no_probe(str(device)))
-    stats = backend.memory_stats(device)
-    cached = stats.get("reserved_bytes.all.current", 0) - stats.get("active_bytes.all.current", 0)
-    return int(backend.mem_get_info(device)[0] + cached)
+        free = _free_cpu_memory()
+    else:
+        device = torch.device(device)
+        free = _free_cpu_memory() if device.type == "cpu" else _free_device_memory(device)
+    _last_readings[torch.device(device)] = free, read_at
+    return free
 
 
 _PROBE = free_memory
+
+
+def _free_device_memory(device: torch.device) -> int:
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    backend: Any = getattr(torch, device.type, None)
+    if not hasattr(backend, "mem_get_info") or not hasattr(backend, "memory_stats_as_nested_dict"):
+        raise RuntimeError(_no_probe(str(device)))
+    # Nested as it comes; to sort it flat takes PyTorch longer than the rest of a call.
+    stats = backend.memory_stats_as_nested_dict(device)
+    cached = _current(stats, "reserved_bytes") - _current(stats, "active_bytes")
+    return int(backend.mem_get_info(device)[0] + cached)
+
+
+def _current(stats: dict[str, Any], name: str) -> int:
+    return int(stats[name]["all"]["current"]) if name in stats else 0
 
 
 def _no_probe(device: str) -> str:
@@ -142,16 +154,12 @@ def _free_cpu_memory() -> int:
         return _macos_available()
     if not sys.platform.startswith("linux"):
         raise RuntimeError(_no_probe("cpu"))
-    global _last_reading
-    read_at = time.monotonic()
     readings = [_ram_available(_MEMINFO), *cgroup_headrooms(_MEMBERSHIP, _CGROUP_MOUNT)]
     if _has_limited_addresses():
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         pages = int(_STATM.read_bytes().split()[0])  # opened each time: it is that of the process that opened it
         readings.append(limit - pages * resource.getpagesize())
-    free = max(0, min(readings))
-    _last_reading = free, read_at
-    return free
+    return max(0, min(readings))
 
 
 def _has_limited_addresses() -> bool:

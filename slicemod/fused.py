@@ -12,7 +12,7 @@ _FUSED_BACKENDS = {
     "cpu": [SDPBackend.FLASH_ATTENTION],
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
 }
-_FLASH = SDPBackend.FLASH_ATTENTION.value
+_CHOICES = {device: {backend.value for backend in backends} for device, backends in _FUSED_BACKENDS.items()}
 
 
 def fused_obstacle(
@@ -86,15 +86,29 @@ def fused_attention(
         RuntimeError: PyTorch has no fused kernel for these inputs after all.
     """
     call = query, key, value, attn_mask, dropout_p, is_causal
-    if (
-        query.is_cpu
-        and not is_watched(query, key, value)
-        # To ask what PyTorch is about to choose costs a tenth of seeing to it that it has no other choice.
-        and torch._fused_sdp_choice(*call, scale=scale, enable_gqa=enable_gqa) == _FLASH
-    ):
+    device = query.device.type
+    # To ask what PyTorch is about to choose costs a tenth of seeing to it that it has no other choice.
+    if not is_watched(query, key, value) and pytorchs_choice(*call, scale, enable_gqa) in _CHOICES[device]:
         return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
-    with sdpa_kernel(_FUSED_BACKENDS[query.device.type]):
+    with sdpa_kernel(_FUSED_BACKENDS[device]):
         return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
+
+
+def pytorchs_choice(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> int:
+    """The value of the `SDPBackend` that `F.scaled_dot_product_attention` runs, as PyTorch is set now."""
+    choice: int = torch._fused_sdp_choice(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return choice
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:

@@ -20,6 +20,10 @@ from torch import Tensor
 from slicemod.shapes import AttentionShape, MaskShape, Tiles
 from slicemod.workspace import Workspace
 
+# Where half precision is computed in float32 tiles. SDPA's kernels have scores in float32 there; large ones, rounded to
+# half precision, would be off by whole percents. On other devices that is up to `SliceConfig.upcast`.
+UPCASTING_DEVICES = ("cpu", "cuda")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -202,6 +206,16 @@ class Kernel:
         # Adding -inf, rather than writing it, sends NaN and inf of the scores where SDPA sends them.
         return tile.fill_(-math.inf).masked_fill_(part, 0) if part.dtype == torch.bool else tile.copy_(part)
 
+    def softmax_backward(self, grad_weights: Tensor, weights: Tensor) -> Tensor:
+        """`P (dP - sum(P dP))`, in the place of `dP`; the gradient of the output is gone afterwards."""
+        if not weights.is_cuda:
+            softmax_backward = torch.ops.aten._softmax_backward_data.out
+            return softmax_backward(grad_weights, weights, -1, self.dtype, grad_input=grad_weights)  # type: ignore[no-any-return]
+        # The operator makes a third tensor of scores there.
+        row_sums = self.space.tile("output", *weights.shape[:2], 1)
+        grad_weights.mul_(weights)
+        return grad_weights.addcmul_(weights, torch.sum(grad_weights, -1, keepdim=True, out=row_sums), value=-1)
+
     def draw(self, weights: Tensor, generator: torch.Generator) -> Tensor:
         """Dropout's factor for each weight: 0, or 1 / (1 - p)."""
         factor = self.space.tile("dropout", *weights.shape)
@@ -304,9 +318,7 @@ def math_backward(
             torch.bmm(grouped(grad_part, keys), values.transpose(1, 2), out=grouped(grad_weights, keys))
             if factor is not None:
                 grad_weights.mul_(factor)
-            grad_scores = torch.ops.aten._softmax_backward_data.out(
-                grad_weights, weights, -1, kernel.dtype, grad_input=grad_weights
-            )
+            grad_scores = kernel.softmax_backward(grad_weights, weights)
             if need_query:
                 written = kernel.place("grad_query", grad_query, turn)  # (items * heads, r, D)
                 torch.bmm(grouped(grad_scores, keys), keys, out=grouped(written, keys))

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from slicemod.cuda_fused import ASSUMED_PROCESSORS, cuda_fused_peak
 from slicemod.onednn_scratch import Products
 from slicemod.shapes import AttentionShape, Tiles, ceil_div, square_resolution
 
@@ -389,13 +390,19 @@ def _sliced_plan(
     )
 
 
-def fused_peak(shape: AttentionShape, device_type: str, *, training: bool, products: Products | None = None) -> int:
+def fused_peak(
+    shape: AttentionShape,
+    device_type: str,
+    *,
+    training: bool,
+    products: Products | None = None,
+    processors: int = ASSUMED_PROCESSORS,
+) -> int:
     """Peak bytes of PyTorch's fused attention beyond inputs, output and input gradients.
 
-    Measured on the CPU, where `products` says how it multiplies half precision. Elsewhere what flash attention is
-    known to keep: the log-sum-exp of each row and, in training, the row sums and a float32 gradient of the query.
+    On the CPU `products` says how it multiplies half precision. Elsewhere the most that a CUDA kernel takes, on a
+    GPU of so many streaming multiprocessors.
     """
     if device_type == "cpu":
         return shape.flash_peak(torch.get_num_threads(), training=training, products=products)
-    rows = shape.batch_heads * shape.queries
-    return rows * 4 * (1 + (1 + shape.head_dim if training else 0))
+    return cuda_fused_peak(shape, training=training, processors=processors)

@@ -12,6 +12,7 @@ from torch import distributed
 
 from slicemod import budget as memory
 from slicemod.cpu_kernels import NO_CPU_KERNELS, CpuKernels, float32_flash_plan, native_plan
+from slicemod.cuda_fused import processors_of
 from slicemod.plan import (
     POLICIES,
     NotEnoughMemoryError,
@@ -183,7 +184,10 @@ class SliceConfig:
         cpu: CpuKernels = NO_CPU_KERNELS,
     ) -> CallPlans:
         """The plans of one call, from which what is free picks one; arguments and errors are those of `plan`."""
-        given = device.type, training, fused_obstacle, cpu, torch.get_num_threads(), POLICIES[self.policy]
+        given = (
+            *(device.type, training, fused_obstacle, cpu, processors_of(device)),
+            *(torch.get_num_threads(), POLICIES[self.policy]),
+        )
         best = None
         if self.kernel != "math" and self.steps is None:
             # What is free differs from call to call, and the same kernel is the best in all that it fits into.
@@ -220,7 +224,7 @@ class CallPlans:
         parsed_budget: its budget in bytes, or a fraction of what is free.
         shape: sizes of the call.
         device: where it runs.
-        given: the further arguments of `_plan`; the first is the type of the device.
+        given: the further arguments of `_plan`.
         best: the plan where there is memory enough for it, if that is not of the sliced kernel.
     """
 
@@ -237,8 +241,8 @@ class CallPlans:
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
         """
-        best, device_type = self.best, self.given[0]
-        if best is not None and memory.surely_allows(self.parsed_budget, best.peak_bytes, device_type):
+        best = self.best
+        if best is not None and memory.surely_allows(self.parsed_budget, best.peak_bytes, self.device):
             return best
         available = memory.budget_bytes(self.parsed_budget, self.device)
         if best is not None and 0 < available >= best.peak_bytes:
@@ -255,6 +259,7 @@ def _plan(
     training: bool,
     fused_obstacle: str | None,
     cpu: CpuKernels,
+    processors: int,
     *_on_what_else_it_depends: object,
 ) -> SlicePlan:
     """The plan that fits in `available` bytes."""
@@ -270,7 +275,7 @@ def _plan(
     if slicing.kernel != "math" and fused_obstacle is None and slicing.steps is None:
 
         def peak(shape: AttentionShape) -> int:
-            return fused_peak(shape, device_type, training=training, products=cpu.products)
+            return fused_peak(shape, device_type, training=training, products=cpu.products, processors=processors)
 
         fused = plan_slices(
             shape,

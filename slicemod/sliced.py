@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -18,9 +19,10 @@ from slicemod.attention_inputs import as_four_dims, autocast_inputs, check_input
 from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
-from slicemod.fused import flash_attention, fused_attention, fused_obstacle
+from slicemod.fused import flash_attention, fused_attention, fused_obstacle, pytorchs_choice
 from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
+    UPCASTING_DEVICES,
     Call,
     attention_shape,
     attention_sizes,
@@ -184,8 +186,7 @@ def _question(
     settings: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     """The arguments of `_decide` for 4-D inputs, of which only sizes and types are looked at."""
-    # Half precision has no matrix product of float32 accuracy on a CPU; the tiles are float32 there.
-    upcast = query.device.type == "cpu" and query.element_size() < 4
+    upcast = query.device.type in UPCASTING_DEVICES and query.element_size() < 4
     sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
     # Only a positive scale leaves the maximum of a row's products that of its scores, and torch.func.grad takes no
     # operator of ours, but PyTorch's.
@@ -224,13 +225,20 @@ def _known_as(
 ) -> tuple[Any, ...] | None:
     """What a call without dropout is known by; None for one that is not to be remembered.
 
-    Other devices' calls are not: whether PyTorch fuses those depends on its settings too.
+    Which kernel PyTorch takes on CUDA depends on its settings too, so that it is asked each time. On other devices
+    nothing is remembered.
     """
-    if is_watched(query, key, value) or not (query.is_cpu and key.is_cpu and value.is_cpu):
+    if is_watched(query, key, value):
         return None
+    place: tuple[int, int] | None = None
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        index = query.get_device()
+        if not query.is_cuda or key.get_device() != index or value.get_device() != index:
+            return None
+        place = index, pytorchs_choice(query, key, value, mask, 0.0, is_causal, scale, enable_gqa)
     if forward_ad._current_level >= 0 or not (scale is None or scale > 0):
         return None
-    if mask is not None and not (type(mask) is Tensor and mask.is_cpu and mask.dim() == 4):
+    if mask is not None and not (type(mask) is Tensor and mask.device == query.device and mask.dim() == 4):
         return None
     if type(slicing) is not SliceConfig:
         slicing = _DEFAULT if slicing is None else SliceConfig.of(slicing)
@@ -240,7 +248,7 @@ def _known_as(
         *(query.dtype, key.dtype, value.dtype),
         torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
         None if mask is None else (mask.shape, mask.dtype, mask.requires_grad),
-        *(is_causal, enable_gqa, scale, torch.get_num_threads()),
+        *(is_causal, enable_gqa, scale, torch.get_num_threads(), place),
         *(slicing, type(slicing.budget)),  # a budget of 1 byte equals one of 1.0, all there is
     )
 
@@ -262,7 +270,8 @@ def _known(
     if best is not None and best.kernel == "native" and not _needs_grad(query, key, value, None):
         run = prepared_inference(query, key, value, _scale_of(query, scale))
     elif best is not None and best.kernel == "fused" and not best.upcast and mask is None and not enable_gqa:
-        run = partial(flash_attention, is_causal=is_causal, scale=scale)
+        attend = flash_attention if query.is_cpu else F.scaled_dot_product_attention
+        run = partial(attend, is_causal=is_causal, scale=scale)
     return _Known(plans, run)
 
 
@@ -322,7 +331,7 @@ def sliced_attention(
         plan: follow this plan, made for these sizes, instead of making one; not together with `slicing`.
 
     Under autocast query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. Half
-    precision is computed in float32 tiles on the CPU, and on other devices with `upcast`.
+    precision is computed in float32 tiles on CPU and CUDA, and on other devices with `upcast`.
 
     Returns:
         `(..., H, N, Dv)` in the dtype of `query`, laid out as `(..., N, H, Dv)` where it is 4-D.

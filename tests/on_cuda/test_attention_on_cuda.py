@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
+from slicemod.budget import parse_budget
+from slicemod.fused import fused_obstacle
 from slicemod.out_of_memory import SmallerSlicesWarning
-from slicemod.plan import NotEnoughMemoryError
+from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, layer_inputs, layer_like
@@ -23,6 +26,7 @@ from tests.test_memory_promise import masks, promise_and_peak
 pytestmark = pytest.mark.cuda
 
 MIB = 2**20
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 SLICINGS = {
     "auto": SliceConfig(),
@@ -78,7 +82,7 @@ def test_the_sliced_kernels_peak_is_what_the_plan_says(
     else:
         inputs = layer_inputs(dtype, **sizes, mask=masks(dtype)[mask])
     promised, peak = promise_and_peak(inputs, SLICINGS[slicing], training=training)
-    assert peak <= promised + 16 * 512  # PyTorch's allocator hands out whole blocks of 512 bytes
+    assert 0.9 * promised <= peak <= promised
 
 
 LAYERS = {  # batch, heads, queries, keys, head dim of Stable Diffusion's layers
@@ -100,7 +104,7 @@ def test_a_layers_peak_is_within_its_plan(layer: str, dtype: torch.dtype, traini
     batch, heads, queries, keys, width = LAYERS[layer]
     inputs = layer_inputs(dtype, batch=batch, heads=heads, queries=queries, keys=keys, width=width)
     promised, peak = promise_and_peak(inputs, SliceConfig(policy="exact"), training=training)
-    assert peak <= promised + 16 * 512
+    assert peak <= promised
 
 
 @pytest.mark.parametrize("budget", ["2MiB", "16MiB"])
@@ -123,7 +127,49 @@ def test_a_layer_keeps_its_budget(budget: str, compiled: bool, training: bool) -
     with torch.set_grad_enabled(training):
         run()
         returned = query.nbytes * (4 if training else 1)
-        assert peak_memory(run, "cuda") - returned <= SliceConfig(budget=budget).resolved("cpu").budget
+        assert peak_memory(run, "cuda") - returned <= parse_budget(budget)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_no_kernel_of_pytorchs_takes_more_than_its_plan(
+    layer: str, backend: SDPBackend, dtype: torch.dtype, training: bool
+) -> None:
+    batch, heads, queries, keys, width = LAYERS[layer]
+    inputs = layer_inputs(dtype, batch=batch, heads=heads, queries=queries, keys=keys, width=width)
+    with sdpa_kernel(backend):
+        obstacle = fused_obstacle(inputs.query, inputs.key, inputs.value)
+        if obstacle is not None:
+            pytest.skip(obstacle)
+        promised, peak = promise_and_peak(inputs, SliceConfig(kernel="fused"), training=training)
+    assert peak <= promised
+
+
+def test_a_known_call_follows_pytorchs_settings() -> None:
+    inputs = layer_inputs(torch.float16, width=16)
+    for _ in range(2):
+        assert plan_of(inputs).kernel == "fused"
+    with sdpa_kernel(SDPBackend.MATH):
+        assert plan_of(inputs).kernel == "math"
+    assert plan_of(inputs).kernel == "fused"
+
+
+def plan_of(inputs: Inputs) -> SlicePlan:
+    """The plan that a call follows."""
+    plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
+    assert plan is not None
+    return plan
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_scores_are_as_exact_as_sdpas(dtype: torch.dtype, scale: float) -> None:
+    inputs = layer_inputs(dtype, heads=6, queries=131, keys=113, width=16)
+    inputs.query = inputs.query * scale
+    slicing = SliceConfig(kernel="math", steps=3)
+    assert_as_exact_as_sdpa(lambda *args, **kwargs: sliced_attention(*args, **kwargs, slicing=slicing), inputs)
 
 
 def test_a_layer_compiles_whole_and_agrees() -> None:

@@ -53,7 +53,8 @@ def test_a_swapped_unet_trains() -> None:
     model = unet()
     swap_attention(model, SliceConfig(budget="2MiB", policy="exact", kernel="math"))
     model.requires_grad_(True)
-    model(torch.randn(2, 4, 32, 32), 500, torch.randn(2, 77, 32)).sample.square().mean().backward()
+    sample: torch.Tensor = model(torch.randn(2, 4, 32, 32), 500, torch.randn(2, 77, 32)).sample
+    torch.autograd.backward(sample.square().mean())
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
@@ -88,5 +89,6 @@ def test_a_compiled_unet_agrees() -> None:
     given = torch.randn(1, 4, 32, 32), torch.tensor(500), torch.randn(1, 77, 32)
     with torch.no_grad():
         wanted = model(*given).sample
-        found = torch.compile(model, fullgraph=True)(*given).sample
+        compiled: Any = torch.compile(model, fullgraph=True)
+        found = compiled(*given).sample
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -23,7 +23,7 @@ def _attend(inputs: list[torch.Tensor]) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
-@pytest.mark.parametrize(("device_type", "upcast"), [("cpu", True), ("cuda", False), ("mps", False)])
+@pytest.mark.parametrize(("device_type", "upcast"), [("cpu", True), ("cuda", True), ("mps", False)])
 def test_a_call_has_the_sizes_of_its_tensors(device_type: str, upcast: bool) -> None:
     recorder = MemoryRecorder(no_temporaries)
     stand_in = AttentionStandIn(recorder, device_type)
