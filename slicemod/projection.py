@@ -39,7 +39,7 @@ def project(module: Any, x: Tensor) -> Tensor:
     One that an `nn.Sequential` starts with as well. Neither way, nor finding out which, takes more memory than the
     result.
     """
-    if x.dtype in _HALF_PRECISION:
+    if x.is_cpu and x.dtype in _HALF_PRECISION:
         if type(module) is nn.Sequential and _is_plain(module, x):
             for part in module:
                 x = project(part, x)

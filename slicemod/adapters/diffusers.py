@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -124,6 +125,18 @@ class SlicemodAttnProcessor:
         if not added and attn.rescale_output_factor != 1:
             output = output / attn.rescale_output_factor
         return output
+
+
+def keep_signature(processor: type) -> None:
+    """Have the signature of a processor's `__call__` at hand.
+
+    diffusers asks for it whenever a layer is called, and to make it takes longer than to launch attention on a GPU.
+    """
+    call: Any = processor.__call__
+    call.__signature__ = signature(call)
+
+
+keep_signature(SlicemodAttnProcessor)
 
 
 def _projections(

@@ -13,7 +13,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import Tensor
 
-from slicemod.adapters.diffusers import SlicemodAttnProcessor
+from slicemod.adapters.diffusers import SlicemodAttnProcessor, keep_signature
 from slicemod.heads import merge_heads, split_heads
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import sliced_attention
@@ -122,6 +122,9 @@ class SlicemodIPAdapterAttnProcessor(SlicemodAttnProcessor, IPAdapterAttnProcess
                     "IPAdapterMaskProcessor prepares masks."
                 )
         return masks
+
+
+keep_signature(SlicemodIPAdapterAttnProcessor)
 
 
 def slice_ip_adapter(processor: Any, slicing: SliceConfig) -> SlicemodIPAdapterAttnProcessor:
