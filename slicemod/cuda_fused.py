@@ -91,13 +91,14 @@ def _efficient_forward(shape: AttentionShape) -> int:
 
 
 def _efficient_backward(shape: AttentionShape) -> int:
-    """Sums of rows, the query's gradient in float32 blocks of 64 by 64, and wide heads' of key and value as well.
+    """Sums of rows, the query's gradient in float32 in blocks of rows, and wide heads' of key and value as well.
 
     In float32 the sums come from a product as large as the output, and are laid out anew.
     """
     width = _rounded(shape.head_dim, 64)
     sums = shape.batch_heads * _rounded(shape.queries, 32) * _FLOAT
-    blocks = shape.batch_heads * ceil_div(shape.queries, 64) * (64 * width * _FLOAT + 16)
+    counters = ceil_div(shape.queries, 64) * (width // 64) * 16
+    blocks = shape.batch_heads * (_rounded(shape.queries, 64 if width <= 128 else 128) * width * _FLOAT + counters)
     if _is_wide_half(shape):
         blocks += 2 * shape.batch_heads * (_rounded(shape.keys, 128) + 128) * width * _FLOAT
     if shape.itemsize < _FLOAT:

@@ -1,11 +1,20 @@
 """PyTorch's fused attention: when it is certain to run, and running it so that nothing else can."""
 
+from collections.abc import Callable
+from operator import index
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.watched import is_watched
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+# PyTorch leaves this decorator without types.
+_constant_in_graph: Callable[[Function], Function] = torch.compiler.assume_constant_result
 
 # "math" is left out: it would materialise the scores that a plan promises not to.
 _FUSED_BACKENDS = {
@@ -50,14 +59,49 @@ def fused_obstacle(
         return obstacle
     if device == "cpu":
         return f"the CPU's fused kernel has no dropout, and dropout_p is {dropout_p}" if dropout_p > 0 else None
-    params = torch.backends.cuda.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if (
+    if torch.compiler.is_compiling():
+        mask = None if attn_mask is None else _description(attn_mask)
+        described = _description(query), _description(key), _description(value), mask
+        # Branches make constants of them in the graph; of dropout PyTorch asks only whether there is any.
+        settings = 0.5 if dropout_p > 0 else 0.0, bool(is_causal), bool(enable_gqa)
+        fuses = _would_fuse_on_cuda(described, settings, torch.is_grad_enabled())
+    else:
+        fuses = _fuses_on_cuda(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    return None if fuses else "PyTorch has no fused CUDA kernel for these sizes, this dtype or this GPU"
+
+
+def _fuses_on_cuda(*inputs: Any) -> bool:
+    """Any of the CUDA kernels takes these arguments of `F.scaled_dot_product_attention`."""
+    params = torch.backends.cuda.SDPAParams(*inputs)
+    return (
         torch.backends.cuda.can_use_flash_attention(params)
         or torch.backends.cuda.can_use_efficient_attention(params)
         or torch.backends.cuda.can_use_cudnn_attention(params)
-    ):
-        return None
-    return "PyTorch has no fused CUDA kernel for these sizes, this dtype or this GPU"
+    )
+
+
+def _description(tensor: Tensor) -> tuple[Any, ...]:
+    """All that PyTorch looks at, as constants of a graph that is traced."""
+    shape, stride = tuple(index(size) for size in tensor.shape), tuple(index(step) for step in tensor.stride())
+    return shape, stride, tensor.dtype, str(tensor.device), tensor.requires_grad
+
+
+@_constant_in_graph
+def _would_fuse_on_cuda(
+    described: tuple[tuple[Any, ...] | None, ...], settings: tuple[float, bool, bool], grad_enabled: bool
+) -> bool:
+    """`_fuses_on_cuda` of descriptions, outside of the graph: not every version of PyTorch can trace the questions."""
+    tensors = [None if description is None else _stand_in(description) for description in described]
+    with torch.set_grad_enabled(grad_enabled):
+        return _fuses_on_cuda(*tensors, *settings)
+
+
+def _stand_in(description: tuple[Any, ...]) -> Tensor:
+    """A tensor without memory."""
+    shape, stride, dtype, device, requires_grad = description
+    on_meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    stand_in: Tensor = FakeTensor(FakeTensorMode(), on_meta, torch.device(device))
+    return stand_in.requires_grad_(requires_grad)
 
 
 def _mask_obstacle(attn_mask: Tensor, query: Tensor) -> str | None:

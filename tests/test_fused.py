@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slicemod import fused
 from slicemod.cpu_kernels import cpu_kernels
 from slicemod.fused import fused_attention, fused_obstacle
 from slicemod.sliced import planned_attention, sliced_attention
@@ -174,6 +175,32 @@ def test_auto_fuses_exactly_where_there_is_no_obstacle() -> None:
         plan = planned_attention(inputs.query, inputs.key, inputs.value, mask)[1]
         assert plan is not None
         assert plan.kernel == kernel
+
+
+@pytest.mark.parametrize("grad_enabled", [True, False])
+@pytest.mark.parametrize("width", [16, 11])
+def test_a_traced_call_asks_what_cuda_fuses_outside_of_the_graph(
+    width: int, grad_enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def answer(params: Any) -> bool:
+        query = params.query
+        asked.append((query.shape, query.stride(), query.dtype, query.requires_grad, torch.is_grad_enabled()))
+        return width == 16
+
+    for question in ("can_use_flash_attention", "can_use_efficient_attention", "can_use_cudnn_attention"):
+        monkeypatch.setattr(torch.backends.cuda, question, answer)
+    monkeypatch.setitem(fused._FUSED_BACKENDS, "meta", [])  # the type of device is all that is looked at
+    query = layer_like(2, 6, 67, width).to("meta").requires_grad_()
+
+    def attend(query: Tensor) -> tuple[Tensor, str | None]:
+        return query * 2, fused_obstacle(query, query, query)
+
+    with torch.set_grad_enabled(grad_enabled):
+        _, obstacle = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(query)
+    assert (obstacle is None) == (width == 16)
+    assert set(asked) == {(query.shape, query.stride(), torch.float32, True, grad_enabled)}
 
 
 @pytest.mark.cuda

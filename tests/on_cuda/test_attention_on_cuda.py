@@ -51,7 +51,7 @@ def _on_cuda() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("slicing", SLICINGS)
-@pytest.mark.parametrize("dtype", [*HALF_AND_SINGLE, torch.float64])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("mask", [*masks(torch.float32), "causal", "gqa"])
 def test_output_and_gradients_are_as_exact_as_sdpas(slicing: str, dtype: torch.dtype, mask: str) -> None:
     sizes: dict[str, Any] = {"heads": 6, "queries": 131, "keys": 113}
@@ -59,8 +59,6 @@ def test_output_and_gradients_are_as_exact_as_sdpas(slicing: str, dtype: torch.d
         inputs = layer_inputs(dtype, **sizes, is_causal=True)
     elif mask == "gqa":
         inputs = layer_inputs(dtype, **sizes, key_heads=2)
-    elif mask == "float32" and dtype == torch.float64:
-        pytest.skip("SDPA takes no narrower mask than query")
     else:
         inputs = layer_inputs(dtype, **sizes, mask=masks(dtype)[mask])
     if slicing == "key chunks" and mask == "gradient":
@@ -172,8 +170,9 @@ def test_large_scores_are_as_exact_as_sdpas(dtype: torch.dtype, scale: float) ->
     assert_as_exact_as_sdpa(lambda *args, **kwargs: sliced_attention(*args, **kwargs, slicing=slicing), inputs)
 
 
-def test_a_layer_compiles_whole_and_agrees() -> None:
-    layer = MemoryAwareCrossAttention(64, context_dim=48, heads=4, dim_head=16)
+@pytest.mark.parametrize("dim_head", [16, 11])
+def test_a_layer_compiles_whole_and_agrees(dim_head: int) -> None:
+    layer = MemoryAwareCrossAttention(64, context_dim=48, heads=4, dim_head=dim_head)
     x, context = torch.randn(2, 256, 64), torch.randn(2, 77, 48)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x, context), layer(x, context))
