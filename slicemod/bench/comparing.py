@@ -235,8 +235,8 @@ class Comparison:
         self, peer: Peer, called: Any, weights: list[nn.Parameter], inputs: tuple[Any, ...], error: float
     ) -> _Runner:
         call = _training_step(called, inputs, weights) if self._training else _inference(called, inputs)
-        if self.setting.compiled:
-            call()
+        if self.setting.compiled or self.device.type == "cuda":
+            call()  # cuBLAS takes a workspace, for good, at a thread's first product; it would be the first peer's
         sizes: list[int] = []
 
         def sized() -> object:

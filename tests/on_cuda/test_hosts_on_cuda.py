@@ -17,7 +17,9 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(autouse=True)
-def _on_cuda() -> Iterator[None]:
+def _on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors are made there, and convolutions are exact enough to compare what follows from them."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with torch.device("cuda"):
         yield
 
@@ -45,7 +47,7 @@ def test_a_swapped_unet_draws_the_same(slicing: SliceConfig, dtype: torch.dtype)
         swap_attention(model, slicing)
         found = model(*given).sample
         restore_attention(model)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
 
 

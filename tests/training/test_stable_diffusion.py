@@ -111,9 +111,10 @@ def test_block_checkpointing_changes_nothing_but_memory(here: Path) -> None:
     "precision", [pytest.param("bf16-mixed", marks=pytest.mark.slow), pytest.param("16-mixed", marks=pytest.mark.cuda)]
 )
 def test_mixed_precision_stays_near_float32(precision: str, here: Path) -> None:
-    whole = logged(train(here, "sd15_full.yaml", "sd15"), "train/loss")
+    device = ("--trainer.accelerator", "gpu" if precision == "16-mixed" else "cpu")
+    whole = logged(train(here, "sd15_full.yaml", "sd15", *device), "train/loss")
     shutil.rmtree(here / "checkpoints")
-    mixed = logged(train(here, "sd15_full.yaml", "sd15", "--trainer.precision", precision), "train/loss")
+    mixed = logged(train(here, "sd15_full.yaml", "sd15", *device, "--trainer.precision", precision), "train/loss")
     assert [loss for _, loss in mixed] == pytest.approx([loss for _, loss in whole], rel=0.02)
     assert all(one != other for one, other in zip(mixed, whole, strict=True))
 
