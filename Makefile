@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format docs benchmarks figures clean
+.PHONY: demo test check format docs benchmarks benchmarks-gpu figures clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
@@ -36,12 +36,21 @@ benchmarks: $(VENV)/installed
 	$(BIN)/slicemod bench --growth --dtype bfloat16 float32 --rounds 5 --peers sdpa slicemod \
 		--json docs/benchmarks/growth.json
 
+# The same on a GPU, for a minute or two.
+benchmarks-gpu: $(VENV)/installed
+	$(BIN)/slicemod bench --device cuda --largest 2 --resolution 512 1024 --dtype float16 --rounds 5 \
+		--peers sdpa full diffusers-sliced ldm 'memory-*' slicemod slicemod-exact --json docs/benchmarks/gpu-layers.json
+	$(BIN)/slicemod bench --device cuda --work sd15-unet --resolution 512 1024 --dtype float16 --mode inference --rounds 5 \
+		--peers sdpa diffusers-full diffusers-sliced ldm slicemod --json docs/benchmarks/gpu-unet.json
+
 # The pictures and tables of README and docs from docs/benchmarks/*.json.
 figures: $(VENV)/installed
 	rm -rf docs/images/benchmarks
 	$(BIN)/slicemod bench --from docs/benchmarks/layers.json --plots docs/images/benchmarks/layers --into README.md docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/unet.json --plots docs/images/benchmarks/unet --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/growth.json --plots docs/images/benchmarks/growth --into docs/benchmarks.md
+	$(BIN)/slicemod bench --from docs/benchmarks/gpu-layers.json --plots docs/images/benchmarks/gpu-layers --into docs/benchmarks.md
+	$(BIN)/slicemod bench --from docs/benchmarks/gpu-unet.json --plots docs/images/benchmarks/gpu-unet --into docs/benchmarks.md
 
 # The CompVis code that the tests swap into comes without what it depends on: tests need its UNet alone.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -33,9 +33,11 @@ _READ_AT_ONCE = 2**16  # bytes
 
 _CPU = torch.device("cpu")
 
-# How old a reading of free memory may be, and more than a machine writes, or a driver of a GPU hands out.
+# How old a reading of free memory may be, and more than a machine writes. A GPU's is taken when it is allocated, of
+# PyTorch's cache in no time: there, what is this much less than what was free.
 _RECENT_SECONDS = 0.01
 _BYTES_PER_SECOND = 2**40
+_SMALL_SHARE = 1 / 16
 _NEVER = 0, -math.inf
 _last_readings: dict[torch.device, tuple[int, float]] = {}  # bytes, and time.monotonic() before they were read
 
@@ -88,9 +90,10 @@ def budget_bytes(budget: int | float | str, device: torch.device) -> int:
 def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
     """A budget, as `parse_budget` gives it, allows `size` bytes, and that is known without a look at the device.
 
-    A fraction of what is free is known where the last reading is no older than what many a call takes, and left more
-    than anybody can have taken since: a CPU's memory is free until it is written to. An address space is used up by
-    less; where that is limited, nothing is known.
+    A fraction of what is free is known where the last reading is no older than what many a call takes. Of a CPU, where
+    it left more than anybody can have written to since: memory is free until it is written to. An address space is used
+    up by less; where that is limited, nothing is known. Of another device, where `size` is a small share of what was
+    free: that is no certainty, but one that has lost the rest meanwhile would have no room for the output either.
     """
     if isinstance(parsed, int):
         return size <= parsed
@@ -98,9 +101,11 @@ def surely_allows(parsed: int | float, size: int, device: torch.device) -> bool:
         return False
     free, read_at = _last_readings.get(device, _NEVER)
     age = time.monotonic() - read_at
-    if age > _RECENT_SECONDS or (device == _CPU and _has_limited_addresses()):
+    if age > _RECENT_SECONDS:
         return False
-    return size <= parsed * (free - _BYTES_PER_SECOND * age)
+    if device != _CPU:
+        return size <= parsed * _SMALL_SHARE * free
+    return not _has_limited_addresses() and size <= parsed * (free - _BYTES_PER_SECOND * age)
 
 
 def free_memory(device: torch.device | str) -> int:

@@ -31,6 +31,11 @@ _WIDE_FLOAT32_HEAD = 64
 # backward pass in bfloat16.
 _WIDEST_NATIVE_HEAD = 256
 
+# PyTorch's kernel converts bfloat16 as it goes. In inference that takes longer only where many queries read the same keys
+# and these stay in the cache. Its backward pass takes five times as long, float16 twice. Measured on two AVX2 cores.
+_KEYS_OF_CONVERTED_BFLOAT16 = range(2048, 8193)
+_QUERIES_OF_CONVERTED_BFLOAT16 = 1024
+
 # Query, key, value and output of a turn in float32; more heads at a time are no faster.
 _TURN_BYTES = 2 * 2**20
 
@@ -41,12 +46,12 @@ class CpuKernels:
 
     Attributes:
         native: the dtype, where the native kernel computes it.
-        converts: there are no instructions for this half precision, and float32 is faster.
+        converts: the dtype, where there are no instructions for this half precision.
         products: how oneDNN multiplies this half precision within PyTorch's fused kernel, if it does.
     """
 
     native: torch.dtype | None = None
-    converts: bool = False
+    converts: torch.dtype | None = None
     products: Products | None = None
 
 
@@ -64,7 +69,8 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
         products = "tiles" if torch.cpu._is_amx_tile_supported() else "bfloat16"
     elif dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
         products = "float16"
-    return CpuKernels(native, converts=dtype.itemsize == 2 and products is None, products=products)
+    converts = dtype if dtype.itemsize == 2 and products is None else None
+    return CpuKernels(native, converts=converts, products=products)
 
 
 def native_plan(
@@ -130,13 +136,16 @@ class Float32Flash:
 
 
 def float32_flash_plan(
-    shape: AttentionShape, free_bytes: int, *, policy: str, training: bool, threads: int
+    shape: AttentionShape, dtype: torch.dtype, free_bytes: int, *, policy: str, training: bool, threads: int
 ) -> SlicePlan | None:
-    """The plan of `float32_flash`, or None where it does not fit.
+    """The plan of `float32_flash`; None where it does not fit or PyTorch's kernel is as fast without conversions.
 
     The backward pass spreads heads over the threads, and nothing else, so that a turn has a multiple of `threads`.
     """
     if shape.group != 1 or shape.head_dim != shape.values:
+        return None
+    amortised = shape.queries >= _QUERIES_OF_CONVERTED_BFLOAT16 and shape.keys in _KEYS_OF_CONVERTED_BFLOAT16
+    if dtype == torch.bfloat16 and not training and not amortised:
         return None
     per_head = 8 * (shape.queries + shape.keys) * max(1, shape.head_dim)
     heads = min(shape.heads, max(1, _TURN_BYTES // per_head // threads) * threads)

@@ -70,8 +70,10 @@ def flash_splits(shape: AttentionShape, processors: int) -> int:
     """
     block = 256 if shape.head_dim <= 64 else 128 if shape.head_dim <= 128 else 64
     key_blocks, blocks = ceil_div(shape.keys, block), shape.batch_heads * ceil_div(shape.queries, 64)
+    if shape.queries == 1:  # heads that share a key head are taken for rows
+        blocks = shape.batch_heads // shape.group * ceil_div(shape.group, 64)
     slots = 2 * processors
-    if blocks >= 0.8 * slots:
+    if not blocks or not key_blocks or blocks >= 0.8 * slots:
         return 1
 
     def use(splits: int) -> float:

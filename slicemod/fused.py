@@ -59,7 +59,7 @@ def fused_obstacle(
         return obstacle
     if device == "cpu":
         return f"the CPU's fused kernel has no dropout, and dropout_p is {dropout_p}" if dropout_p > 0 else None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         mask = None if attn_mask is None else _description(attn_mask)
         described = _description(query), _description(key), _description(value), mask
         # Branches make constants of them in the graph; of dropout PyTorch asks only whether there is any.
@@ -130,11 +130,10 @@ def fused_attention(
         RuntimeError: PyTorch has no fused kernel for these inputs after all.
     """
     call = query, key, value, attn_mask, dropout_p, is_causal
-    device = query.device.type
     # To ask what PyTorch is about to choose costs a tenth of seeing to it that it has no other choice.
-    if not is_watched(query, key, value) and pytorchs_choice(*call, scale, enable_gqa) in _CHOICES[device]:
+    if not is_watched(query, key, value) and is_fused(pytorchs_choice(*call, scale, enable_gqa), query):
         return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
-    with sdpa_kernel(_FUSED_BACKENDS[device]):
+    with sdpa_kernel(_FUSED_BACKENDS[query.device.type]):
         return F.scaled_dot_product_attention(*call, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -153,6 +152,11 @@ def pytorchs_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return choice
+
+
+def is_fused(choice: int, query: Tensor) -> bool:
+    """What `pytorchs_choice` answered is a fused kernel of the query's device."""
+    return choice in _CHOICES[query.device.type]
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:

@@ -312,7 +312,9 @@ class Tiles:
     @property
     def backward(self) -> dict[str, int]:
         """Elements of each tile of the backward pass, which computes the weights once more."""
-        sizes = self.forward | {"output": _aligned(self.output), "grad_scores": _aligned(self.scores)}
+        # The kernel takes the tile of the output's gradient for a number for each row in the end, on some devices.
+        output = max(self.output, self._all_heads * self.rows)
+        sizes = self.forward | {"output": _aligned(output), "grad_scores": _aligned(self.scores)}
         if self.stages:
             sizes["grad_query"] = _aligned(self.query)
         if self.keys:

@@ -158,6 +158,7 @@ class SliceConfig:
         training: bool,
         fused_obstacle: str | None,
         cpu: CpuKernels = NO_CPU_KERNELS,
+        processors: int | None = None,
     ) -> SlicePlan:
         """The plan of one call. Reads the free memory where the budget refers to it.
 
@@ -167,12 +168,15 @@ class SliceConfig:
             training: gradients will be needed.
             fused_obstacle: why no fused kernel would run, or None if one would.
             cpu: what this processor has for the dtype beside PyTorch's fused kernel.
+            processors: streaming multiprocessors of a GPU; those of `device` when left out.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
             ValueError: `kernel="fused"` and there is an obstacle.
         """
-        return self.plans(shape, device, training=training, fused_obstacle=fused_obstacle, cpu=cpu).now()
+        return self.plans(
+            shape, device, training=training, fused_obstacle=fused_obstacle, cpu=cpu, processors=processors
+        ).now()
 
     def plans(
         self,
@@ -182,10 +186,11 @@ class SliceConfig:
         training: bool,
         fused_obstacle: str | None,
         cpu: CpuKernels = NO_CPU_KERNELS,
+        processors: int | None = None,
     ) -> CallPlans:
         """The plans of one call, from which what is free picks one; arguments and errors are those of `plan`."""
         given = (
-            *(device.type, training, fused_obstacle, cpu, processors_of(device)),
+            *(device.type, training, fused_obstacle, cpu, processors or processors_of(device)),
             *(torch.get_num_threads(), POLICIES[self.policy]),
         )
         best = None
@@ -202,8 +207,10 @@ class SliceConfig:
         plan = None
         if cpu.native is not None and self.kernel == "auto":
             plan = native_plan(shape, cpu.native, available, policy=self.policy, training=training, threads=threads)
-        if plan is None and cpu.converts and fused_obstacle is None:
-            plan = float32_flash_plan(shape, available, policy=self.policy, training=training, threads=threads)
+        if plan is None and cpu.converts is not None and fused_obstacle is None:
+            plan = float32_flash_plan(
+                shape, cpu.converts, available, policy=self.policy, training=training, threads=threads
+            )
         return plan
 
     def _over_budget(

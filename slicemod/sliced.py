@@ -19,7 +19,7 @@ from slicemod.attention_inputs import as_four_dims, autocast_inputs, check_input
 from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
-from slicemod.fused import flash_attention, fused_attention, fused_obstacle, pytorchs_choice
+from slicemod.fused import flash_attention, fused_attention, fused_obstacle, is_fused, pytorchs_choice
 from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
     UPCASTING_DEVICES,
@@ -235,6 +235,8 @@ def _known_as(
         index = query.get_device()
         if not query.is_cuda or key.get_device() != index or value.get_device() != index:
             return None
+        if not torch.backends.cuda.math_sdp_enabled():  # PyTorch has no answer to calls that it cannot fuse then
+            return None
         place = index, pytorchs_choice(query, key, value, mask, 0.0, is_causal, scale, enable_gqa)
     if forward_ad._current_level >= 0 or not (scale is None or scale > 0):
         return None
@@ -270,8 +272,10 @@ def _known(
     if best is not None and best.kernel == "native" and not _needs_grad(query, key, value, None):
         run = prepared_inference(query, key, value, _scale_of(query, scale))
     elif best is not None and best.kernel == "fused" and not best.upcast and mask is None and not enable_gqa:
-        attend = flash_attention if query.is_cpu else F.scaled_dot_product_attention
-        run = partial(attend, is_causal=is_causal, scale=scale)
+        if query.is_cpu:
+            run = partial(flash_attention, is_causal=is_causal, scale=scale)
+        elif is_fused(pytorchs_choice(query, key, value, None, 0.0, is_causal, scale, enable_gqa), query):
+            run = partial(F.scaled_dot_product_attention, is_causal=is_causal, scale=scale)
     return _Known(plans, run)
 
 
@@ -331,7 +335,7 @@ def sliced_attention(
         plan: follow this plan, made for these sizes, instead of making one; not together with `slicing`.
 
     Under autocast query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. Half
-    precision is computed in float32 tiles on CPU and CUDA, and on other devices with `upcast`.
+    precision is computed in float32 tiles on CPU and CUDA, and on other devices with `upcast`; a `plan` says itself.
 
     Returns:
         `(..., H, N, Dv)` in the dtype of `query`, laid out as `(..., N, H, Dv)` where it is 4-D.

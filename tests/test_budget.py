@@ -259,16 +259,17 @@ def test_where_the_address_space_is_limited_no_reading_is_trusted(
     assert not surely_allows(1.0, 1, CPU)
 
 
-def test_a_reading_of_a_gpu_is_trusted_as_long_as_one_of_a_cpu(
+def test_a_recent_reading_of_a_gpu_is_trusted_for_a_small_share_of_it(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 9 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: {})
     free_memory(device)
-    clock.append(100 + 2**-10)  # in which 1 GiB may be handed out
-    assert surely_allows(1.0, 2 * 2**30, device)
-    assert not surely_allows(1.0, 2 * 2**30 + 1, device)
+    clock.append(100.009)
+    assert surely_allows(1.0, 3 * 2**26, device)
+    assert not surely_allows(1.0, 3 * 2**26 + 1, device)
+    assert not surely_allows(0.5, 3 * 2**26, device)
     assert not surely_allows(1.0, 1, torch.device("cuda", 0))
     clock.append(100.011)
     assert not surely_allows(1.0, 1, device)

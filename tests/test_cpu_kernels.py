@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from slicemod import cpu_kernels as module
 from slicemod import sliced
-from slicemod.cpu_kernels import CpuKernels, cpu_kernels
+from slicemod.cpu_kernels import CpuKernels, cpu_kernels, float32_flash_plan
+from slicemod.shapes import AttentionShape
 from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
 
@@ -26,12 +29,31 @@ def test_a_half_precision_without_instructions_is_computed_in_float32(
 ) -> None:
     for name, dtype in (("_is_mkldnn_bf16_supported", torch.bfloat16), ("_is_mkldnn_fp16_supported", torch.float16)):
         monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
-        assert cpu_kernels(dtype, CPU) == CpuKernels(converts=True)
+        assert cpu_kernels(dtype, CPU) == CpuKernels(converts=dtype)
         inputs = layer_inputs(dtype, heads=6)
-        plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
-        assert plan is not None
-        assert (plan.kernel, plan.upcast) == ("fused", True)
+        trained = planned_attention(inputs.query.requires_grad_(), inputs.key, inputs.value)[1]
+        assert trained is not None
+        assert (trained.kernel, trained.upcast) == ("fused", True)
         assert_as_exact_as_sdpa(sliced_attention, inputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "keys", "converted"),
+    [
+        (torch.float16, 61, 64, True),
+        (torch.bfloat16, 4096, 2047, False),
+        (torch.bfloat16, 61, 4096, False),
+        (torch.bfloat16, 4096, 4096, True),
+        (torch.bfloat16, 4096, 8193, False),
+    ],
+)
+def test_bfloat16_is_converted_for_inference_where_that_is_faster(
+    dtype: torch.dtype, queries: int, keys: int, converted: bool
+) -> None:
+    shape = AttentionShape(1, 8, queries, keys, 40, 2)
+    settings: dict[str, Any] = {"policy": "exact", "threads": 2}
+    assert (float32_flash_plan(shape, dtype, 2**30, training=False, **settings) is not None) == converted
+    assert float32_flash_plan(shape, dtype, 2**30, training=True, **settings) is not None
 
 
 def test_without_the_native_kernel_pytorch_multiplies_bfloat16(

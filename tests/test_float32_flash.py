@@ -76,10 +76,10 @@ def test_a_budget_too_small_for_a_head_has_no_plan() -> None:
     sizes = attention_sizes(inputs.query, inputs.key, inputs.value, None, dropout_p=0.0, is_causal=False, upcast=False)
     shape = attention_shape(sizes)
     settings: dict[str, Any] = {"policy": "exact", "training": True, "threads": 2}
-    assert float32_flash_plan(shape, 1000, **settings) is None
-    whole = float32_flash_plan(shape, 2**30, **settings)
+    assert float32_flash_plan(shape, torch.float16, 1000, **settings) is None
+    whole = float32_flash_plan(shape, torch.float16, 2**30, **settings)
     assert whole is not None
-    fitting = float32_flash_plan(shape, whole.peak_bytes, **settings)
+    fitting = float32_flash_plan(shape, torch.float16, whole.peak_bytes, **settings)
     assert fitting == whole
     assert budget.parse_budget(whole.peak_bytes) == whole.peak_bytes
 

@@ -299,7 +299,7 @@ def test_halves_with_other_bits_are_not_taken(monkeypatch: pytest.MonkeyPatch, s
 def test_a_processor_without_half_precision_is_not_measured(
     monkeypatch: pytest.MonkeyPatch, sizes: dict[Any, Any]
 ) -> None:
-    monkeypatch.setattr(module, "cpu_kernels", lambda dtype, device: CpuKernels(converts=True))
+    monkeypatch.setattr(module, "cpu_kernels", lambda dtype, device: CpuKernels(converts=dtype))
     monkeypatch.setattr(module, "_in_halves", None)
     project(plain(), tokens())
     assert list(sizes.values()) == [False]

@@ -238,7 +238,9 @@ def _colour(peer: str) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms"
+    if value >= 1:
+        return f"{value:g} s"
+    return f"{value * 1e3:g} ms" if value >= 1e-3 else f"{value * 1e6:g} µs"
 
 
 def _mebibytes(value: float) -> str:

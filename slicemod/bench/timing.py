@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 PRODUCT_SIZE = 2048
+LONGEST_PRODUCT = 1.0  # seconds
+_SMALL_PRODUCT = 256
 SHORTEST_SPAN = 0.05  # seconds
 
 
@@ -45,10 +47,22 @@ def _seconds_of(call: Callable[[], object], repeats: int, device: torch.device) 
 
 
 class LargeProduct:
-    """A square matrix product of `PRODUCT_SIZE` rows, whose FLOP/s are what this machine can do."""
+    """A square matrix product of `PRODUCT_SIZE` rows, whose FLOP/s are what this machine can do.
+
+    Of fewer where that would take over `LONGEST_PRODUCT`: some processors have no instructions for half precision, and
+    PyTorch multiplies it a hundred times slower than float32 there.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.left, self.right = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device=device).to(dtype).unbind()
+        size = min(_SMALL_PRODUCT, PRODUCT_SIZE)
+        self._make(size, dtype, device)
+        self()  # the first product of all starts threads or a GPU's libraries
+        while 2 * size <= PRODUCT_SIZE and 2**3 * seconds_of(self, device) <= LONGEST_PRODUCT:
+            size *= 2
+            self._make(size, dtype, device)
+
+    def _make(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.left, self.right = torch.randn(2, size, size, device=device).to(dtype).unbind()
 
     def __call__(self) -> object:
         return self.left @ self.right

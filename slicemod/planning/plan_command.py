@@ -110,9 +110,9 @@ def _parser() -> ArgumentParser:
         "weights and without the device: the step is run on tensors that have sizes and no memory.",
         epilog="Each part of a peak is what it holds at that moment; attention may hold nothing then. Bytes are those "
         "that PyTorch asks its allocator for. On a CPU the temporary memory of its operators is counted too, and the "
-        "figures have been held against measured ones. CUDA and MPS are simulated, which was never compared with a "
-        "real device: the workspace of cuDNN, the rounding of the allocator and the CUDA context come on top, and a "
-        "fused kernel is taken for granted on CUDA. Training is a step of AdamW in one dtype.",
+        "figures have been held against measured ones. CUDA and MPS are simulated: the workspace of cuDNN, the "
+        "rounding of the allocator and the CUDA context come on top, and a fused kernel is taken for granted on "
+        "CUDA. Training is a step of AdamW in one dtype.",
     )
     parser.add_argument("model", help=f"{', '.join(NAMED_UNETS)}, a YAML of configs/, or a diffusers folder")
     parser.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="edges in pixels")

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from slicemod.cpu_kernels import cpu_kernels
+from slicemod.cuda_fused import ASSUMED_PROCESSORS
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
 from slicemod.planning.attention_costs import (
     full_attention_cost,
@@ -177,6 +178,7 @@ class StepPlanner:
                 training=self.kind.training,
                 fused_obstacle=call.fused_obstacle,
                 cpu=self._cpu,
+                processors=ASSUMED_PROCESSORS,
             )
         except NotEnoughMemoryError as error:
             return error

@@ -39,6 +39,14 @@ def test_the_product_counts_two_operations_for_each_multiplication(monkeypatch: 
     assert product.flops == 2 * 67**3
 
 
+def test_a_product_that_would_take_long_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "PRODUCT_SIZE", 512)
+    monkeypatch.setattr(timing, "seconds_of", lambda call, device: 0.2)
+    assert LargeProduct(torch.float32, CPU).left.shape == (256, 256)
+    monkeypatch.setattr(timing, "seconds_of", lambda call, device: 0.1)
+    assert LargeProduct(torch.float32, CPU).left.shape == (512, 512)
+
+
 @pytest.mark.cuda
 def test_a_gpu_is_waited_for() -> None:
     large = torch.randn(4096, 4096, device="cuda")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slicemod import out_of_memory
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
 from slicemod.budget import parse_budget
@@ -144,6 +145,24 @@ def test_no_kernel_of_pytorchs_takes_more_than_its_plan(
     assert peak <= promised
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float16])
+@pytest.mark.parametrize("keys", [77, 1024])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_mask_is_in_the_fused_plan(keys: int, kind: torch.dtype, training: bool) -> None:
+    mask = (torch.rand(1, 1, 1024, keys) > 0.3).to(kind)
+    inputs = layer_inputs(torch.float16, heads=8, queries=1024, keys=keys, width=40, mask=mask)
+    promised, peak = promise_and_peak(inputs, SliceConfig(kernel="fused"), training=training)
+    assert peak <= promised
+
+
+@pytest.mark.parametrize("width", [16, 11])
+def test_what_pytorch_cannot_fuse_is_sliced_where_its_own_way_is_forbidden(width: int) -> None:
+    inputs = layer_inputs(torch.float32, width=width)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for _ in range(2):
+            assert plan_of(inputs).kernel == "math"
+
+
 def test_a_known_call_follows_pytorchs_settings() -> None:
     inputs = layer_inputs(torch.float16, width=16)
     for _ in range(2):
@@ -177,7 +196,8 @@ def test_a_layer_compiles_whole_and_agrees(dim_head: int) -> None:
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x, context), layer(x, context))
 
 
-def test_running_out_of_memory_ends_in_smaller_slices() -> None:
+def test_running_out_of_memory_ends_in_smaller_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(out_of_memory, "_said", set())
     query = layer_like(2, 8, 4096, 40, torch.float16)
     wanted = F.scaled_dot_product_attention(query, query, query)
     _, plan = planned_attention(query, query, query, slicing=SliceConfig(kernel="math", steps=1))
@@ -196,8 +216,8 @@ def test_running_out_of_memory_ends_in_smaller_slices() -> None:
 
 def test_a_budget_too_small_is_refused() -> None:
     query = layer_like(2, 8, 4096, 40, torch.float16)
-    with pytest.raises(NotEnoughMemoryError, match="1KB"):
-        sliced_attention(query, query, query, slicing=SliceConfig(budget="1KB", policy="exact", kernel="math"))
+    with pytest.raises(NotEnoughMemoryError, match="bytes and has 512"):
+        sliced_attention(query, query, query, slicing=SliceConfig(budget=512, policy="exact", kernel="math"))
 
 
 @pytest.mark.parametrize("dropout_p", [0.3, 0.5])
