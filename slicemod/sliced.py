@@ -235,7 +235,8 @@ def _known_as(
         index = query.get_device()
         if not query.is_cuda or key.get_device() != index or value.get_device() != index:
             return None
-        if not torch.backends.cuda.math_sdp_enabled():  # PyTorch has no answer to calls that it cannot fuse then
+        # PyTorch has no answer to calls that it cannot fuse, then.
+        if not torch.backends.cuda.math_sdp_enabled():  # type: ignore[no-untyped-call]
             return None
         place = index, pytorchs_choice(query, key, value, mask, 0.0, is_causal, scale, enable_gqa)
     if forward_ad._current_level >= 0 or not (scale is None or scale > 0):
