@@ -32,7 +32,7 @@ _WIDE_FLOAT32_HEAD = 64
 _WIDEST_NATIVE_HEAD = 256
 
 # PyTorch's kernel converts bfloat16 as it goes. In inference that takes longer only where many queries read the same
-# keys and these stay in the cache. Its backward pass takes five times as long, float16 twice. Measured on two AVX2 cores.
+# keys and these stay in the cache. Its backward pass takes five times as long, float16 twice. Measured with AVX2.
 _KEYS_OF_CONVERTED_BFLOAT16 = range(2048, 8193)
 _QUERIES_OF_CONVERTED_BFLOAT16 = 1024
 
