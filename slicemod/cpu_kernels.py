@@ -31,11 +31,6 @@ _WIDE_FLOAT32_HEAD = 64
 # backward pass in bfloat16.
 _WIDEST_NATIVE_HEAD = 256
 
-# PyTorch's kernel converts bfloat16 as it goes. In inference that takes longer only where many queries read the same
-# keys and these stay in the cache. Its backward pass takes five times as long, float16 twice. Measured with AVX2.
-_KEYS_OF_CONVERTED_BFLOAT16 = range(2048, 8193)
-_QUERIES_OF_CONVERTED_BFLOAT16 = 1024
-
 # Query, key, value and output of a turn in float32; more heads at a time are no faster.
 _TURN_BYTES = 2 * 2**20
 
@@ -138,14 +133,16 @@ class Float32Flash:
 def float32_flash_plan(
     shape: AttentionShape, dtype: torch.dtype, free_bytes: int, *, policy: str, training: bool, threads: int
 ) -> SlicePlan | None:
-    """The plan of `float32_flash`; None where it does not fit or PyTorch's kernel is as fast without conversions.
+    """The plan of `float32_flash`; None where it does not fit or PyTorch's kernel is as fast.
+
+    That one converts bfloat16 as it goes in the forward pass, in less memory: converted beforehand it took 0.85 to 1.7
+    times as long, measured with AVX2. The backward pass takes it five times as long, and all of float16 twice and more.
 
     The backward pass spreads heads over the threads, and nothing else, so that a turn has a multiple of `threads`.
     """
     if shape.group != 1 or shape.head_dim != shape.values:
         return None
-    amortised = shape.queries >= _QUERIES_OF_CONVERTED_BFLOAT16 and shape.keys in _KEYS_OF_CONVERTED_BFLOAT16
-    if dtype == torch.bfloat16 and not training and not amortised:
+    if dtype == torch.bfloat16 and not training:
         return None
     per_head = 8 * (shape.queries + shape.keys) * max(1, shape.head_dim)
     heads = min(shape.heads, max(1, _TURN_BYTES // per_head // threads) * threads)
