@@ -80,10 +80,9 @@ def test_swapped_attention_gives_the_same_losses() -> None:
     assert losses(small_model(attention=SLICED)) == pytest.approx(losses(small_model()), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look
-@pytest.mark.parametrize(
-    "attention", [pytest.param(None, id="own", marks=pytest.mark.slow), pytest.param(SLICED, id="swapped")]
-)
+@pytest.mark.parametrize("attention", [pytest.param(None, id="own"), pytest.param(SLICED, id="swapped")])
 def test_compiled_training_gives_the_same_losses(attention: SliceConfig | None) -> None:
     torch.compiler.reset()
     compiled = small_model(attention=attention, compile=True, levels=1)
