@@ -1,8 +1,7 @@
 """PyTorch's fused attention: when it is certain to run, and running it so that nothing else can."""
 
-from collections.abc import Callable
 from operator import index
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slicemod.watched import is_watched
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-# PyTorch leaves this decorator without types.
-_constant_in_graph: Callable[[Function], Function] = torch.compiler.assume_constant_result
+from slicemod.watched import constant_in_graph, is_watched
 
 # "math" is left out: it would materialise the scores that a plan promises not to.
 _FUSED_BACKENDS = {
@@ -86,7 +81,7 @@ def _description(tensor: Tensor) -> tuple[Any, ...]:
     return shape, stride, tensor.dtype, str(tensor.device), tensor.requires_grad
 
 
-@_constant_in_graph
+@constant_in_graph
 def _would_fuse_on_cuda(
     described: tuple[tuple[Any, ...] | None, ...], settings: tuple[float, bool, bool], grad_enabled: bool
 ) -> bool:

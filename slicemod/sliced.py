@@ -8,7 +8,7 @@ order stays ours.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,7 @@ from slicemod.native_attention import attend_natively, prepared_inference
 from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import CallPlans, SliceConfig
-from slicemod.watched import is_watched
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-# PyTorch leaves this decorator without types.
-_constant_in_graph: Callable[[Function], Function] = torch.compiler.assume_constant_result
+from slicemod.watched import constant_in_graph, is_watched
 
 
 @torch.library.custom_op("slicemod::attention", mutates_args=())
@@ -140,7 +136,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) 
 _attention.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-@_constant_in_graph
+@constant_in_graph
 def _decide(
     settings: tuple[Any, ...],
     sizes: tuple[Any, ...],
@@ -294,7 +290,7 @@ def _settings(slicing: SliceConfig | Mapping[str, Any] | None) -> tuple[Any, ...
     return slicing.budget, slicing.policy, slicing.kernel, slicing.steps, slicing.checkpoint, slicing.upcast
 
 
-@_constant_in_graph
+@constant_in_graph
 def _settings_of_items(items: tuple[tuple[str, Any], ...]) -> tuple[Any, ...]:
     return _settings(SliceConfig.of(dict(items)))
 

@@ -1,11 +1,19 @@
 """Whether something looks on at the operators that are called."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 # Taken from PyTorch's dictionaries once: between large products, looking through them takes longer than the questions.
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+# What is marked so runs outside of a graph that is traced, and its answer is a constant in there. PyTorch leaves this
+# decorator without types.
+constant_in_graph: Callable[[Function], Function] = torch.compiler.assume_constant_result
 
 
 def is_watched(*tensors: Tensor) -> bool:
