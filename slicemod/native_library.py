@@ -1,7 +1,7 @@
 """The native kernel: compiled for this processor when it is first wanted, kept on disk, and called through ctypes.
 
-`native/attention.cpp` needs an x86-64 processor with AVX-512, Linux, and a C++ compiler, as `torch.compile` does. What
-is missing is said by `native_obstacle`, and attention is then PyTorch's. The compiled library lies in
+`native/attention.cpp` needs an x86-64 processor with AVX2, Linux, and a C++ compiler, as `torch.compile` does. What is
+missing is said by `native_obstacle`, and attention is then PyTorch's. The compiled library lies in
 `$SLICEMOD_CACHE`, or `slicemod` in the user's cache folder, under a name made of the source, the compiler and the
 processor. `SLICEMOD_NATIVE=0` does without it.
 """
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).parent / "native" / "attention.cpp"
+SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
+_CAPABILITIES = ("AVX2", "AVX512")
 _COMPILERS = ("c++", "g++", "clang++")
 
 FLOAT_MODE, BFLOAT_MODE, TILED_MODE = 0, 1, 2  # as attention.cpp numbers them
@@ -195,8 +196,8 @@ def _library_or_obstacle() -> NativeLibrary | str:
         return "SLICEMOD_NATIVE is 0"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"it runs on Linux on x86-64, and this is {platform.system()} on {platform.machine()}"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return f"it needs AVX512, and PyTorch finds {torch.backends.cpu.get_cpu_capability()}"
+    if torch.backends.cpu.get_cpu_capability() not in _CAPABILITIES:
+        return f"it needs {' or '.join(_CAPABILITIES)}, and PyTorch finds {torch.backends.cpu.get_cpu_capability()}"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS[1:]))), None)
     if compiler is None:
         return f"there is no C++ compiler: neither $CXX nor {', '.join(_COMPILERS)}"
@@ -236,14 +237,15 @@ def _compiled(compiler: str) -> Path:
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     # The model beside the flags: a compiler finds instructions that an old kernel's flags do not list.
     kind = [line for line in processor.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))]
-    parts = (SOURCE.read_text(encoding="utf-8"), version, *kind, " ".join(_FLAGS))
+    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()))
+    parts = (*sources, version, *kind, " ".join(_FLAGS))
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     target = _cache_folder() / f"attention-{name}.so"
     if not target.exists():
         # Written beside its place and moved there whole: other processes may be about the same.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built = Path(folder) / target.name
-            command = [compiler, *_FLAGS, "-o", str(built), str(SOURCE)]
+            command = [compiler, *_FLAGS, "-o", str(built), str(SOURCES / "attention.cpp")]
             subprocess.run(command, capture_output=True, text=True, check=True)
             built.replace(target)
     return target

@@ -1,0 +1,191 @@
+// Forward, for a block of queries and one block of keys after another, with a running softmax over the latter
+// (arXiv 2112.05682, 2205.14135): S = Q K^T, P = 2^(c S - m), O = O 2^(m_old - m) + P V, c = scale log2(e).
+// The shift m of a row is the maximum of the first scores. Weights in bfloat16 are as exact above 1 as below it, so m is
+// raised to the maximum so far, and what was summed is scaled, only where weights have grown large.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+
+#include "packing.h"
+#include "threads.h"
+
+namespace {
+
+// A block of queries is as large as leaves some for every thread: keys and values are packed anew for each.
+constexpr Index kMostQueries = 1024, kLeastQueries = 128, kBlocksOfThread = 4;
+
+template <class Mode>
+struct Forward {
+    const Sizes sizes;
+    Index strip, queries, keys, chunk, head_lanes, value_columns;
+    struct Space {
+        Lane *query, *key, *value, *weights;
+        float *scores, *output, *shifts, *sums, *new_sums;
+    };
+
+    Forward(const Sizes &of, Index threads) : sizes(of) {
+        strip = strip_of<Mode>(of);
+        Index most = kMostQueries;
+        while (most > kLeastQueries && of.batch * of.heads * ceil_div(of.queries, most) < kBlocksOfThread * threads)
+            most /= 2;
+        queries = std::min(round_up(most, std::lcm<Index>(strip, kWidth)), round_up(of.queries, kWidth));
+        keys = std::min(Mode::forward_keys, round_up(of.keys, Mode::step));
+        chunk = std::min(Mode::chunk, keys);
+        head_lanes = lanes_of<Mode>(of.head_dim);
+        value_columns = round_up(of.value_dim, kWidth);
+    }
+    Space carve(Arena &arena) const {
+        return {arena.take<Lane>(queries * head_lanes), arena.take<Lane>(keys * head_lanes),
+                arena.take<Lane>(keys / Mode::per_lane * value_columns),
+                arena.take<Lane>(strip * keys / Mode::per_lane), arena.take<float>(strip * chunk),
+                arena.take<float>(queries * value_columns), arena.take<float>(queries),
+                arena.take<float>(queries * kWidth), arena.take<float>(strip * kWidth)};
+    }
+    Index bytes() const {
+        Arena arena{nullptr};
+        carve(arena);
+        return arena.used;
+    }
+
+    // Raises the shifts of some queries to the maxima of a chunk of scores, and scales what was summed by then to them.
+    void raise_shifts(const Space &space, Index width, Index start, Index rows, float c, float *sums,
+                      bool has_output) const {
+        alignas(64) float maxima[64];
+        for (Index row = 0; row < rows; row++) {
+            const float *scores = space.scores + row * width;
+            Vector most = load(scores), other = most;
+            Index j = kWidth;
+            for (; j + 2 * kWidth <= width; j += 2 * kWidth) {
+                most = larger(load(scores + j), most);
+                other = larger(load(scores + j + kWidth), other);
+            }
+            for (; j < width; j += kWidth) most = larger(load(scores + j), most);
+            maxima[row] = largest_of(larger(most, other));
+        }
+        for (Index row = 0; row < rows; row += kWidth) {
+            const Vector old = load_first(space.shifts + start + row, rows - row);
+            const Vector most = load(maxima + row) * all(c);
+            const Vector now = larger(most, old);
+            store_first(space.shifts + start + row, rows - row, now);
+            store(maxima + row, exp2_fine(old - now));
+        }
+        for (Index row = 0; row < rows; row++) {
+            if (maxima[row] == 1) continue;
+            const Vector by = all(maxima[row]);
+            store(sums + row * kWidth, load(sums + row * kWidth) * by);
+            float *output = space.output + (start + row) * value_columns;
+            for (Index j = 0; has_output && j < value_columns; j += kWidth)
+                store(output + j, load(output + j) * by);
+        }
+    }
+
+    // Weights of a chunk of scores. `sums` and these weights become `new_sums`, the largest of which is returned.
+    template <class Width>
+    float weigh(const Space &space, Width width, Index lane, Index lanes, Index start, Index rows, float c,
+                const float *sums, float *new_sums) const {
+        const Vector factor = all(c);
+        Vector most = zeros();
+        for (Index row = 0; row < rows; row++) {
+            const float *scores = space.scores + row * width;
+            const Vector shift = all(space.shifts[start + row]);
+            Vector sum = load(sums + row * kWidth);
+            Lane *weights = space.weights + row * lanes + lane;
+            if constexpr (Mode::per_lane == 1) {
+                for (Index j = 0; j < width; j += kWidth) {
+                    const Vector p = Mode::exp2(fmsub(load(scores + j), factor, shift));
+                    sum = sum + p;
+                    store(reinterpret_cast<float *>(weights) + j, p);
+                }
+            } else {
+                Vector more = zeros();
+                for (Index j = 0; j < width; j += 2 * kWidth) {
+                    const Vector p = Mode::exp2(fmsub(load(scores + j), factor, shift));
+                    const Vector q = Mode::exp2(fmsub(load(scores + j + kWidth), factor, shift));
+                    sum = sum + p;
+                    more = more + q;
+                    store(weights + j / 2, Mode::both(p, q));
+                }
+                sum = sum + more;
+            }
+            store(new_sums + row * kWidth, sum);
+            most = larger(sum, most);  // of a sum that is not a number, `most`
+        }
+        return largest_of(most);
+    }
+
+    template <class Element>
+    void attend(const Space &space, const Matrix<Element> &query, const Matrix<Element> &key,
+                const Matrix<Element> &value, const Matrix<Element> &output, float *logsumexp, Index start,
+                float c) const {
+        const Index rows = std::min(queries, sizes.queries - start);
+        const Index padded_rows = round_up(rows, kWidth);
+        pack_rows<Mode>(space.query, head_lanes, query, start, rows, padded_rows);
+        std::fill(space.shifts, space.shifts + padded_rows, -std::numeric_limits<float>::max());
+        std::fill(space.sums, space.sums + padded_rows * kWidth, 0.0f);
+        const Index keys_of_strip = ceil_div(keys, ceil_div(padded_rows, strip));
+        for (Index from = 0; from < sizes.keys; from += keys) {
+            const Index count = std::min(keys, sizes.keys - from);
+            const Index padded = round_up(count, Mode::step), lanes = padded / Mode::per_lane;
+            Index ahead = from + keys;
+            pack_columns<Mode>(space.key, head_lanes, key, from, count, padded);
+            pack_lanes<Mode>(space.value, value_columns, value, from, count, padded);
+            for (Index row = 0; row < padded_rows; row += strip) {
+                const Index some = std::min(strip, padded_rows - row);
+                for (const Index end = std::min(ahead + keys_of_strip, sizes.keys); ahead < end; ahead++) {
+                    prefetch(key, ahead);
+                    prefetch(value, ahead);
+                }
+                float *sums = space.sums + row * kWidth, *new_sums = space.new_sums;
+                Index multiplied = 0;  // keys of the block
+                const auto multiply = [&](Index end) {
+                    const Index lane = multiplied / Mode::per_lane;
+                    Mode::multiply({space.output + row * value_columns, value_columns, space.weights + lane, lanes,
+                                    space.value, some, value_columns, end / Mode::per_lane - lane,
+                                    from + multiplied > 0, lane, lanes});
+                    multiplied = end;
+                };
+                for (Index j = 0; j < padded; j += chunk) {
+                    const Index width = std::min(chunk, padded - j);
+                    Mode::multiply({space.scores, width, space.query + row * head_lanes, head_lanes,
+                                    space.key + j * head_lanes, some, width, head_lanes, false});
+                    for (Index i = 0; count < j + width && i < some; i++)
+                        std::fill(space.scores + i * width + (count - j), space.scores + (i + 1) * width, -INFINITY);
+                    const auto raise = [&] {
+                        if (multiplied < j) multiply(j);
+                        raise_shifts(space, width, row, some, c, sums, from + multiplied > 0);
+                    };
+                    const auto weigh_chunk = [&](auto columns) {
+                        return weigh(space, columns, j / Mode::per_lane, lanes, row, some, c, sums, new_sums);
+                    };
+                    // A loop of a length that the compiler knows is unrolled.
+                    const auto weigh_all = [&] {
+                        return width == Mode::chunk ? weigh_chunk(std::integral_constant<Index, Mode::chunk>{})
+                                                    : weigh_chunk(width);
+                    };
+                    if (from + j == 0 || !Mode::most_sum) raise();
+                    if (weigh_all() > Mode::most_sum && Mode::most_sum) {
+                        raise();
+                        weigh_all();
+                    }
+                    std::swap(sums, new_sums);
+                }
+                multiply(padded);
+                if (sums == space.new_sums) std::copy(sums, sums + some * kWidth, space.sums + row * kWidth);
+            }
+        }
+        for (Index row = 0; row < rows; row++) {
+            float sum = sum_of(load(space.sums + row * kWidth));
+            const bool dead = sum == 0;  // no key that the query may look at
+            const Vector by = all(dead ? 0 : 1 / sum);
+            for (Index j = 0; j < sizes.value_dim; j += kWidth)
+                output.set(start + row, j, load(space.output + row * value_columns + j) * by);
+            if (logsumexp) logsumexp[start + row] = dead ? 0 : space.shifts[row] + std::log2(sum);
+        }
+    }
+};
+
+}  // namespace

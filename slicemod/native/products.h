@@ -1,0 +1,256 @@
+// Products C (+)= A B of packed operands.
+//
+// Operands are packed in 32-bit lanes along the dimension that is summed: a lane is one float, or two bfloat16. Three
+// modes multiply lanes:
+//   Float      fused multiply-add of floats; half-precision inputs are converted while they are packed
+//   Bfloat     the dot products of AVX512-BF16
+//   Tiled      the same by the tiles of AMX
+// A is (m, k) row by row. B is (k, n) in panels of up to kPanel columns, each panel k rows of its own width. Sizes along
+// n are multiples of kWidth, along k of Mode::k_step, tokens are padded to Mode::step; what is beyond the tensor is zero.
+
+#pragma once
+
+#include "matrix.h"
+
+#if HAS_BF16 && defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_AMX 1
+#else
+#define HAS_AMX 0
+#endif
+
+namespace {
+
+constexpr Index kPanel = (kWidth == 16 ? 4 : 3) * kWidth;  // columns of a panel of B
+
+// Where row l of columns j .. j + kWidth - 1 of a packed B with k rows and n columns begins.
+inline Lane *panel(Lane *b, Index k, Index n, Index l, Index j) {
+    const Index start = j / kPanel * kPanel;
+    return b + start * k + l * std::min(kPanel, n - start) + (j - start);
+}
+
+struct FloatLanes {
+    static constexpr Index per_lane = 1, step = kWidth;
+    static constexpr float most_sum = 0;  // float32 is the more exact the nearer the exponents are to zero
+    // kWidth lanes along the columns of a row.
+    template <class Element>
+    static Lanes along(const Matrix<Element> &from, Index row, Index lane) {
+        return as_lanes(from.floats(row, lane));
+    }
+    // kWidth columns of one lane along the rows.
+    template <class Element>
+    static Lanes across(const Matrix<Element> &from, Index lane, Index rows, Index column) {
+        return lane < rows ? as_lanes(from.floats(lane, column)) : no_lanes();
+    }
+    static Vector exp2(Vector x) { return exp2_fine(x); }
+};
+
+#if HAS_BF16
+struct BfloatLanes {
+    static constexpr Index per_lane = 2, step = 32;
+    static constexpr float most_sum = 65536;  // of weights, before shifts are raised
+    template <class Element>
+    static Lanes along(const Matrix<Element> &from, Index row, Index lane) {
+        return pairs(from, row, 2 * lane);
+    }
+    template <class Element>
+    static Lanes across(const Matrix<Element> &from, Index lane, Index rows, Index column) {
+        const Lanes even = 2 * lane < rows ? half(from, 2 * lane, column) : no_lanes();
+        const Lanes odd = 2 * lane + 1 < rows ? half(from, 2 * lane + 1, column) : no_lanes();
+        return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+    }
+    static Vector exp2(Vector x) { return exp2_coarse(x); }
+    static Lanes both(Vector low, Vector high) { return bfloat_pairs(low, high); }
+    static Lanes interleaved(Vector low, Vector high) { return interleaved_pairs(low, high); }
+
+   private:
+    // 32 columns of a row as they are, zeros beyond the last one.
+    template <class Element>
+    static Lanes pairs(const Matrix<Element> &from, Index row, Index column) {
+        const std::uint16_t *start = from.data + row * from.row_stride + column * from.column_stride;
+        const Index count = std::min<Index>(32, from.columns - column);
+        if (from.column_stride == 1)
+            return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << std::max<Index>(count, 0)) - 1, start);
+        alignas(64) std::uint16_t some[32] = {};
+        for (Index i = 0; i < count; i++) some[i] = start[i * from.column_stride];
+        return _mm512_load_si512(some);
+    }
+    template <class Element>
+    static Lanes half(const Matrix<Element> &from, Index row, Index column) {
+        return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(pairs(from, row, column)));
+    }
+};
+#endif
+
+struct Product {
+    float *c;
+    Index c_stride;
+    const Lane *a;
+    Index a_stride;
+    const Lane *b;
+    Index m, n, k;
+    bool add;
+    Index b_start = 0, b_rows = k;  // the first row to take of a panel of B, and how many a panel has
+    const Lane *panel(Index j) const { return b + j * b_rows + b_start * std::min(kPanel, n - j); }
+};
+
+// Lanes that are summed before the sum is added to C: sums of sums are more exact than one long sum, and so much of a
+// panel of B stays in the first-level cache.
+constexpr Index kSummed = kWidth == 16 ? 128 : 256;
+
+// Loops around registers are unrolled by name: of those that GCC unrolls later, it keeps sums on the stack.
+#define UNROLLED _Pragma("GCC unroll 16")
+
+template <class Dot, int Rows, int Columns>
+inline void block(const Product &of, const Lane *a, const Lane *b, Index k, float *c, bool add) {
+    constexpr Index width = kWidth * Columns;
+    Vector sums[Rows][Columns];
+    UNROLLED for (int i = 0; i < Rows; i++)
+        UNROLLED for (int j = 0; j < Columns; j++) sums[i][j] = zeros();
+    for (Index l = 0; l < k; l++) {
+        Lanes right[Columns];
+        UNROLLED for (int j = 0; j < Columns; j++) {
+            right[j] = load(b + l * width + kWidth * j);
+            // Loaded once, not by every multiplication that takes it: loads are what a core has too few of.
+            asm("" : "+v"(right[j]));
+        }
+        UNROLLED for (int i = 0; i < Rows; i++) {
+            const Lanes left = all(a[i * of.a_stride + l]);
+            UNROLLED for (int j = 0; j < Columns; j++) sums[i][j] = Dot::dot(sums[i][j], left, right[j]);
+        }
+    }
+    float *to = c;
+    UNROLLED for (int i = 0; i < Rows; i++, to += of.c_stride)
+        UNROLLED for (int j = 0; j < Columns; j++)
+            store(to + kWidth * j, add ? load(to + kWidth * j) + sums[i][j] : sums[i][j]);
+}
+
+// Some rows at a time that leave the sums in registers: 24 of 32 of them, or 12 of 16, beside a row of B and a lane of A.
+template <class Dot, int Rows, int Columns>
+inline void rows_of_panel(const Product &of, Index first_row, const Lane *a, const Lane *b, Index k, float *c, bool add) {
+    Index i = first_row;
+    for (; i + Rows <= of.m; i += Rows)
+        block<Dot, Rows, Columns>(of, a + i * of.a_stride, b, k, c + i * of.c_stride, add);
+    if constexpr (Rows > 1)
+        if (i < of.m) rows_of_panel<Dot, (Rows > 3 ? Rows / 2 : 1), Columns>(of, i, a, b, k, c, add);
+}
+
+template <class Dot>
+inline void multiply_by_vectors(const Product &of) {
+    for (Index j = 0; j < of.n; j += kPanel) {
+        const Index width = std::min(kPanel, of.n - j);
+        for (Index l = 0; l < of.k; l += kSummed) {
+            const Index k = std::min(kSummed, of.k - l);
+            const Lane *a = of.a + l, *b = of.panel(j) + l * width;
+            const bool add = of.add || l > 0;
+            if constexpr (kWidth == 16) {
+                switch (width / kWidth) {
+                    case 4: rows_of_panel<Dot, 6, 4>(of, 0, a, b, k, of.c + j, add); break;
+                    case 3: rows_of_panel<Dot, 8, 3>(of, 0, a, b, k, of.c + j, add); break;
+                    case 2: rows_of_panel<Dot, 12, 2>(of, 0, a, b, k, of.c + j, add); break;
+                    default: rows_of_panel<Dot, 12, 1>(of, 0, a, b, k, of.c + j, add);
+                }
+            } else {
+                switch (width / kWidth) {
+                    case 3: rows_of_panel<Dot, 4, 3>(of, 0, a, b, k, of.c + j, add); break;
+                    case 2: rows_of_panel<Dot, 6, 2>(of, 0, a, b, k, of.c + j, add); break;
+                    default: rows_of_panel<Dot, 12, 1>(of, 0, a, b, k, of.c + j, add);
+                }
+            }
+        }
+    }
+}
+
+struct FloatMode : FloatLanes {
+    // Whole panels, where a block of 256 keys is not one.
+    static constexpr Index k_step = 1, strip = 24, chunk = kWidth == 16 ? 256 : 240, forward_keys = chunk,
+                           block_queries = 128, block_keys = 480;
+    static Vector dot(Vector sum, Lanes a, Lanes b) {
+        return fmadd(as_floats(a), as_floats(b), sum);
+    }
+    static void multiply(const Product &of) { multiply_by_vectors<FloatMode>(of); }
+    static void begin() {}
+    static void end() {}
+};
+
+#if HAS_BF16
+struct BfloatMode : BfloatLanes {
+    static constexpr Index k_step = 1, strip = 24, chunk = 128, forward_keys = 256, block_queries = 128, block_keys = 480;
+    static Vector dot(Vector sum, Lanes a, Lanes b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static void multiply(const Product &of) { multiply_by_vectors<BfloatMode>(of); }
+    static void begin() {}
+    static void end() {}
+};
+#endif
+
+#if HAS_AMX
+struct TiledMode : BfloatLanes {
+    // Of the backward pass: rows of 128 scores, a power of two, would crowd in few sets of the cache, as a tile is
+    // stored 16 rows at a time.
+    static constexpr Index k_step = 16, strip = 32, chunk = 64, forward_keys = 256, block_queries = 160, block_keys = 640;
+
+    static void begin() {
+        struct alignas(64) {
+            std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            std::uint16_t bytes[16] = {};
+            std::uint8_t rows[16] = {};
+        } shapes;
+        for (int tile = 0; tile < 8; tile++) shapes.bytes[tile] = 64, shapes.rows[tile] = 16;
+        _tile_loadconfig(&shapes);
+    }
+    static void end() { _tile_release(); }
+
+    // 32 by 32 sums in tiles 0 to 3, or 16 where fewer rows or columns are left.
+    template <bool TwoRows, bool TwoColumns>
+    static void tiles(const Product &of, const Lane *a, const Lane *b, Index width, float *c) {
+        const Index c_bytes = 4 * of.c_stride, a_bytes = 4 * of.a_stride, b_bytes = 4 * width;
+        float *below = c + 16 * of.c_stride;
+        if (of.add) {
+            _tile_loadd(0, c, c_bytes);
+            if (TwoColumns) _tile_loadd(1, c + 16, c_bytes);
+            if (TwoRows) _tile_loadd(2, below, c_bytes);
+            if (TwoRows && TwoColumns) _tile_loadd(3, below + 16, c_bytes);
+        } else {
+            _tile_zero(0);
+            if (TwoColumns) _tile_zero(1);
+            if (TwoRows) _tile_zero(2);
+            if (TwoRows && TwoColumns) _tile_zero(3);
+        }
+        for (Index l = 0; l < of.k; l += 16) {
+            _tile_loadd(4, a + l, a_bytes);
+            _tile_loadd(6, b + l * width, b_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            if (TwoColumns) {
+                _tile_loadd(7, b + l * width + 16, b_bytes);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (TwoRows) {
+                _tile_loadd(5, a + 16 * of.a_stride + l, a_bytes);
+                _tile_dpbf16ps(2, 5, 6);
+                if (TwoColumns) _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, c, c_bytes);
+        if (TwoColumns) _tile_stored(1, c + 16, c_bytes);
+        if (TwoRows) _tile_stored(2, below, c_bytes);
+        if (TwoRows && TwoColumns) _tile_stored(3, below + 16, c_bytes);
+    }
+
+    static void multiply(const Product &of) {
+        for (Index j = 0; j < of.n; j += 32) {
+            const Index start = j / kPanel * kPanel, width = std::min(kPanel, of.n - start);
+            const Lane *b = of.panel(start) + (j - start);
+            const bool two_columns = j + 32 <= of.n;
+            for (Index i = 0; i < of.m; i += 32) {
+                const Lane *a = of.a + i * of.a_stride;
+                float *c = of.c + i * of.c_stride + j;
+                if (i + 32 <= of.m)
+                    two_columns ? tiles<true, true>(of, a, b, width, c) : tiles<true, false>(of, a, b, width, c);
+                else
+                    two_columns ? tiles<false, true>(of, a, b, width, c) : tiles<false, false>(of, a, b, width, c);
+            }
+        }
+    }
+};
+#endif
+
+}  // namespace

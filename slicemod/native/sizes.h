@@ -1,0 +1,24 @@
+// Integers and sizes.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace {
+
+using Index = std::int64_t;
+using Lane = std::uint32_t;
+
+inline Index ceil_div(Index size, Index parts) { return (size + parts - 1) / parts; }
+inline Index round_up(Index size, Index multiple) { return ceil_div(size, multiple) * multiple; }
+
+}  // namespace
+
+struct Sizes {
+    Index batch, heads, queries, keys, head_dim, value_dim;
+};
+
+struct Strides {
+    Index batch, head, row, column;
+};
