@@ -10,26 +10,45 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slicemod.native_library import TILED_MODE, native_library
+from slicemod.native_library import TILED_MODE, NativeLibrary, native_library
 from slicemod.onednn_scratch import Products
 from slicemod.plan import SlicePlan
 from slicemod.shapes import AttentionShape, ceil_div
 
-# One key has a gradient of exactly zero for the query, and inference of less work is faster in PyTorch, which has no
-# operator in Python around its kernel. Measured on two cores.
-_LEAST_NATIVE_KEYS = 16
-_LEAST_NATIVE_PRODUCTS = 2**23  # of heads, queries, keys and channels
-_LEAST_TILED_PRODUCTS = 2**20
+_LEAST_NATIVE_KEYS = 16  # one key has a gradient of exactly zero for the query
 
-# The backward pass packs queries for every block of keys, which costs more than PyTorch's kernel does in float32 where
-# one block of few keys is all there is; wider heads take more keys to make up for it. Measured on two cores.
-_FEW_FLOAT32_KEYS = 256
-_FEW_FLOAT32_KEYS_OF_WIDE_HEADS = 512
-_WIDE_FLOAT32_HEAD = 64
-
-# Wider heads do not leave a block of keys and values in the cache; PyTorch's large products do better then, but for the
-# backward pass in bfloat16.
+# Wider heads do not leave a block of keys and values in the cache; PyTorch's large products do better then, but for
+# half precision that it is slow in.
 _WIDEST_NATIVE_HEAD = 256
+
+
+@dataclass(frozen=True)
+class NativeFrom:
+    """From where on the native kernel is faster than PyTorch's, measured on two cores of one processor of a kind.
+
+    PyTorch has no operator in Python around its kernel. The backward pass packs queries for every block of keys, which
+    costs more than PyTorch's kernel does in float32 where one block of few keys is all there is; wider heads take more
+    keys to make up for it.
+
+    Attributes:
+        inference: the least product of heads, queries, keys and channels.
+        training: the same of float32; PyTorch's backward pass in half precision takes several times as long, of however
+            small a call.
+        training_keys: the fewest keys of float32.
+        wide_head: the most channels of a head that this holds for.
+        wide_training_keys: the fewest keys of wider heads.
+    """
+
+    inference: int
+    training: int
+    training_keys: int
+    wide_head: int
+    wide_training_keys: int
+
+
+_WITH_AVX2 = NativeFrom(inference=2**20, training=2**22, training_keys=64, wide_head=80, wide_training_keys=256)
+_WITH_AVX512 = NativeFrom(inference=2**23, training=2**23, training_keys=256, wide_head=64, wide_training_keys=512)
+_WITH_TILES = replace(_WITH_AVX512, inference=2**20)
 
 # Query, key, value and output of a turn in float32; more heads at a time are no faster.
 _TURN_BYTES = 2 * 2**20
@@ -68,22 +87,33 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
     return CpuKernels(native, converts=converts, products=products)
 
 
+def _is_faster(library: NativeLibrary, shape: AttentionShape, dtype: torch.dtype, *, training: bool) -> bool:
+    """Whether the native kernel is measured to be faster than PyTorch's."""
+    avx2 = library.vector_lanes == 8
+    best = _WITH_AVX2 if avx2 else _WITH_TILES if library.modes[dtype] == TILED_MODE else _WITH_AVX512
+    products = shape.scores_bytes // shape.score_itemsize * shape.head_dim
+    width = max(shape.head_dim, shape.values)
+    if (
+        width > _WIDEST_NATIVE_HEAD
+        and not (training and dtype == torch.bfloat16)
+        and not (avx2 and dtype == torch.float16)
+    ):
+        return False
+    if not training:
+        return products >= best.inference
+    keys = best.wide_training_keys if width > best.wide_head else best.training_keys
+    return dtype.itemsize == 2 or (products >= best.training and shape.keys >= keys)
+
+
 def native_plan(
     shape: AttentionShape, dtype: torch.dtype, free_bytes: int, *, policy: str, training: bool, threads: int
 ) -> SlicePlan | None:
     """The plan of the native kernel; None where it does not fit, cannot compute the call or is not the faster one."""
     library = native_library()
     plain = shape.mask is None and not shape.causal and not shape.dropout and shape.group == 1
-    products = shape.scores_bytes // shape.score_itemsize * shape.head_dim
-    width = max(shape.head_dim, shape.values)
-    wide = width > _WIDEST_NATIVE_HEAD and not (training and dtype == torch.bfloat16)
-    few_keys = _FEW_FLOAT32_KEYS_OF_WIDE_HEADS if width > _WIDE_FLOAT32_HEAD else _FEW_FLOAT32_KEYS
-    few = training and dtype == torch.float32 and shape.keys < few_keys
-    if library is None or not plain or wide or few or not shape.values or shape.keys < _LEAST_NATIVE_KEYS:
+    if library is None or not plain or not shape.values or shape.keys < _LEAST_NATIVE_KEYS:
         return None
-    least = _LEAST_TILED_PRODUCTS if library.modes[dtype] == TILED_MODE else _LEAST_NATIVE_PRODUCTS
-    # PyTorch's backward pass in half precision takes several times as long, of however small a call.
-    if products < least and not (training and dtype.itemsize == 2):
+    if not _is_faster(library, shape, dtype, training=training):
         return None
     sizes = shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim, shape.values
     rows, forward, backward = library.sizes(dtype, sizes, threads)

@@ -54,15 +54,17 @@ class NativeLibrary:
 
     Attributes:
         modes: how each dtype's products are computed, one of `FLOAT_MODE`, `BFLOAT_MODE` and `TILED_MODE`.
+        vector_lanes: floats of a vector, 16 with AVX-512 and 8 with AVX2.
     """
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
-        for name in ("slicemod_forward_bytes", "slicemod_backward_bytes", "slicemod_forward_rows"):
-            getattr(self._functions, name).restype = ctypes.c_int64
+        for name in ("forward_bytes", "backward_bytes", "forward_rows", "vector_lanes"):
+            getattr(self._functions, f"slicemod_{name}").restype = ctypes.c_int64
         for name, tensors in (("slicemod_forward", 6), ("slicemod_backward", 11)):  # None is no tensor
             types = ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), *[ctypes.c_void_p] * tensors
             getattr(self._functions, name).argtypes = types
+        self.vector_lanes = int(self._functions.slicemod_vector_lanes())
         best = int(self._functions.slicemod_best_mode())
         self.modes = {torch.float32: FLOAT_MODE, torch.float16: FLOAT_MODE, torch.bfloat16: best}
 
@@ -198,7 +200,7 @@ def _library_or_obstacle() -> NativeLibrary | str:
         return f"it runs on Linux on x86-64, and this is {platform.system()} on {platform.machine()}"
     if torch.backends.cpu.get_cpu_capability() not in _CAPABILITIES:
         return f"it needs {' or '.join(_CAPABILITIES)}, and PyTorch finds {torch.backends.cpu.get_cpu_capability()}"
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS[1:]))), None)
+    compiler = compiler_found()
     if compiler is None:
         return f"there is no C++ compiler: neither $CXX nor {', '.join(_COMPILERS)}"
     try:
@@ -224,6 +226,11 @@ def native_obstacle() -> str | None:
     """Why there is no native kernel here, or None where there is one."""
     found = _library_or_obstacle()
     return found if isinstance(found, str) else None
+
+
+def compiler_found() -> str | None:
+    """The C++ compiler that the kernel is built with: $CXX, or the first of the usual ones."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS[1:]))), None)
 
 
 def _compiled(compiler: str) -> Path:

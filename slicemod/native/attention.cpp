@@ -153,6 +153,9 @@ int slicemod_best_mode() {
     return HAS_BF16 ? kBfloat : kFloat;
 }
 
+// Lanes of a vector: 16 with AVX-512, 8 with AVX2.
+Index slicemod_vector_lanes() { return kWidth; }
+
 // Queries of a slice.
 Index slicemod_forward_rows(int mode, int element, const Call *call) {
     Index rows = -1;

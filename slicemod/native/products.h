@@ -110,8 +110,7 @@ inline void block(const Product &of, const Lane *a, const Lane *b, Index k, floa
         Lanes right[Columns];
         UNROLLED for (int j = 0; j < Columns; j++) {
             right[j] = load(b + l * width + kWidth * j);
-            // Loaded once, not by every multiplication that takes it: loads are what a core has too few of.
-            asm("" : "+v"(right[j]));
+            keep_in_register(right[j]);
         }
         UNROLLED for (int i = 0; i < Rows; i++) {
             const Lanes left = all(a[i * of.a_stride + l]);

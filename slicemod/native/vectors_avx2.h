@@ -55,6 +55,8 @@ inline Vector as_floats(Lanes lanes) { return _mm256_castsi256_ps(lanes); }
 inline Lanes no_lanes() { return _mm256_setzero_si256(); }
 inline Lanes all(Lane lane) { return _mm256_set1_epi32(static_cast<int>(lane)); }
 inline Lanes load(const Lane *from) { return _mm256_loadu_si256(reinterpret_cast<const Lanes *>(from)); }
+// Loaded once, not by every multiplication that takes it: loads are what a core has too few of.
+inline void keep_in_register(Lanes &lanes) { asm("" : "+x"(lanes)); }
 inline void store(Lane *to, Lanes lanes) { _mm256_storeu_si256(reinterpret_cast<Lanes *>(to), lanes); }
 inline void store_first(Lane *to, Index count, Lanes lanes) {
     store_first(reinterpret_cast<float *>(to), count, as_floats(lanes));

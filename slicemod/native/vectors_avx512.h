@@ -44,6 +44,7 @@ inline Vector as_floats(Lanes lanes) { return _mm512_castsi512_ps(lanes); }
 inline Lanes no_lanes() { return _mm512_setzero_si512(); }
 inline Lanes all(Lane lane) { return _mm512_set1_epi32(static_cast<int>(lane)); }
 inline Lanes load(const Lane *from) { return _mm512_loadu_si512(from); }
+inline void keep_in_register(Lanes &) {}  // compilers do
 inline void store(Lane *to, Lanes lanes) { _mm512_storeu_si512(to, lanes); }
 inline void store_first(Lane *to, Index count, Lanes lanes) { _mm512_mask_storeu_epi32(to, first(count), lanes); }
 

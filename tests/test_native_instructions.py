@@ -1,0 +1,94 @@
+"""The native kernel's code for every kind of processor is exact on this one: by AVX2, and by emulated AVX-512 and AMX."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from slicemod import native_attention as module
+from slicemod.native_library import (
+    BFLOAT_MODE,
+    FLOAT_MODE,
+    SOURCES,
+    TILED_MODE,
+    NativeLibrary,
+    compiler_found,
+    native_library,
+    native_obstacle,
+)
+from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
+from tests.test_native_attention import native
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+
+EMULATED = Path(__file__).parent / "native" / "emulated_avx512.h"
+OPTIONS = {8: (), 16: ("-include", str(EMULATED), "-Wno-psabi")}  # by floats of a vector
+MODES = [
+    (8, torch.float32, FLOAT_MODE),
+    (8, torch.float16, FLOAT_MODE),
+    (8, torch.bfloat16, FLOAT_MODE),
+    (16, torch.float32, FLOAT_MODE),
+    (16, torch.float16, FLOAT_MODE),
+    (16, torch.bfloat16, FLOAT_MODE),
+    (16, torch.bfloat16, BFLOAT_MODE),
+    (16, torch.bfloat16, TILED_MODE),
+]
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NativeLibrary]:
+    """The kernel compiled for a processor with AVX2 alone, and for one that has all."""
+    compiler = compiler_found()
+    assert compiler is not None
+    folder, built = tmp_path_factory.mktemp("native"), {}
+    for lanes, options in OPTIONS.items():
+        target = folder / f"{lanes}.so"
+        command = [compiler, "-O1", "-march=x86-64-v3", "-std=c++17", "-shared", "-fPIC", *options]
+        subprocess.run([*command, "-o", str(target), str(SOURCES / "attention.cpp")], check=True)
+        built[lanes] = NativeLibrary(target)
+    return built
+
+
+@pytest.fixture(params=MODES, ids=lambda mode: "{}-{}-{}".format(*mode))
+def dtype(
+    request: pytest.FixtureRequest, libraries: dict[int, NativeLibrary], monkeypatch: pytest.MonkeyPatch
+) -> torch.dtype:
+    """Each dtype in each mode of each library."""
+    lanes: int
+    dtype: torch.dtype
+    lanes, dtype, mode = request.param
+    library = libraries[lanes]
+    assert library.vector_lanes == lanes
+    monkeypatch.setitem(library.modes, dtype, mode)
+    monkeypatch.setattr(module, "native_library", lambda: library)
+    return dtype
+
+
+@pytest.mark.parametrize(
+    "sizes", [(61, 53, 11), (1, 17, 40), (131, 77, 64), (37, 29, 163), (149, 521, 40), (7, 5, 1)], ids=str
+)
+def test_it_is_as_exact_as_sdpa(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    queries, keys, width = sizes
+    assert_as_exact_as_sdpa(native, layer_inputs(dtype, batch=1, heads=2, queries=queries, keys=keys, width=width))
+
+
+@pytest.mark.parametrize("growth", [9, 140])
+def test_scores_that_grow_from_key_to_key_rescale_what_was_summed(dtype: torch.dtype, growth: int) -> None:
+    inputs = layer_inputs(dtype, batch=1, heads=1, queries=71, keys=613, width=16)
+    inputs.query[..., 0] = 6.0
+    inputs.key[..., 0] = torch.linspace(-growth, growth, 613).to(dtype)[None, None]
+    assert_as_exact_as_sdpa(native, inputs)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_no_number_stays_in_its_row(dtype: torch.dtype, value: float) -> None:
+    inputs = layer_inputs(dtype, batch=1, heads=1, queries=37, keys=61, width=24)
+    expected = native(inputs.query, inputs.key, inputs.value)
+    inputs.query[0, 0, 5, 3] = value
+    output = native(inputs.query, inputs.key, inputs.value)
+    assert output[0, 0, 5].isnan().all()
+    others = torch.arange(37) != 5
+    assert output[0, 0, others].equal(expected[0, 0, others])
