@@ -1,4 +1,4 @@
-"""The native kernel's code for every kind of processor is exact on this one: by AVX2, and by emulated AVX-512 and AMX."""
+"""The native kernel's code for other processors is exact on this one: by AVX2, and by emulated AVX-512 and AMX."""
 
 from __future__ import annotations
 
