@@ -372,29 +372,11 @@ def test_transforms_of_functions_are_left_to_others() -> None:
     torch.testing.assert_close(torch.func.grad(loss)(inputs.query), wanted)
 
 
-@pytest.mark.parametrize(
-    ("keys", "width", "few"), [(77, 40, True), (263, 40, False), (263, 83, True), (521, 83, False)]
-)
-def test_float32_training_on_few_keys_is_left_to_others(keys: int, width: int, few: bool) -> None:
-    shape = AttentionShape(1, 8, 4096, keys, width, 4)
-    for training in (False, True):
-        plan = native_plan(shape, torch.float32, 2**30, policy="exact", training=training, threads=2)
-        assert (plan is None) == (training and few)
-
-
 def test_small_inference_is_left_to_others_and_no_training_in_half_precision(dtype: torch.dtype) -> None:
     shape = AttentionShape(1, 8, 17, 19, 40, dtype.itemsize)
     for training in (False, True):
         plan = native_plan(shape, dtype, 2**30, policy="exact", training=training, threads=2)
         assert (plan is not None) == (training and dtype.itemsize == 2)
-
-
-def test_tiles_pay_off_in_smaller_inference(dtype: torch.dtype) -> None:
-    library = native_library()
-    assert library is not None
-    shape = AttentionShape(1, 8, 61, 67, 40, dtype.itemsize)
-    plan = native_plan(shape, dtype, 2**30, policy="exact", training=False, threads=2)
-    assert (plan is not None) == (library.modes[dtype] == TILED_MODE)
 
 
 def test_double_precision_is_left_to_others() -> None:

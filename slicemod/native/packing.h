@@ -12,20 +12,28 @@ Index lanes_of(Index columns) {
     return round_up(ceil_div(columns, Mode::per_lane), Mode::k_step);
 }
 
+// Rows that are fetched before they are packed: in a layer's layout those of a head lie so far apart that a processor
+// does not guess the next.
+constexpr Index kAhead = 24;
+
 // Rows as A: (rows, lanes), with `padded` rows.
 template <class Mode, class Element>
 void pack_rows(Lane *to, Index lanes, const Matrix<Element> &from, Index start, Index rows, Index padded) {
-    for (Index row = 0; row < padded; row++)
+    for (Index row = 0; row < padded; row++) {
+        if (row + kAhead < rows) prefetch(from, start + row + kAhead);
         for (Index lane = 0; lane < lanes; lane += kWidth) {
             const Lanes some = row < rows ? Mode::along(from, start + row, lane) : no_lanes();
             store_first(to + row * lanes + lane, lanes - lane, some);
         }
+    }
 }
 
 // Rows as the columns of B: (lanes, padded rows), the rows' transpose.
 template <class Mode, class Element>
 void pack_columns(Lane *to, Index lanes, const Matrix<Element> &from, Index start, Index rows, Index padded) {
-    for (Index row = 0; row < padded; row += kWidth)
+    for (Index row = 0; row < padded; row += kWidth) {
+        for (Index next = row + kAhead; next < std::min(row + kAhead + kWidth, rows); next++)
+            prefetch(from, start + next);
         for (Index lane = 0; lane < lanes; lane += kWidth) {
             Lanes some[kWidth];
             for (int i = 0; i < kWidth; i++)
@@ -34,6 +42,7 @@ void pack_columns(Lane *to, Index lanes, const Matrix<Element> &from, Index star
             for (int i = 0; i < std::min<Index>(kWidth, lanes - lane); i++)
                 store(panel(to, lanes, padded, lane + i, row), some[i]);
         }
+    }
 }
 
 // Rows as B: lanes along `padded` rows, by `columns` columns.
