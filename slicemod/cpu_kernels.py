@@ -1,7 +1,7 @@
 """Kernels for the CPU beside PyTorch's fused one: which of them this processor has, and their plans.
 
-The native kernel (`native_library.py`) is the fastest where it can be built. Where a processor multiplies no half
-precision, PyTorch's flash attention takes some heads at a time in float32.
+The native kernel (`native_library.py`) is mostly the fastest where it can be built. Where a processor multiplies no
+half precision, PyTorch's flash attention takes some heads at a time in float32.
 """
 
 from __future__ import annotations
@@ -17,37 +17,41 @@ from slicemod.shapes import AttentionShape, ceil_div
 
 _LEAST_NATIVE_KEYS = 16  # one key has a gradient of exactly zero for the query
 
-# Wider heads do not leave a block of keys and values in the cache; PyTorch's large products do better then, but for
-# half precision that it is slow in.
+# Wider heads do not leave a block of keys and values in the cache; PyTorch's large products do better then, but for the
+# backward pass in bfloat16 and, where it is slow in that, float16.
 _WIDEST_NATIVE_HEAD = 256
 
 
 @dataclass(frozen=True)
-class NativeFrom:
-    """From where on the native kernel is faster than PyTorch's, measured on two cores of one processor of a kind.
+class PaysOffFrom:
+    """The least sizes at which the native kernel is faster than PyTorch's, each measured on two cores of one processor.
 
-    PyTorch has no operator in Python around its kernel. The backward pass packs queries for every block of keys, which
-    costs more than PyTorch's kernel does in float32 where one block of few keys is all there is; wider heads take more
-    keys to make up for it.
+    PyTorch has no operator in Python around its kernel, so that small inference is faster there. The backward pass
+    packs queries for every block of keys, which costs more than PyTorch's kernel does in float32 where one block of few
+    keys is all there is; wider heads take more keys to make up for it.
 
     Attributes:
         inference: the least product of heads, queries, keys and channels.
         training: the same of float32; PyTorch's backward pass in half precision takes several times as long, of however
             small a call.
-        training_keys: the fewest keys of float32.
-        wide_head: the most channels of a head that this holds for.
-        wide_training_keys: the fewest keys of wider heads.
+        training_keys: the fewest keys of float32, for heads of up to `widest_head` channels.
+        widest_head: see above.
+        wide_training_keys: the fewest keys of float32 for wider heads.
+        wide_float16: whether it is faster in float16 however wide heads are.
     """
 
     inference: int
     training: int
     training_keys: int
-    wide_head: int
+    widest_head: int
     wide_training_keys: int
+    wide_float16: bool = False
 
 
-_WITH_AVX2 = NativeFrom(inference=2**20, training=2**22, training_keys=64, wide_head=80, wide_training_keys=256)
-_WITH_AVX512 = NativeFrom(inference=2**23, training=2**23, training_keys=256, wide_head=64, wide_training_keys=512)
+_WITH_AVX2 = PaysOffFrom(
+    inference=2**20, training=2**22, training_keys=64, widest_head=80, wide_training_keys=256, wide_float16=True
+)
+_WITH_AVX512 = PaysOffFrom(inference=2**23, training=2**23, training_keys=256, widest_head=64, wide_training_keys=512)
 _WITH_TILES = replace(_WITH_AVX512, inference=2**20)
 
 # Query, key, value and output of a turn in float32; more heads at a time are no faster.
@@ -89,19 +93,17 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
 
 def _is_faster(library: NativeLibrary, shape: AttentionShape, dtype: torch.dtype, *, training: bool) -> bool:
     """Whether the native kernel is measured to be faster than PyTorch's."""
-    avx2 = library.vector_lanes == 8
-    best = _WITH_AVX2 if avx2 else _WITH_TILES if library.modes[dtype] == TILED_MODE else _WITH_AVX512
+    best = _WITH_TILES if library.modes[dtype] == TILED_MODE else _WITH_AVX512
+    if library.vector_lanes == 8:
+        best = _WITH_AVX2
     products = shape.scores_bytes // shape.score_itemsize * shape.head_dim
     width = max(shape.head_dim, shape.values)
-    if (
-        width > _WIDEST_NATIVE_HEAD
-        and not (training and dtype == torch.bfloat16)
-        and not (avx2 and dtype == torch.float16)
-    ):
+    any_width = (training and dtype == torch.bfloat16) or (best.wide_float16 and dtype == torch.float16)
+    if width > _WIDEST_NATIVE_HEAD and not any_width:
         return False
     if not training:
         return products >= best.inference
-    keys = best.wide_training_keys if width > best.wide_head else best.training_keys
+    keys = best.wide_training_keys if width > best.widest_head else best.training_keys
     return dtype.itemsize == 2 or (products >= best.training and shape.keys >= keys)
 
 

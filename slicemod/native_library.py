@@ -1,7 +1,7 @@
 """The native kernel: compiled for this processor when it is first wanted, kept on disk, and called through ctypes.
 
-`native/attention.cpp` needs an x86-64 processor with AVX2, Linux, and a C++ compiler, as `torch.compile` does. What is
-missing is said by `native_obstacle`, and attention is then PyTorch's. The compiled library lies in
+`native/attention.cpp` needs an x86-64 processor with AVX2, FMA and F16C, Linux, and a C++ compiler, as `torch.compile`
+does. What is missing is said by `native_obstacle`, and attention is then PyTorch's. The compiled library lies in
 `$SLICEMOD_CACHE`, or `slicemod` in the user's cache folder, under a name made of the source, the compiler and the
 processor. `SLICEMOD_NATIVE=0` does without it.
 """
@@ -26,7 +26,8 @@ from torch import Tensor
 
 SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
-_CAPABILITIES = ("AVX2", "AVX512")
+# PyTorch's word for the processor, which ATEN_CPU_CAPABILITY can lower, and flags for no more than that.
+_CAPABILITIES = {"AVX2": ("-mno-avx512f",), "AVX512": ()}
 _COMPILERS = ("c++", "g++", "clang++")
 
 FLOAT_MODE, BFLOAT_MODE, TILED_MODE = 0, 1, 2  # as attention.cpp numbers them
@@ -244,15 +245,16 @@ def _compiled(compiler: str) -> Path:
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     # The model beside the flags: a compiler finds instructions that an old kernel's flags do not list.
     kind = [line for line in processor.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))]
-    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()))
-    parts = (*sources, version, *kind, " ".join(_FLAGS))
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    flags = [*_FLAGS, *_CAPABILITIES[torch.backends.cpu.get_cpu_capability()]]
+    sources = (path.read_bytes() for path in sorted([*SOURCES.glob("[a-z]*.h"), *SOURCES.glob("[a-z]*.cpp")]))
+    parts = (*sources, *("\0".join((version, *kind, *flags)).encode(),))
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     target = _cache_folder() / f"attention-{name}.so"
     if not target.exists():
         # Written beside its place and moved there whole: other processes may be about the same.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built = Path(folder) / target.name
-            command = [compiler, *_FLAGS, "-o", str(built), str(SOURCES / "attention.cpp")]
+            command = [compiler, *flags, "-o", str(built), str(SOURCES / "attention.cpp")]
             subprocess.run(command, capture_output=True, text=True, check=True)
             built.replace(target)
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import stat
 import subprocess
 import sys
@@ -39,6 +40,15 @@ def x86(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
 
+def compiler_stub(folder: Path, does: str) -> Path:
+    """A program in a compiler's place, which knows what it is asked for as $all and where to put it as $built."""
+    stub = folder / "stub"
+    finds = 'all="$*"\nwhile [ "$1" != -o ]; do shift; done\nbuilt="$2"'
+    stub.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{finds}\n{does}\n', encoding="utf-8")
+    stub.chmod(0o700)
+    return stub
+
+
 @needs_native
 def test_it_is_compiled_into_the_cache_and_found_there_again(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_library() is not None
@@ -49,6 +59,28 @@ def test_it_is_compiled_into_the_cache_and_found_there_again(anew: Path, monkeyp
     before = built.stat().st_mtime_ns
     assert native_library() is not None
     assert built.stat().st_mtime_ns == before
+
+
+def test_other_files_beside_the_source_are_not_read(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = anew / "native"
+    shutil.copytree(module.SOURCES, sources)
+    monkeypatch.setattr(module, "SOURCES", sources)
+    stub = str(compiler_stub(anew, "touch $built"))
+    once = module._compiled(stub)
+    (sources / ".attention.cpp.swp").write_bytes(b"\xff\xfe")
+    (sources / ".#forward.h").symlink_to(anew / "nowhere")
+    (sources / "__pycache__").mkdir()
+    assert module._compiled(stub) == once
+    (sources / "forward.h").write_text("// another", encoding="utf-8")
+    assert module._compiled(stub) != once
+
+
+def test_a_lowered_capability_of_pytorchs_is_kept_to(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built")
+    for capability, lowered in (("AVX512", False), ("AVX2", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        module._compiled(str(stub))
+        assert ("-mno-avx512f" in (anew / "asked").read_text(encoding="utf-8")) == lowered
 
 
 @needs_native

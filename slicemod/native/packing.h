@@ -12,7 +12,7 @@ Index lanes_of(Index columns) {
     return round_up(ceil_div(columns, Mode::per_lane), Mode::k_step);
 }
 
-// Rows that are fetched before they are packed: in a layer's layout those of a head lie so far apart that a processor
+// How many rows ahead of packing a row is fetched: in a layer's layout those of a head lie so far apart that a processor
 // does not guess the next.
 constexpr Index kAhead = 24;
 

@@ -160,7 +160,7 @@ inline void multiply_by_vectors(const Product &of) {
 }
 
 struct FloatMode : FloatLanes {
-    // Whole panels, where a block of 256 keys is not one.
+    // 240 keys are whole panels of 24 columns, which 256 are not.
     static constexpr Index k_step = 1, strip = 24, chunk = kWidth == 16 ? 256 : 240, forward_keys = chunk,
                            block_queries = 128, block_keys = 480;
     static Vector dot(Vector sum, Lanes a, Lanes b) {

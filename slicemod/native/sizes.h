@@ -1,4 +1,4 @@
-// Integers and sizes.
+// Integer types, and sizes and strides of the tensors.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Vectors of 8 lanes, by AVX2 with FMA and F16C. The same names as in vectors_avx512.h.
+// Vectors of 8 lanes, by AVX2 with FMA and F16C. The same names as in vectors_avx512.h, but for products of bfloat16.
 
 #pragma once
 
@@ -24,7 +24,6 @@ inline __m256i first(Index count) {
 inline Vector zeros() { return _mm256_setzero_ps(); }
 inline Vector all(float value) { return _mm256_set1_ps(value); }
 inline Vector load(const float *from) { return _mm256_loadu_ps(from); }
-// A masked store takes as long as a dozen others: only where there is need.
 inline Vector load_first(const float *from, Index count) {
     return count >= 8 ? load(from) : _mm256_maskload_ps(from, first(count));
 }
@@ -33,6 +32,7 @@ inline Vector load_first(const float *from, Index count, Vector others) {
                       : _mm256_blendv_ps(others, load_first(from, count), _mm256_castsi256_ps(first(count)));
 }
 inline void store(float *to, Vector values) { _mm256_storeu_ps(to, values); }
+// A masked store takes as long as a dozen others: only where there is need.
 inline void store_first(float *to, Index count, Vector values) {
     count >= 8 ? store(to, values) : _mm256_maskstore_ps(to, first(count), values);
 }
@@ -101,7 +101,8 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
 // ---- 2^x
 
 // Within 2e-8 before rounding: degree 6 of the fraction in [-1/2, 1/2]. For x below 128; 0 for x below -126.5, where
-// floats become inexact. The sum with `shifter` is rounded to a whole number, in whose last bits is the exponent.
+// AVX-512 goes on to denormal numbers. The sum with `shifter` is rounded to a whole number, whose last bits are the
+// exponent with its bias.
 inline Vector exp2_fine(Vector x) {
     const Vector shifter = all(12582912.0f + 127);  // 1.5 * 2^23, and the bias of an exponent
     x = larger(all(-127.0f), x);                    // of x that is not a number, x

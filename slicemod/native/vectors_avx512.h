@@ -1,4 +1,4 @@
-// Vectors of 16 lanes, by AVX-512. The same names as in vectors_avx2.h, and what half precision needs besides.
+// Vectors of 16 lanes, by AVX-512. The same names as in vectors_avx2.h, and what products of bfloat16 need besides.
 
 #pragma once
 

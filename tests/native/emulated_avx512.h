@@ -1,5 +1,5 @@
-// AVX-512, its bfloat16 and AMX, emulated one lane after another: what native/attention.cpp takes of them, so that its
-// code for processors with these runs on any. Included before the source by the compiler's option -include.
+// AVX-512, its bfloat16 and AMX, emulated one lane after another: as much as slicemod/native/ takes of them, so that its
+// code for processors with these runs on any with AVX2. Included before the source by the compiler's option -include.
 
 #pragma once
 
@@ -213,6 +213,17 @@ inline void tile_dot(int c, int a, int b) {
 
 }  // namespace emulated
 
+// Compilers have some of them as macros.
+#undef _mm512_cmp_ps_mask
+#undef _mm512_cvtps_ph
+#undef _mm512_reduce_ps
+#undef _mm512_shuffle_i32x4
+#undef _mm512_slli_epi32
+#undef _mm512_srli_epi32
+#undef _tile_dpbf16ps
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
 #define _mm256_mask_storeu_epi16 emulated::mask_store_16
 #define _mm256_maskz_loadu_epi16 emulated::maskz_load_16
 #define _mm512_add_epi32 emulated::add_words
@@ -263,10 +274,6 @@ inline void tile_dot(int c, int a, int b) {
 #define __m512bh __m512i
 #define __m256bh __m256i
 
-#undef _tile_dpbf16ps
-#undef _tile_loadd
-#undef _tile_stored
-#undef _tile_zero
 #define _tile_dpbf16ps emulated::tile_dot
 #define _tile_loadconfig(shapes) static_cast<void>(shapes)
 #define _tile_loadd emulated::tile_load
