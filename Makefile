@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format docs benchmarks benchmarks-gpu figures clean
+.PHONY: demo test check format docs benchmarks benchmarks-avx2 benchmarks-gpu figures clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
@@ -36,6 +36,13 @@ benchmarks: $(VENV)/installed
 	$(BIN)/slicemod bench --growth --dtype bfloat16 float32 --rounds 5 --peers sdpa slicemod \
 		--json docs/benchmarks/growth.json
 
+# The same on a CPU with AVX2 alone, where some of these peers take minutes in half precision.
+benchmarks-avx2: $(VENV)/installed
+	$(BIN)/slicemod bench --largest 3 --resolution 512 --dtype float32 bfloat16 float16 --rounds 5 \
+		--peers sdpa slicemod slicemod-exact --json docs/benchmarks/layers-avx2.json
+	$(BIN)/slicemod bench --growth --dtype float32 bfloat16 --rounds 5 --peers sdpa slicemod \
+		--json docs/benchmarks/growth-avx2.json
+
 # The same on a GPU, for a minute or two.
 benchmarks-gpu: $(VENV)/installed
 	$(BIN)/slicemod bench --device cuda --largest 2 --resolution 512 1024 --dtype float16 --rounds 5 \
@@ -49,6 +56,7 @@ figures: $(VENV)/installed
 	$(BIN)/slicemod bench --from docs/benchmarks/layers.json --plots docs/images/benchmarks/layers --into README.md docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/unet.json --plots docs/images/benchmarks/unet --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/growth.json --plots docs/images/benchmarks/growth --into docs/benchmarks.md
+	$(BIN)/slicemod bench --from docs/benchmarks/layers-avx2.json --plots docs/images/benchmarks/layers-avx2 --into README.md docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/growth-avx2.json --plots docs/images/benchmarks/growth-avx2 --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/gpu-layers.json --plots docs/images/benchmarks/gpu-layers --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/gpu-unet.json --plots docs/images/benchmarks/gpu-unet --into docs/benchmarks.md
