@@ -247,7 +247,7 @@ def _compiled(compiler: str) -> Path:
     kind = [line for line in processor.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))]
     flags = [*_FLAGS, *_CAPABILITIES[torch.backends.cpu.get_cpu_capability()]]
     sources = (path.read_bytes() for path in sorted([*SOURCES.glob("[a-z]*.h"), *SOURCES.glob("[a-z]*.cpp")]))
-    parts = (*sources, *("\0".join((version, *kind, *flags)).encode(),))
+    parts = *sources, *(part.encode() for part in (version, *kind, *flags))
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     target = _cache_folder() / f"attention-{name}.so"
     if not target.exists():

@@ -115,10 +115,7 @@ def test_without_a_compiler_there_is_none(anew: Path, x86: None, monkeypatch: py
 
 
 def test_a_compiler_that_fails_is_quoted_once(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = anew / "broken"
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no room for tiles' >&2\nexit 1\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", str(compiler_stub(anew, "echo 'no room for tiles' >&2; exit 1")))
     with pytest.warns(NativeLibraryWarning, match="no room for tiles"):
         assert native_library() is None
     assert "no room for tiles" in str(native_obstacle())

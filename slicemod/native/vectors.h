@@ -9,3 +9,19 @@
 #else
 #error "the native kernel needs AVX2, FMA and F16C, or AVX-512"
 #endif
+
+namespace {
+
+// 2^f within 2e-8 before rounding, for f in [-1/2, 1/2].
+inline Vector exp2_of_fraction(Vector f) {
+    Vector p = all(1.53458098e-4f);
+    p = fmadd(p, f, all(1.33999312e-3f));
+    p = fmadd(p, f, all(9.61848897e-3f));
+    p = fmadd(p, f, all(5.55032878e-2f));
+    p = fmadd(p, f, all(2.40226469e-1f));
+    p = fmadd(p, f, all(6.93147206e-1f));
+    p = fmadd(p, f, all(1.0f));
+    return p;
+}
+
+}  // namespace

@@ -100,22 +100,16 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
 
 // ---- 2^x
 
-// Within 2e-8 before rounding: degree 6 of the fraction in [-1/2, 1/2]. For x below 128; 0 for x below -126.5, where
-// AVX-512 goes on to denormal numbers. The sum with `shifter` is rounded to a whole number, whose last bits are the
-// exponent with its bias.
+inline Vector exp2_of_fraction(Vector f);  // in vectors.h
+
+// As exact as that. For x below 128; 0 for x below -126.5, where AVX-512 goes on to denormal numbers. The sum with
+// `shifter` is rounded to a whole number, whose last bits are the exponent with its bias.
 inline Vector exp2_fine(Vector x) {
     const Vector shifter = all(12582912.0f + 127);  // 1.5 * 2^23, and the bias of an exponent
     x = larger(all(-127.0f), x);                    // of x that is not a number, x
     const Vector shifted = x + shifter;
     const Vector f = x - (shifted - shifter);
-    Vector p = all(1.53458098e-4f);
-    p = fmadd(p, f, all(1.33999312e-3f));
-    p = fmadd(p, f, all(9.61848897e-3f));
-    p = fmadd(p, f, all(5.55032878e-2f));
-    p = fmadd(p, f, all(2.40226469e-1f));
-    p = fmadd(p, f, all(6.93147206e-1f));
-    p = fmadd(p, f, all(1.0f));
-    return p * as_floats(_mm256_slli_epi32(as_lanes(shifted), 23));
+    return exp2_of_fraction(f) * as_floats(_mm256_slli_epi32(as_lanes(shifted), 23));
 }
 
 // ---- lanes

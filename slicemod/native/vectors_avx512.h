@@ -78,6 +78,8 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
 
 // ---- 2^x
 
+inline Vector exp2_of_fraction(Vector f);  // in vectors.h
+
 // For weights that are rounded to bfloat16: a cubic of the fraction in [0, 1), within 8e-5 of it.
 inline Vector exp2_coarse(Vector x) {
     const Vector f = _mm512_reduce_ps(x, 1);  // x - floor(x)
@@ -88,17 +90,10 @@ inline Vector exp2_coarse(Vector x) {
     return _mm512_scalef_ps(p, x);  // takes the floor itself
 }
 
-// Within 2e-8 before rounding: degree 6 of the fraction in [-1/2, 1/2].
+// As exact as `exp2_of_fraction`.
 inline Vector exp2_fine(Vector x) {
     const Vector f = _mm512_reduce_ps(x, 0);  // x - round(x)
-    Vector p = all(1.53458098e-4f);
-    p = fmadd(p, f, all(1.33999312e-3f));
-    p = fmadd(p, f, all(9.61848897e-3f));
-    p = fmadd(p, f, all(5.55032878e-2f));
-    p = fmadd(p, f, all(2.40226469e-1f));
-    p = fmadd(p, f, all(6.93147206e-1f));
-    p = fmadd(p, f, all(1.0f));
-    return _mm512_scalef_ps(p, x - f);
+    return _mm512_scalef_ps(exp2_of_fraction(f), x - f);
 }
 
 // ---- lanes
