@@ -1,6 +1,6 @@
 """Kernels for the CPU beside PyTorch's fused one: which of them this processor has, and their plans.
 
-The native kernel (`native_library.py`) is mostly the fastest where it can be built. Where a processor multiplies no
+The native kernel (`kernels/native/`) is mostly the fastest where it can be built. Where a processor multiplies no
 half precision, PyTorch's flash attention takes some heads at a time in float32.
 """
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slicemod.native_library import TILED_MODE, NativeLibrary, native_library
+from slicemod.kernels.native.binding import TILED_MODE, NativeLibrary
+from slicemod.kernels.native.build import native_library
 from slicemod.onednn_scratch import Products
 from slicemod.plan import SlicePlan
 from slicemod.shapes import AttentionShape, ceil_div

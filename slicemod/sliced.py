@@ -20,6 +20,7 @@ from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
 from slicemod.fused import flash_attention, fused_attention, fused_obstacle, is_fused, pytorchs_choice
+from slicemod.kernels.native.operators import attend_natively, prepared_inference
 from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
     UPCASTING_DEVICES,
@@ -32,7 +33,6 @@ from slicemod.math_kernel import (
     math_backward,
     math_forward,
 )
-from slicemod.native_attention import attend_natively, prepared_inference
 from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import CallPlans, SliceConfig

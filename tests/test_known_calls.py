@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slicemod import budget as memory
-from slicemod import native_library as native_library_module
 from slicemod import out_of_memory
 from slicemod import sliced as module
-from slicemod.native_library import native_library, native_obstacle
+from slicemod.kernels.native import binding
+from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.slice_config import SliceConfig
@@ -190,7 +190,7 @@ def test_out_of_memory_a_known_call_goes_on_with_fewer_threads(monkeypatch: pyte
             raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(native_library_module, "_workspace", fails_at_first)
+    monkeypatch.setattr(binding, "_workspace", fails_at_first)
     with pytest.warns(SmallerSlicesWarning, match="blocks of 4 threads and goes on with those of 2"):
         found = inputs.run(sliced_attention)
     assert len(asked) == 3

@@ -13,7 +13,7 @@ import torch
 
 import slicemod
 from slicemod.budget import free_memory
-from slicemod.native_library import native_obstacle
+from slicemod.kernels.native.build import native_obstacle
 
 _PACKAGES = (
     "diffusers",

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slicemod import native_library as native_library_module
 from slicemod import out_of_memory
 from slicemod.cpu_kernels import native_plan
-from slicemod.native_attention import native_attention
-from slicemod.native_library import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, native_library, native_obstacle
+from slicemod.kernels.native import binding
+from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE
+from slicemod.kernels.native.build import native_library, native_obstacle
+from slicemod.kernels.native.operators import native_attention
 from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.shapes import AttentionShape, MaskShape
 from slicemod.sliced import planned_attention
@@ -293,13 +294,13 @@ def test_out_of_memory_it_goes_on_with_fewer_threads_and_the_same_result(
             raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(native_library_module, "_workspace", fails_at_first)
+    monkeypatch.setattr(binding, "_workspace", fails_at_first)
     with pytest.warns(SmallerSlicesWarning, match="blocks of 4 threads and goes on with those of 2"):
         found = results(native, inputs.leaves(), grad)
     assert len(asked) == 4
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name])
-    monkeypatch.setattr(native_library_module, "_workspace", lambda size: torch.empty(2**62, dtype=torch.uint8))
+    monkeypatch.setattr(binding, "_workspace", lambda size: torch.empty(2**62, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         inputs.run(native)
 

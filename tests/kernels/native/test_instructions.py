@@ -10,26 +10,18 @@ import pytest
 import torch
 
 from slicemod import cpu_kernels
-from slicemod import native_attention as module
 from slicemod.cpu_kernels import native_plan
-from slicemod.native_library import (
-    BFLOAT_MODE,
-    FLOAT_MODE,
-    SOURCES,
-    TILED_MODE,
-    NativeLibrary,
-    compiler_found,
-    native_library,
-    native_obstacle,
-)
+from slicemod.kernels.native import operators as module
+from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, NativeLibrary
+from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
 from slicemod.plan import SlicePlan
 from slicemod.shapes import AttentionShape
+from tests.kernels.native.test_operators import native
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
-from tests.test_native_attention import native
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 
-EMULATED = Path(__file__).parent / "native" / "emulated_avx512.h"
+EMULATED = Path(__file__).parent / "emulated_avx512.h"
 OPTIONS = {8: (), 16: ("-include", str(EMULATED), "-Wno-psabi")}  # by floats of a vector
 MODES = [
     (8, torch.float32, FLOAT_MODE),

@@ -1,4 +1,4 @@
-"""The operators `slicemod::native_attention` and its backward: attention by the library of `native_library.py`."""
+"""The operators `slicemod::native_attention` and its backward: attention by the library of `build.py`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from slicemod.double_backward import differentiable_gradients
+from slicemod.kernels.native.binding import NativeLibrary
+from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.math_kernel import Call, empty_gradients, empty_heads
-from slicemod.native_library import NativeLibrary, native_library, native_obstacle
 from slicemod.out_of_memory import ran_out, with_fewer_threads
 from slicemod.watched import is_watched
 

@@ -1,8 +1,8 @@
 // Attention on x86-64 CPUs with AVX2, AVX-512 or AMX, forward and backward, in blocks that stay in a core's cache.
 //
 // The kernel for what PyTorch's operators cannot give: scores that never leave the cache in float32, and half precision
-// that is rounded where SDPA rounds it and nowhere else. slicemod/native_library.py compiles this file for the machine
-// it runs on and calls the functions at its end; nothing here allocates, the caller passes the workspace.
+// that is rounded where SDPA rounds it and nowhere else. build.py beside this folder compiles this file for the machine
+// it runs on, and binding.py calls the functions at its end; nothing here allocates, the caller passes the workspace.
 
 #include "backward.h"
 #include "forward.h"

@@ -1,5 +1,5 @@
-// AVX-512, its bfloat16 and AMX, emulated one lane after another: as much as slicemod/native/ takes of them, so that its
-// code for processors with these runs on any with AVX2. Included before the source by the compiler's option -include.
+// AVX-512, its bfloat16 and AMX, emulated one lane after another: as much as the native kernel takes of them, so that
+// its code for processors with these runs on any with AVX2. Included before the source by the compiler's option -include.
 
 #pragma once
 

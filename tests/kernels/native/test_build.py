@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from slicemod import native_library as module
-from slicemod.native_attention import native_attention
-from slicemod.native_library import NativeLibraryWarning, native_library, native_obstacle
+from slicemod.kernels.native import build as module
+from slicemod.kernels.native.build import NativeLibraryWarning, native_library, native_obstacle
+from slicemod.kernels.native.operators import native_attention
 
 needs_native = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 
@@ -62,7 +62,7 @@ def test_it_is_compiled_into_the_cache_and_found_there_again(anew: Path, monkeyp
 
 
 def test_other_files_beside_the_source_are_not_read(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = anew / "native"
+    sources = anew / "csrc"
     shutil.copytree(module.SOURCES, sources)
     monkeypatch.setattr(module, "SOURCES", sources)
     stub = str(compiler_stub(anew, "touch $built"))
@@ -86,7 +86,7 @@ def test_a_lowered_capability_of_pytorchs_is_kept_to(anew: Path, x86: None, monk
 @needs_native
 def test_another_process_finds_it_too(anew: Path) -> None:
     assert native_library() is not None
-    program = "from slicemod.native_library import native_library; assert native_library() is not None"
+    program = "from slicemod.kernels.native.build import native_library; assert native_library() is not None"
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, env=dict(os.environ))
     assert len(list((anew / "cache").iterdir())) == 1
 

@@ -1,0 +1,1 @@
+"""Ways to compute attention, a folder for each."""
