@@ -11,9 +11,16 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# What is marked so runs outside of a graph that is traced, and its answer is a constant in there. PyTorch leaves this
-# decorator without types.
-constant_in_graph: Callable[[Function], Function] = torch.compiler.assume_constant_result
+
+
+def constant_in_graph(function: Function) -> Function:
+    """Marks what runs outside of a graph that is traced, so that its answer is a constant in there.
+
+    It does what ``torch.compiler.assume_constant_result`` does, which imports the compiler first. That takes longer
+    than importing the rest of PyTorch, and most programs never compile.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_watched(*tensors: Tensor) -> bool:
