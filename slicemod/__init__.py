@@ -2,7 +2,7 @@
 
 from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes  # noqa: F401 - each registers its host
 from slicemod.attention import MemoryAwareCrossAttention
-from slicemod.budget import free_memory
+from slicemod.memory.free_memory import free_memory
 from slicemod.plan import NotEnoughMemoryError, SlicePlan, plan_slices
 from slicemod.shapes import AttentionShape
 from slicemod.slice_config import SliceConfig

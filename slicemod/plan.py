@@ -340,8 +340,8 @@ def plan_slices(
         raise ValueError(f'plan_slices: kernel must be "math" or "fused", got {kernel!r}. SliceConfig decides "auto".')
     if isinstance(free_bytes, bool) or not isinstance(free_bytes, int | float):
         raise TypeError(
-            f"free_bytes: expected a number of bytes; got {free_bytes!r}. slicemod.budget.parse_budget reads sizes "
-            'such as "1GiB".'
+            f"free_bytes: expected a number of bytes; got {free_bytes!r}. "
+            'slicemod.memory.budget.Budget.parse reads sizes such as "1GiB".'
         )
     if steps is not None and steps < 1:
         raise ValueError(f"steps: expected a whole number of slices, 1 or more; got {steps}. Leave it out to plan.")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import distributed
 
-from slicemod import budget as memory
 from slicemod.cpu_kernels import NO_CPU_KERNELS, CpuKernels, float32_flash_plan, native_plan
 from slicemod.cuda_fused import processors_of
+from slicemod.memory.budget import Budget
 from slicemod.plan import (
     POLICIES,
     NotEnoughMemoryError,
@@ -39,7 +39,7 @@ class SliceConfig:
 
     Args:
         budget: what the attention may allocate beyond its inputs and its output: "auto" (the free memory), bytes,
-            a size such as "512MiB", or a fraction of the free memory such as 0.25.
+            a size such as "512MiB", or a fraction of the free memory such as 0.25. 1 is a byte, 1.0 all that is free.
         policy: who decides the number of slices: "heuristic", "doggettx", "invokeai", "mps" or "exact".
         kernel: "fused", PyTorch's fused attention; "math", the sliced one; "auto", the faster of the kernels that are
             certain to run and that the budget allows: on a CPU the native one where it can be built, or the fused one;
@@ -58,9 +58,10 @@ class SliceConfig:
     steps: int | None = None
     checkpoint: bool = True
     upcast: bool = False
+    parsed_budget: Budget = field(init=False, repr=False)  # 1 == 1.0, but a budget of one is not one of the other
 
     def __post_init__(self) -> None:
-        memory.parse_budget(self.budget)
+        object.__setattr__(self, "parsed_budget", Budget.parse(self.budget))
         if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ValueError(
                 f"policy: expected one of {', '.join(POLICIES)}; got {self.policy!r}. Choose one of these."
@@ -101,7 +102,7 @@ class SliceConfig:
                 f"slicing: expected a SliceConfig, a dict of its fields or None; got {type(slicing).__name__}. "
                 'Pass for example {"budget": "64MiB", "policy": "exact"}.'
             )
-        names = list(cls.__dataclass_fields__)
+        names = cls._names()
         if unknown := [key for key in slicing if key not in names]:
             raise ValueError(
                 f"slicing: expected keys out of {', '.join(names)}; got {', '.join(map(repr, unknown))}. "
@@ -111,15 +112,19 @@ class SliceConfig:
 
     def __str__(self) -> str:
         changed = (
-            f"{name}={getattr(self, name)!r}"
-            for name, field in self.__dataclass_fields__.items()
-            if name in ("budget", "policy", "kernel") or getattr(self, name) != field.default
+            f"{name}={value!r}"
+            for name, value in self.as_dict().items()
+            if name in ("budget", "policy", "kernel") or value != self.__dataclass_fields__[name].default
         )
         return ", ".join(changed)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for a config file."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self._names()}
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [each.name for each in fields(cls) if each.init]
 
     def resolved(self, device: torch.device | str, group: ProcessGroup | None = None) -> SliceConfig:
         """The same config with its budget in bytes, as it is now: what every later call plans with.
@@ -138,7 +143,7 @@ class SliceConfig:
         2097152
         """
         device = torch.device(device)
-        available = memory.budget_bytes(self.budget, device)
+        available = self.parsed_budget.bytes_on(device)
         if distributed.is_available() and distributed.is_initialized():
             smallest = torch.tensor(available, device=device)
             distributed.all_reduce(smallest, distributed.ReduceOp.MIN, group)
@@ -198,7 +203,7 @@ class SliceConfig:
             # What is free differs from call to call, and the same kernel is the best in all that it fits into.
             best = _plan(self, shape, _ALL_THERE_COULD_BE, *given)
         best = None if best is None or best.kernel == "math" else best
-        return CallPlans(self, memory.parse_budget(self.budget), shape, device, given, best)
+        return CallPlans(self, shape, device, given, best)
 
     def _cpu_plan(
         self, shape: AttentionShape, available: int, training: bool, fused_obstacle: str | None, cpu: CpuKernels
@@ -228,7 +233,6 @@ class CallPlans:
 
     Attributes:
         slicing: what was asked for.
-        parsed_budget: its budget in bytes, or a fraction of what is free.
         shape: sizes of the call.
         device: where it runs.
         given: the further arguments of `_plan`.
@@ -236,7 +240,6 @@ class CallPlans:
     """
 
     slicing: SliceConfig
-    parsed_budget: int | float
     shape: AttentionShape
     device: torch.device
     given: tuple[Any, ...]
@@ -248,10 +251,10 @@ class CallPlans:
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
         """
-        best = self.best
-        if best is not None and memory.surely_allows(self.parsed_budget, best.peak_bytes, self.device):
+        best, budget = self.best, self.slicing.parsed_budget
+        if best is not None and budget.surely_allows(best.peak_bytes, self.device):
             return best
-        available = memory.budget_bytes(self.parsed_budget, self.device)
+        available = budget.bytes_on(self.device)
         if best is not None and 0 < available >= best.peak_bytes:
             return best
         return _plan(self.slicing, self.shape, available, *self.given)

@@ -247,8 +247,7 @@ def _known_as(
         *(query.dtype, key.dtype, value.dtype),
         torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
         None if mask is None else (mask.shape, mask.dtype, mask.requires_grad),
-        *(is_causal, enable_gqa, scale, torch.get_num_threads(), place),
-        *(slicing, type(slicing.budget)),  # a budget of 1 byte equals one of 1.0, all there is
+        *(is_causal, enable_gqa, scale, torch.get_num_threads(), place, slicing),
     )
 
 

@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+from slicemod.memory.free_memory import PROBES, MemoryProbe
+
 # The same examples in every run; `--hypothesis-profile thorough` looks for new ones.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
@@ -39,6 +41,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def free_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What a CPU has free: the last of these."""
+    answers = [2**30]
+    monkeypatch.setitem(PROBES, "cpu", MemoryProbe(lambda device: answers[-1]))
+    return answers
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ ORDER = (
     "onednn_scratch.py",
     "shapes.py",
     "cuda_fused.py",
-    "budget.py",
+    "memory/",
     "plan.py",
     "kernels/native/binding.py",
     "kernels/native/build.py",

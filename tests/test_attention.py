@@ -12,8 +12,8 @@ from einops import rearrange
 from ldm.modules.attention import CrossAttention
 from torch import Tensor
 
-from slicemod import budget as memory
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.memory.free_memory import PROBES, MemoryProbe
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import sliced_attention
@@ -178,7 +178,7 @@ def test_the_plan_is_that_of_the_last_call() -> None:
 
 def test_the_layer_asks_for_free_memory_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([10**6, 10**5])
-    monkeypatch.setattr(memory, "free_memory", lambda device: next(answers))
+    monkeypatch.setitem(PROBES, "cpu", MemoryProbe(lambda device: next(answers)))
     layer = MemoryAwareCrossAttention(29, heads=3, dim_head=11, slicing={"kernel": "math", "policy": "exact"})
     steps = []
     for _ in range(2):

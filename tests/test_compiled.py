@@ -13,8 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from slicemod import budget as memory
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.memory.free_memory import PROBES, MemoryProbe
 from slicemod.slice_config import SliceConfig
 from slicemod.sliced import sliced_attention
 from tests.oracle import layer_inputs, layer_like
@@ -155,7 +155,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         answers.append(60_000 - 1_009 * len(answers))
         return answers[-1]
 
-    monkeypatch.setattr(memory, "free_memory", free_memory)
+    monkeypatch.setitem(PROBES, "cpu", MemoryProbe(free_memory))
     return answers
 
 
@@ -230,7 +230,7 @@ def test_the_plan_that_ran_forward_runs_backward(probe: list[int], monkeypatch: 
     expected = torch.autograd.grad(steady.sum(), leaves)
     output = inputs.run(sliced_attention, slicing={"kernel": "math", "policy": "exact"})
     assert probe == [60_000]
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    monkeypatch.setitem(PROBES, "cpu", MemoryProbe(lambda device: 0))
     for one, other in zip(torch.autograd.grad(output.sum(), leaves), expected, strict=True):
         assert torch.equal(one, other)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slicemod import budget as memory
 from slicemod import out_of_memory
 from slicemod import sliced as module
 from slicemod.kernels.native import binding
 from slicemod.kernels.native.build import native_library, native_obstacle
+from slicemod.memory.free_memory import PROBES, MemoryProbe
 from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.slice_config import SliceConfig
@@ -32,14 +32,6 @@ def known(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
     calls: dict[Any, Any] = {}
     monkeypatch.setattr(module, "_known_calls", calls)
     return calls
-
-
-@pytest.fixture
-def free_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the probe answers: the last of these."""
-    answers = [2**30]
-    monkeypatch.setattr(memory, "free_memory", lambda device: answers[-1])
-    return answers
 
 
 @pytest.fixture
@@ -94,9 +86,14 @@ def test_a_changed_probe_is_seen_at_the_next_call(budget: Any, free_bytes: list[
     assert plan_of(inputs, slicing=slicing) == ample
 
 
-def test_the_probe_is_asked_at_every_call_where_it_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(memory, "free_memory", lambda device: asked.append(device) or 2**30)  # type: ignore[func-returns-value]
+def test_a_probe_whose_answers_do_not_last_is_asked_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def read(device: torch.device) -> int:
+        asked.append(device)
+        return 2**30
+
+    monkeypatch.setitem(PROBES, "cpu", MemoryProbe(read))
     inputs = layer_inputs()
     for count in (1, 2, 3):
         inputs.run(sliced_attention)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import distributed
 
-from slicemod import budget as memory
+from slicemod.memory.budget import Budget
 from slicemod.plan import POLICIES, Conditions, NotEnoughMemoryError, SlicePlan, Slices, fused_peak, plan_slices
 from slicemod.shapes import AttentionShape
 from slicemod.slice_config import SliceConfig
@@ -27,14 +27,6 @@ def plan(slicing: SliceConfig, shape: AttentionShape = SHAPE, **more: Any) -> Sl
     return slicing.plan(shape, CPU, **settings)
 
 
-@pytest.fixture
-def free_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the probe answers: the last of these."""
-    answers = [2**30]
-    monkeypatch.setattr(memory, "free_memory", lambda device: answers[-1])
-    return answers
-
-
 def test_the_default_is_the_heuristic_on_free_memory_with_recomputed_slices() -> None:
     expected = {
         "budget": "auto",
@@ -45,7 +37,7 @@ def test_the_default_is_the_heuristic_on_free_memory_with_recomputed_slices() ->
         "upcast": False,
     }
     assert SliceConfig().as_dict() == expected
-    assert [field.name for field in dataclasses.fields(SliceConfig)] == list(expected)
+    assert [field.name for field in dataclasses.fields(SliceConfig) if field.init] == list(expected)
 
 
 @pytest.mark.parametrize(
@@ -225,10 +217,11 @@ def test_nothing_free_cannot_be_resolved(free_bytes: list[int]) -> None:
 RANK = """
 import sys
 from torch import distributed
-from slicemod import SliceConfig, budget
+from slicemod import SliceConfig
+from slicemod.memory.free_memory import PROBES, MemoryProbe
 rank, store = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-budget.free_memory = lambda device: (3_000_000, 1_000_000)[rank]
+PROBES["cpu"] = MemoryProbe(lambda device: (3_000_000, 1_000_000)[rank])
 print(SliceConfig(budget=0.5).resolved("cpu").budget, SliceConfig(budget="2MiB").resolved("cpu").budget)
 distributed.destroy_process_group()
 """
@@ -260,6 +253,22 @@ def test_a_plan_is_looked_for_once_and_the_free_memory_read_each_time(
         free_bytes.append(free)
         sliced_attention(query, query, query, slicing=slicing)
     assert asked == [10**6, 2 * 10**6]
+
+
+def test_configs_of_one_byte_and_of_all_there_is_differ() -> None:
+    byte, everything = SliceConfig(budget=1), SliceConfig(budget=1.0)
+    assert byte != everything
+    assert hash(byte) != hash(everything)
+    assert (byte.parsed_budget, everything.parsed_budget) == (Budget(bytes=1), Budget(share=1.0))
+
+
+def test_a_replaced_budget_is_parsed_anew_and_no_file_has_the_parsed_one() -> None:
+    slicing = dataclasses.replace(SliceConfig(budget="2MiB", steps=7), budget="3KiB")
+    assert slicing.parsed_budget == Budget(bytes=3072)
+    assert slicing.as_dict()["budget"] == "3KiB"
+    assert SliceConfig.of(slicing.as_dict()) == slicing
+    with pytest.raises(ValueError, match="got 'parsed_budget'"):
+        SliceConfig.of({"parsed_budget": Budget(bytes=5)})
 
 
 def test_a_budget_of_one_byte_is_not_one_of_all_there_is(free_bytes: list[int]) -> None:

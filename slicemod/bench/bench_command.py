@@ -21,7 +21,7 @@ from slicemod.bench.pictures import save_pictures
 from slicemod.bench.results import Results, load_results
 from slicemod.bench.tables import comparison_tables, growth_tables, left_out_lines, machine_line
 from slicemod.bench.workloads import GROWTH_TOKENS, WORK_NAMES, CallWork, Work, find_works
-from slicemod.budget import parse_budget
+from slicemod.memory.budget import Budget
 from slicemod.user_error import UserError
 
 DTYPES = ("float32", "bfloat16", "float16", "bfloat16-mixed", "float16-mixed")
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     for path in [*pictures, *([options.json] if options.json else [])]:
         console.print(f"written to {path}", highlight=False)
     for page in map(Path, options.into):
-        page.write_text(fill_blocks(page, Path(options.from_file).name, results, pictures))
+        page.write_text(fill_blocks(page, Path(options.from_file).name, results, pictures), encoding="utf-8")
         console.print(f"figures renewed in {page}", highlight=False)
     return 0
 
@@ -145,7 +145,7 @@ def _check(options: Any) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a device that PyTorch sees; it sees no CUDA GPU. Take cpu.")
     try:
-        parse_budget(options.budget)
+        Budget.parse(options.budget)
     except ValueError as error:
         raise UserError(f"--budget: {error}") from error
 

@@ -16,7 +16,7 @@ from slicemod.bench.memory import peak_memory
 from slicemod.bench.peers import SDPA, Peer
 from slicemod.bench.timing import LargeProduct, seconds_of
 from slicemod.bench.workloads import Exact, Work
-from slicemod.budget import free_memory
+from slicemod.memory.free_memory import free_memory
 
 MOST_ERROR = 4.0  # times SDPA's, on the same input; a peer beyond it is not timed
 COPIES_OF_SCORES = 2.5  # what unsliced attention holds of its scores at once; a peer without the room is not started

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import slicemod
-from slicemod.budget import free_memory
 from slicemod.kernels.native.build import native_obstacle
+from slicemod.memory.free_memory import free_memory
 
 _PACKAGES = (
     "diffusers",
@@ -58,7 +58,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def _processor(cpuinfo: Path) -> str:
     """The model name where Linux tells it, else what Python knows."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

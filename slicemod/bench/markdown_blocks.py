@@ -60,7 +60,7 @@ def fill_blocks(page: Path, name: str, results: Results, pictures: Sequence[Path
             )
         return f"{found[1]}\n{content}\n\n{found[4]}"
 
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     if name not in named_results(text):
         raise UserError(
             f"{page}: expected a block `<!-- slicemod bench {name} FORM -->` to `<!-- end -->`; found none. Add one."

@@ -49,7 +49,7 @@ class Results:
         """
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+            beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
             beside.replace(path)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error}. Choose another place or make room.") from error
@@ -64,7 +64,7 @@ def load_results(path: Path) -> Results:
         UserError: the file is missing or is no such JSON.
     """
     try:
-        read = json.loads(path.read_text())
+        read = json.loads(path.read_text(encoding="utf-8"))
         if read.pop("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}")
         measurements = [

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from slicemod.bench.comparing import LeftOut, Measurement
 from slicemod.bench.results import Results
+from slicemod.memory.sizes import size_text
 
 COLUMNS = ("attention", "time", "to SDPA", "quartiles", "peak", "of product", "error")
 
@@ -95,7 +96,7 @@ def _settings_side_by_side(rows: Sequence[Measurement]) -> str:
     lines = []
     for peer, found in by_peer(rows):
         cells = {
-            row.setting: f"{_time(row.seconds)} ({row.ratio:.2f})<br>{_size(row.peak_bytes)}".replace(" ", "&nbsp;")
+            row.setting: f"{_time(row.seconds)} ({row.ratio:.2f})<br>{size_text(row.peak_bytes)}".replace(" ", "&nbsp;")
             for row in found
         }
         name = f"**{peer}**" if peer.startswith("slicemod") else peer
@@ -121,7 +122,7 @@ def _growth_of(rows: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
     middle = statistics.median(row.seconds / row.size**2 for row in rows)
     for row in rows:
         pace = row.seconds / row.size**2
-        share, beyond = f"{row.rate_share:.0%}", _size(row.peak_bytes - row.output_bytes)
+        share, beyond = f"{row.rate_share:.0%}", size_text(row.peak_bytes - row.output_bytes)
         yield (
             row.peer, f"{row.size:,}", _time(row.seconds), f"{pace * 1e9:.2f} ns", f"{pace / middle:.2f}", share, beyond
         )  # fmt: skip
@@ -147,7 +148,7 @@ def _cells(row: Measurement) -> tuple[str, ...]:
         _time(row.seconds),
         f"{row.ratio:.2f}",
         f"{row.spread[0]:.2f}-{row.spread[1]:.2f}",
-        _size(row.peak_bytes),
+        size_text(row.peak_bytes),
         f"{row.rate_share:.0%}",
         f"{row.error:.1e}",
     )
@@ -157,10 +158,6 @@ def _time(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{seconds * 1e6:,.0f} µs"
     return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from slicemod.arguments import ArgumentParser
-from slicemod.budget import budget_bytes
+from slicemod.memory.budget import Budget
 from slicemod.plan import POLICIES
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
 from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner
@@ -94,13 +94,9 @@ def _check_picture(path: Path | None) -> None:
 
 def _memory(given: str, device: str) -> int:
     try:
-        return int(budget_bytes(float(given) if _is_number(given) and "." in given else given, torch.device(device)))
+        return Budget.parse(given).bytes_on(torch.device(device))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--memory: {error}") from error
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
 
 
 def _parser() -> ArgumentParser:

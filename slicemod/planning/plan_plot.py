@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from slicemod.planning.plan_report import human_size
+from slicemod.memory.sizes import size_text
 from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner, Way
 
 _POINTS_PER_DOUBLING = 24
@@ -47,7 +47,7 @@ def plot_peaks(planner: StepPlanner, path: Path, title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.axhline(planner.memory, color="0.3", linewidth=1, linestyle="--")
-    _write(axes, f"{human_size(planner.memory)} of memory", first, planner.memory, (0, 4), "0.3")
+    _write(axes, f"{size_text(planner.memory)} of memory", first, planner.memory, (0, 4), "0.3")
     for way, (colour, width, (place, offset)) in _STYLES.items():
         drawn = {pixels: peaks[way].total for pixels, peaks in plans.items() if way in peaks}
         drawn = {pixels: peak for pixels, peak in drawn.items() if peak <= 4 * planner.memory}
@@ -65,7 +65,7 @@ def plot_peaks(planner: StepPlanner, path: Path, title: str) -> None:
     axes.set_ylim(bottom=bottom)
     axes.set_xlim(first, last)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda pixels, _: f"{pixels:.0f}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: human_size(round(size)).replace(".00", "")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: size_text(round(size)).replace(".00", "")))
     axes.set_xlabel("edge of the square image in pixels")
     axes.set_ylabel("predicted peak of the whole step")
     axes.set_title(title, loc="left", fontsize=11)

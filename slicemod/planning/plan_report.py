@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from slicemod.memory.sizes import size_text
 from slicemod.plan import SlicePlan
 from slicemod.planning.step_peaks import LayerPlan, ResolutionPlan, StepPlanner
 
@@ -32,7 +33,7 @@ def _answer(layer: LayerPlan) -> tuple[str, ...]:
     if not isinstance(plan, SlicePlan):
         return "-", "-", "-", "none fits"
     sliced = plan.axis if plan.steps > 1 else "-"
-    return plan.kernel, sliced, str(plan.steps), human_size(plan.peak_bytes)
+    return plan.kernel, sliced, str(plan.steps), size_text(plan.peak_bytes)
 
 
 def step_table(planner: StepPlanner, plans: Sequence[ResolutionPlan]) -> Table:
@@ -49,7 +50,7 @@ def step_table(planner: StepPlanner, plans: Sequence[ResolutionPlan]) -> Table:
         table.add_section()
         for way in planner.ways:
             peak = plan.peaks.get(way)
-            sizes = ("-" if peak is None else human_size(getattr(peak, part)) for part in parts)
+            sizes = ("-" if peak is None else size_text(getattr(peak, part)) for part in parts)
             table.add_row(str(plan.pixels), way, *sizes, "yes" if planner.fits(way, plan.pixels) else "no")
     return table
 
@@ -59,12 +60,12 @@ def remarks(planner: StepPlanner, plans: Sequence[ResolutionPlan]) -> Iterator[s
     for way in planner.ways:
         pixels = planner.largest(way)
         largest = f"{pixels} x {pixels}" if pixels else "none"
-        yield f"largest square image within {human_size(planner.memory)}, {way}: {largest}"
+        yield f"largest square image within {size_text(planner.memory)}, {way}: {largest}"
     if "fused" not in planner.ways:
         yield f"fused: it is not known whether PyTorch has a fused kernel on {planner.kind.device_type}"
     for plan in plans:
         errors = [str(layer.plan) for layer in plan.layers if not isinstance(layer.plan, SlicePlan)]
-        left = f"the rest of the step leaves attention a budget of {human_size(plan.budget)}"
+        left = f"the rest of the step leaves attention a budget of {size_text(plan.budget)}"
         yield f"{plan.pixels} x {plan.pixels}: {errors[0] if errors else left}"
 
 
@@ -80,12 +81,3 @@ def as_json(plan: ResolutionPlan) -> dict[str, Any]:
         ],
         "peaks": {way: {**peak._asdict(), "total": peak.total} for way, peak in plan.peaks.items()},
     }
-
-
-def human_size(size: int) -> str:
-    """Bytes in MiB, from 1 GiB on in GiB.
-
-    >>> human_size(3 * 2**19), human_size(3 * 2**29)
-    ('1.5 MiB', '1.50 GiB')
-    """
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

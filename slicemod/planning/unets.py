@@ -94,7 +94,7 @@ def find_unet(source: str) -> UnetSource:
 
 
 def _unet_of_folder(folder: Path) -> UnetSource:
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("_class_name", UNet2DConditionModel.__name__)
     if kind != UNet2DConditionModel.__name__:
         raise UserError(
@@ -102,7 +102,11 @@ def _unet_of_folder(folder: Path) -> UnetSource:
             "pipeline or its unet folder."
         )
     autoencoder = folder.parent / "vae" / "config.json"
-    levels = len(json.loads(autoencoder.read_text())["block_out_channels"]) if autoencoder.is_file() else _LEVELS_OF_SD
+    levels = (
+        len(json.loads(autoencoder.read_text(encoding="utf-8"))["block_out_channels"])
+        if autoencoder.is_file()
+        else _LEVELS_OF_SD
+    )
     return UnetSource(
         {key: value for key, value in config.items() if key[0] != "_"}, _pixels_per_latent(levels), CLIP_TOKENS
     )
@@ -115,7 +119,7 @@ def _pixels_per_latent(levels: int) -> int:
 
 def _unet_of_yaml(path: Path) -> UnetSource:
     try:
-        model = yaml.safe_load(path.read_text())["model"]
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
         unet, autoencoder = model["unet"]["init_args"], model["autoencoder"]["init_args"]
     except (KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(

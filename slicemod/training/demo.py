@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from slicemod import NotEnoughMemoryError, SliceConfig, SlicePlan
+from slicemod.memory.sizes import size_text
 from slicemod.training.conditional_accuracy import DigitReader
 from slicemod.training.digits import DigitsDataModule
 from slicemod.training.fit_command import fit
@@ -163,7 +164,7 @@ def _plan_table(steps: list[StepMemory]) -> Table:
 
 def _plan(plan: SlicePlan) -> str:
     steps = f"{plan.steps} step{'s' if plan.steps > 1 else ''}"
-    return f"{plan.kernel}, {plan.axis}, {steps}, {_readable_bytes(plan.peak_bytes)}"
+    return f"{plan.kernel}, {plan.axis}, {steps}, {size_text(plan.peak_bytes)}"
 
 
 def _memory_table(steps: list[StepMemory]) -> Table:
@@ -172,7 +173,7 @@ def _memory_table(steps: list[StepMemory]) -> Table:
     for column in ("attention", "peak", "one noisy time"):
         table.add_column(column, justify="left" if column == "attention" else "right")
     for step in steps:
-        table.add_row(step.attention, _readable_bytes(step.peak_bytes), f"{step.seconds:.2f} s")
+        table.add_row(step.attention, size_text(step.peak_bytes), f"{step.seconds:.2f} s")
     return table
 
 
@@ -182,10 +183,6 @@ def _print_accuracies(samples: dict[str, Tensor], labels: Tensor, data: DigitsDa
     console.print(f"the classifier reads {real:.3f} of the real test digits correctly")
     for name, images in samples.items():
         console.print(f"conditional accuracy: {reader.accuracy(images, labels):.3f} ({name})")
-
-
-def _readable_bytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from slicemod import SlicePlan, restore_attention
 from slicemod.cpu_kernels import cpu_kernels
+from slicemod.memory.sizes import size_text
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.attention_stand_in import AttentionCall
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak
-from slicemod.planning.plan_report import human_size
 from slicemod.planning.step_peaks import TRACED_STEPS
 from slicemod.planning.unet_step import TracedStep, trace_training
 from slicemod.planning.unets import CLIP_TOKENS, meta_inputs
@@ -169,7 +169,7 @@ def plan_table(forecasts: Sequence[BucketForecast]) -> Table:
             sizes = f"{shape.batch_heads} x {shape.queries} x {shape.keys} x {shape.head_dim}"
             told = ("the model's own", "-", "-", "-")
             if plan is not None:
-                told = (plan.kernel, plan.axis if plan.steps > 1 else "-", str(plan.steps), human_size(plan.peak_bytes))
+                told = (plan.kernel, plan.axis if plan.steps > 1 else "-", str(plan.steps), size_text(plan.peak_bytes))
             table.add_row(str(row.bucket), str(layers), sizes, *told)
     return table
 
@@ -181,5 +181,5 @@ def peak_table(forecasts: Sequence[BucketForecast]) -> Table:
     for column in ("bucket", "images", *parts):
         table.add_column(column, justify="right", no_wrap=True)
     for row in forecasts:
-        table.add_row(str(row.bucket), str(row.images), *(human_size(getattr(row.peak, part)) for part in parts))
+        table.add_row(str(row.bucket), str(row.images), *(size_text(getattr(row.peak, part)) for part in parts))
     return table

@@ -13,6 +13,7 @@ from slicemod.bench import comparing
 from slicemod.bench.comparing import Comparison, Measurement, Setting
 from slicemod.bench.peers import SDPA, AttentionFunction, Peer, find_peers
 from slicemod.bench.workloads import UnetWork, Work
+from slicemod.memory.free_memory import PROBES, MemoryProbe
 from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work, measure_little, write_unet
 
 CPU = torch.device("cpu")
@@ -106,11 +107,11 @@ def test_a_peer_that_cannot_is_left_out_with_its_own_words() -> None:
 
 
 def test_scores_and_weights_that_do_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "free_memory", lambda device: 40_000)
+    monkeypatch.setitem(PROBES, "cpu", MemoryProbe(lambda device: 40_000))
     comparison = compared(SELF, find_peers(["full", "slicemod"], "1MiB"), INFERENCE)
     assert [row.peer for row in comparison.measurements()] == ["sdpa", "slicemod"]
     assert "would hold 89,780 bytes of scores, 40,000 are free" in comparison.left_out[0].reason
-    monkeypatch.setattr(comparing, "free_memory", lambda device: 10_000)
+    monkeypatch.setitem(PROBES, "cpu", MemoryProbe(lambda device: 10_000))
     half = Setting("bfloat16", "inference")  # whose weights are made in float32 first
     comparison = Comparison(SELF, find_peers(["full"], "1MiB"), half, CPU)
     assert not [*comparison.prepare(), *comparison.rounds(2, FOREVER), *comparison.measurements()]

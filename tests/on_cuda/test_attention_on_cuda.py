@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slicemod import out_of_memory
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
-from slicemod.budget import parse_budget
 from slicemod.fused import fused_obstacle
+from slicemod.memory.budget import Budget
 from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.slice_config import SliceConfig
@@ -125,7 +125,7 @@ def test_a_layer_keeps_its_budget(budget: str, compiled: bool, training: bool) -
     with torch.set_grad_enabled(training):
         run()
         returned = query.nbytes * (4 if training else 1)
-        assert peak_memory(run, "cuda") - returned <= parse_budget(budget)
+        assert peak_memory(run, "cuda") - returned <= Budget.parse(budget).bytes_on(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

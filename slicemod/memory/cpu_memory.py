@@ -1,0 +1,102 @@
+"""What a process can still allocate of a machine's memory, by what the operating system says."""
+
+import ctypes
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from slicemod.memory.cgroups import cgroup_headrooms
+from slicemod.memory.kernel_file import KernelFile
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
+
+_MEMINFO, _STATM = Path("/proc/meminfo"), Path("/proc/self/statm")
+_MEMBERSHIP, _CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_MEM_AVAILABLE = re.compile(rb"^MemAvailable: *(\d+) kB$", flags=re.MULTILINE)
+
+
+def free_cpu_memory() -> int | None:
+    """Bytes that the process can still allocate, never less than 0; None where the system does not say.
+
+    Linux: the smallest of available RAM, the headroom of every cgroup (v1 and v2) that the process is in, and the
+    headroom under `RLIMIT_AS`. macOS: pages that it can hand out. Windows: the smaller of available RAM and of what may
+    still be committed, which the page file bounds.
+    """
+    if sys.platform == "darwin":
+        return macos_available()
+    if sys.platform == "win32":
+        return windows_available(ctypes.WinDLL("kernel32"))
+    if not sys.platform.startswith("linux"):
+        return None
+    available = linux_available(_MEMINFO)
+    if available is None:
+        return None
+    readings = [available, *cgroup_headrooms(_MEMBERSHIP, _CGROUP_MOUNT)]
+    if has_limited_addresses():
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        pages = int(_STATM.read_bytes().split()[0])  # opened each time: it is that of the process that opened it
+        readings.append(limit - pages * resource.getpagesize())
+    return max(0, min(readings))
+
+
+def has_limited_addresses() -> bool:
+    """Whether the process's address space is limited (`ulimit -v`)."""
+    return resource is not None and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+_kernel_file = cache(KernelFile)
+
+
+def linux_available(meminfo: Path) -> int | None:
+    """Available RAM in bytes, as the kernel estimates it; None for a kernel before 3.14, which does not say.
+
+    Args:
+        meminfo: `/proc/meminfo`.
+    """
+    found = _MEM_AVAILABLE.search(_kernel_file(meminfo).read())
+    return None if found is None else int(found[1]) * 1024
+
+
+def macos_available() -> int | None:
+    """Bytes of free, inactive, speculative and purgeable pages, as macOS's own `vm_stat` counts them."""
+    text = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    page = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", text)
+    return int(page[1]) * sum(map(int, pages)) if page is not None and pages else None
+
+
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX; sizes are in bytes."""
+
+    _fields_ = [
+        ("dwLength", ctypes.c_uint32),
+        ("dwMemoryLoad", ctypes.c_uint32),
+        ("ullTotalPhys", ctypes.c_uint64),
+        ("ullAvailPhys", ctypes.c_uint64),
+        ("ullTotalPageFile", ctypes.c_uint64),
+        ("ullAvailPageFile", ctypes.c_uint64),
+        ("ullTotalVirtual", ctypes.c_uint64),
+        ("ullAvailVirtual", ctypes.c_uint64),
+        ("ullAvailExtendedVirtual", ctypes.c_uint64),
+    ]
+
+
+def windows_available(kernel32: Any) -> int | None:
+    """Bytes of RAM that are available, or that may still be committed if that is less; None where the call fails.
+
+    Windows promises memory when it is allocated, not when it is first written to: an allocation beyond what may be
+    committed fails, however much RAM is free.
+
+    Args:
+        kernel32: Windows' library of this name.
+    """
+    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
+    if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return min(int(status.ullAvailPhys), int(status.ullAvailPageFile))

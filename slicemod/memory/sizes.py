@@ -1,0 +1,14 @@
+"""Sizes in bytes, written for people."""
+
+
+def size_text(size: int) -> str:
+    """`size` bytes in the largest of B, KiB, MiB and GiB that leaves a number of at least 1.
+
+    >>> size_text(613), size_text(3 * 2**9), size_text(8_388_608), size_text(3 * 2**29)
+    ('613 B', '1.5 KiB', '8.0 MiB', '1.50 GiB')
+    """
+    if size < 2**10:
+        return f"{size:,} B"
+    if size < 2**20:
+        return f"{size / 2**10:,.1f} KiB"
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
