@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slicemod.math_kernel import empty_gradients, empty_heads
+from slicemod.operator import operator
 
 
 def _turns(query: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
@@ -32,7 +33,7 @@ def _additive(mask: Tensor | None, turn: tuple[slice, slice]) -> Tensor | None:
     return torch.full_like(part, -math.inf, dtype=torch.float32).masked_fill_(part, 0)
 
 
-@torch.library.custom_op("slicemod::float32_flash", mutates_args=())
+@operator("slicemod::float32_flash")
 def float32_flash(
     query: Tensor,
     key: Tensor,
@@ -73,7 +74,7 @@ def _(query: Tensor, _key: Tensor, value: Tensor, *settings: Any) -> tuple[Tenso
     return empty_heads(query, value.shape[3]), query.new_empty(kept, dtype=torch.float32)
 
 
-@torch.library.custom_op("slicemod::float32_flash_backward", mutates_args=())
+@operator("slicemod::float32_flash_backward")
 def _float32_flash_backward(
     grad_output: Tensor,
     query: Tensor,

@@ -33,13 +33,14 @@ from slicemod.math_kernel import (
     math_backward,
     math_forward,
 )
+from slicemod.operator import operator
 from slicemod.out_of_memory import with_smaller_slices
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import CallPlans, SliceConfig
 from slicemod.watched import constant_in_graph, is_watched
 
 
-@torch.library.custom_op("slicemod::attention", mutates_args=())
+@operator("slicemod::attention")
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -73,7 +74,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *settings
     return empty_heads(query, value.shape[3]), kept
 
 
-@torch.library.custom_op("slicemod::attention_backward", mutates_args=())
+@operator("slicemod::attention_backward")
 def _attention_backward(
     grad_output: Tensor,
     query: Tensor,

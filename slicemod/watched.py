@@ -8,6 +8,7 @@ from torch import Tensor
 
 # Taken from PyTorch's dictionaries once: between large products, looking through them takes longer than the questions.
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._functorch import peek_interpreter_stack
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -33,6 +34,7 @@ def is_watched(*tensors: Tensor) -> bool:
             return True
     return (
         torch.compiler.is_compiling()
+        or get_eval_frame_callback() is not None  # the compiler would trace the functions called from here
         or _get_tracing_state() is not None
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None

@@ -29,6 +29,7 @@ ORDER = (
     "slice_config.py",
     "reference.py",
     "watched.py",
+    "operator.py",
     "projection.py",
     "heads.py",
     "attention_inputs.py",

@@ -7,18 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from slicemod.watched import constant_in_graph
+import pytest
 
 ROOT = str(Path(__file__).parents[1])
 
 
-def loaded_by(code: str) -> set[str]:
+COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
+
+
+def loaded_by(code: str, *arguments: str) -> set[str]:
     """The modules that a fresh interpreter has loaded after running `code`."""
     listing = f"{code}\nimport sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", listing],
+        [sys.executable, "-c", listing, *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -30,13 +31,24 @@ def loaded_by(code: str) -> set[str]:
 def test_importing_slicemod_loads_no_compiler() -> None:
     loaded = loaded_by("import slicemod\nfrom slicemod import *")
     assert {"torch", "slicemod.attention"} <= loaded
-    assert loaded.isdisjoint({"torch._dynamo", "torch._inductor", "sympy"})
+    assert loaded.isdisjoint(COMPILER)
 
 
-def test_what_pytorch_marks_constant_is_marked_the_same_way() -> None:
-    def by_us() -> None: ...
-    def by_pytorch() -> None: ...
+CALL = """
+import sys, torch
+from slicemod import MemoryAwareCrossAttention, SliceConfig, sliced_attention, swap_attention
+layer = MemoryAwareCrossAttention(23, context_dim=13, heads=3, dim_head=7, slicing=SliceConfig(kernel=sys.argv[1]))
+layer.to(getattr(torch, sys.argv[2]))
+x, context = (torch.randn(1, *sizes, dtype=layer.to_q.weight.dtype) for sizes in ((31, 23), (11, 13)))
+with torch.no_grad():
+    layer(x, context)
+layer(x, context).sum().backward()
+assert layer.to_q.weight.grad is not None
+"""
 
-    assert constant_in_graph(by_us) is by_us
-    torch.compiler.assume_constant_result(by_pytorch)  # type: ignore[no-untyped-call]
-    assert vars(by_us) == vars(by_pytorch) != {}
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("auto", "bfloat16"), ("auto", "float16"), ("fused", "float32"), ("math", "float32")]
+)
+def test_an_eager_step_of_a_layer_loads_no_compiler(kernel: str, dtype: str) -> None:
+    assert loaded_by(CALL, kernel, dtype).isdisjoint(COMPILER)
