@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from slicemod.user_error import UserError
 
+MOST_RESOLUTION = 16384  # pixels; what no latent-diffusion UNet was trained on
+MOST_RATIO = 100
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -33,22 +36,29 @@ def plan_buckets(resolution: int, step: int, max_ratio: float) -> tuple[Bucket, 
         max_ratio: longest edge over shortest; 1 leaves the square alone.
 
     Raises:
-        UserError: the resolution is no multiple of ``step``, or the ratio is below 1.
+        UserError: a number is out of range, or the resolution is no multiple of ``step``.
 
     >>> [str(bucket) for bucket in plan_buckets(512, 64, 1.5)]
     ['448x576', '512x512', '576x448']
     """
-    if resolution < step or resolution % step:
+    if not 1 <= resolution <= MOST_RESOLUTION:
+        raise UserError(
+            f"data.resolution must be from 1 to {MOST_RESOLUTION} pixels, got {resolution}: use the edge of the images"
+            " that the model was made for, such as 512 or 1024."
+        )
+    if not 1 <= step <= resolution:
+        raise UserError(f"data.bucket_step must be from 1 pixel to data.resolution, {resolution}, got {step}: use 64.")
+    if resolution % step:
         raise UserError(
             f"data.resolution must be a multiple of {step} pixels, got {resolution}: use"
             f" {max(1, round(resolution / step)) * step}."
         )
-    if not max_ratio >= 1:
-        raise UserError(f"data.max_ratio must be at least 1, got {max_ratio}: 1 leaves square images alone.")
-    wide = [
-        Bucket(resolution**2 // width // step * step, width)
-        for width in range(resolution, resolution**2 // step + 1, step)
-    ]
+    if not 1 <= max_ratio <= MOST_RATIO:
+        raise UserError(
+            f"data.max_ratio must be from 1 to {MOST_RATIO}, got {max_ratio}: 1 leaves square images alone."
+        )
+    widest = math.floor(resolution * math.sqrt(max_ratio))  # areas are at most the square's
+    wide = [Bucket(resolution**2 // width // step * step, width) for width in range(resolution, widest + 1, step)]
     wide = [bucket for bucket in wide if bucket.width <= bucket.height * max_ratio]
     return tuple(sorted({*wide, *(Bucket(bucket.width, bucket.height) for bucket in wide)}))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import Progress
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from slicemod.training.captioned_images import (
     CaptionedImage,
     Crop,
     covering_size,
+    enlargement,
     find_captioned_images,
     read_crop,
 )
@@ -24,6 +27,10 @@ from slicemod.training.frozen_stages import FrozenStages
 from slicemod.training.resumable_batches import ResumableBatches
 from slicemod.training.tensor_cache import TensorCache
 from slicemod.user_error import UserError
+
+MOST_CROPS = 1000  # each of them is encoded and kept
+ENLARGED = 2.0  # images that are enlarged by more than this look blurred, and are named
+NAMES_SHOWN = 3  # of the images that are enlarged
 
 
 class LatentBatch(TypedDict):
@@ -125,10 +132,10 @@ class BucketBatches(ResumableBatches[PlannedBatch, LatentBatch]):
 
 
 class CaptionedFolder(pl.LightningDataModule):
-    """Images (png, jpg, webp) with captions from ``metadata.jsonl`` or from a ``.txt`` beside each.
+    """Images with captions from ``metadata.jsonl`` or from a ``.txt`` beside each.
 
     Args:
-        folder: searched with its subfolders; broken files are named on stderr and left out.
+        folder: searched with its subfolders, linked ones too; broken files are named on stderr and left out.
         cache: folder of the cached latents and embeddings, keyed by content and settings.
         resolution: edge in pixels of the square bucket; the others have about its area.
         batch_size: images a step and process.
@@ -154,9 +161,15 @@ class CaptionedFolder(pl.LightningDataModule):
         shuffle_seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("crops", crops, 1), ("val_count", val_count, 0)):
-            if value < least:
-                raise UserError(f"data.{name} must be at least {least}, got {value}: give a larger whole number.")
+        for name, value, least, most in (
+            ("batch_size", batch_size, 1, math.inf),
+            ("crops", crops, 1, MOST_CROPS),
+            ("val_count", val_count, 0, math.inf),
+            ("shuffle_seed", shuffle_seed, 0, 2**32 - 1),
+        ):
+            if not least <= value <= most:
+                bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise UserError(f"data.{name} must be a whole number {bounds}, got {value}.")
         self.folder = folder
         self.cache = TensorCache(cache)
         self.resolution = resolution
@@ -181,7 +194,7 @@ class CaptionedFolder(pl.LightningDataModule):
         return nearest_bucket(image.height, image.width, self.buckets)
 
     def find(self, *, progress: bool = True) -> None:
-        """Looks through the folder; names what is left out on stderr. Does nothing the second time.
+        """Looks through the folder; names on stderr what is left out or much enlarged. Does nothing the second time.
 
         Raises:
             UserError: there is no usable image, or none left to train on.
@@ -190,15 +203,31 @@ class CaptionedFolder(pl.LightningDataModule):
             return
         found = find_captioned_images(self.folder, progress=progress)
         for path, reason in found.skipped:
-            print(f"{path} is left out: {reason}.", file=sys.stderr)
+            _tell(f"{path} is left out: {reason}.")
         if len(found.images) <= self.val_count:
             raise UserError(
                 f"data.val_count must leave images to train on, got {self.val_count} of {len(found.images)}: give a"
                 " smaller number."
             )
-        held_out = sorted(found.images, key=lambda image: image.digest)[: self.val_count]
+        held_out = set(sorted(found.images, key=lambda image: image.digest)[: self.val_count])
         self.val_images = [image for image in found.images if image in held_out]
         self.train_images = [image for image in found.images if image not in held_out]
+        self._name_enlarged(found.images)
+
+    def _name_enlarged(self, images: Sequence[CaptionedImage]) -> None:
+        """Says which images are too small for their bucket."""
+        scales = [(enlargement(image, self.bucket(image)), image) for image in images]
+        enlarged = sorted((pair for pair in scales if pair[0] > ENLARGED), key=lambda pair: -pair[0])
+        if enlarged:
+            named = ", ".join(
+                f"{image.path} ({image.width}x{image.height} pixels, {scale:.3g} times)"
+                for scale, image in enlarged[:NAMES_SHOWN]
+            )
+            rest = f" and {len(enlarged) - NAMES_SHOWN} more" if len(enlarged) > NAMES_SHOWN else ""
+            _tell(
+                f"{len(enlarged)} of {len(images)} images are enlarged by more than {ENLARGED:g} times and will look"
+                f" blurred: {named}{rest}. Take them out, or lower data.resolution."
+            )
 
     def fill_cache(self, stages: FrozenStages, *, rank: int = 0, world_size: int = 1, progress: bool = True) -> None:
         """Computes the latents and embeddings that are missing, every process its share.
@@ -210,6 +239,9 @@ class CaptionedFolder(pl.LightningDataModule):
             rank: number of this process.
             world_size: number of processes; wait for all of them before reading.
             progress: whether to show a progress bar.
+
+        Raises:
+            UserError: an encoder gives a number that is not finite, or the cache cannot be written.
         """
         self.find(progress=progress)
         self._digests = (stages.latents_digest, stages.embeddings_digest)
@@ -220,12 +252,14 @@ class CaptionedFolder(pl.LightningDataModule):
             for caption in bar.track(captions[rank::world_size], description="caching captions"):
                 if not self.cache.has(key := self._caption_key(caption)):
                     context, pooled = stages.encode_captions([caption])
-                    self.cache.write(key, {"context": context[0]} | ({} if pooled is None else {"pooled": pooled[0]}))
+                    encoded = {"context": context[0]} | ({} if pooled is None else {"pooled": pooled[0]})
+                    self.cache.write(key, _finite(encoded, f"The text encoder's embeddings of the caption {caption!r}"))
             for image, variant in bar.track(crops[rank::world_size], description="caching latents"):
                 if not self.cache.has(key := self._latents_key(image, variant)):
                     pixels = read_crop(image, self.bucket(image), self._crop(image, variant))
                     latents = stages.encode_images(pixels[None])
-                    self.cache.write(key, {"mean": latents.mean[0], "std": latents.std[0]})
+                    encoded = {"mean": latents.mean[0], "std": latents.std[0]}
+                    self.cache.write(key, _finite(encoded, f"The autoencoder's latents of {image.path}"))
 
     def train_dataloader(self) -> BucketBatches:
         """Batches of one bucket each, in another order each epoch; every process its share.
@@ -280,7 +314,10 @@ class CaptionedFolder(pl.LightningDataModule):
 
     def _time_ids(self, image: CaptionedImage, variant: int) -> list[int]:
         bucket, crop = self.bucket(image), self._crop(image, variant)
-        return [image.height, image.width, crop.top, crop.left, bucket.height, bucket.width]
+        left = crop.left
+        if crop.flipped:  # what is seen was cut from the mirrored image: there its left edge is the right one
+            left = covering_size(image, bucket)[1] - bucket.width - crop.left
+        return [image.height, image.width, crop.top, left, bucket.height, bucket.width]
 
     def _crop(self, image: CaptionedImage, variant: int) -> Crop:
         bucket, number = self.bucket(image), variant % self.crops
@@ -296,3 +333,19 @@ class CaptionedFolder(pl.LightningDataModule):
 
     def _caption_key(self, caption: str) -> str:
         return text_digest("caption", self._digests[1], caption)
+
+
+@rank_zero_only
+def _tell(line: str) -> None:
+    """To the user, by one of the processes: all of them find the same."""
+    print(line, file=sys.stderr)
+
+
+def _finite(encoded: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    for name, tensor in encoded.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{what}: expected finite numbers, got infinite ones or NaN ({name}). The weights of model.source are"
+                " damaged, or were made for another precision: use another copy of them."
+            )
+    return encoded

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +15,12 @@ from rich.progress import track
 from torch import Tensor
 
 from slicemod.training.aspect_buckets import Bucket
+from slicemod.training.captions import METADATA, captions_of_metadata, place, read_text
+from slicemod.training.decoded_picture import decoded_picture
+from slicemod.training.files_below import files_below
 from slicemod.user_error import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-METADATA = "metadata.jsonl"  # as Hugging Face's imagefolder reads it: {"file_name": ..., "text": ...} a line
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class CaptionedImage:
 
 
 class Crop(NamedTuple):
-    """What a bucket shows of an image: its corner in the resized image, in pixels, and whether it is mirrored."""
+    """What a bucket shows of an image: its corner in the resized image, in pixels, and whether it is then mirrored."""
 
     top: int
     left: int
@@ -51,7 +50,7 @@ class FoundImages(NamedTuple):
 
 
 def find_captioned_images(folder: str | os.PathLike[str], *, progress: bool = True) -> FoundImages:
-    """Looks for images and their captions, in ``metadata.jsonl`` or in a ``.txt`` beside the image.
+    """Looks for images and their captions, in ``metadata.jsonl`` or else in a ``.txt`` beside the image.
 
     Raises:
         UserError: there is no such folder, no usable image in it, or ``metadata.jsonl`` is not as expected.
@@ -59,27 +58,21 @@ def find_captioned_images(folder: str | os.PathLike[str], *, progress: bool = Tr
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"data.folder: expected a folder of images, found none at {root}. Correct the path.")
-    captions = dict(_captions_of_metadata(root))
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files, skipped = files_below(root)
+    captions = captions_of_metadata(root, files)
+    places = {path: place(path) for path in files}
+    gone = captions.keys() - places.values()
+    skipped += [(path, f"{METADATA} names it, but there is no such file") for path in sorted(gone)]
+    known = Image.registered_extensions()
     images: list[CaptionedImage] = []
-    skipped = [(path, f"{METADATA} names it, but there is no such file") for path in captions if path not in paths]
-    for path in track(paths, "reading images", disable=not progress, transient=True):
-        beside = path.with_suffix(".txt")
-        try:
-            caption = captions.get(path, beside.read_text(encoding="utf-8").strip() if beside.is_file() else None)
-        except (OSError, UnicodeDecodeError) as error:
-            skipped.append((path, f"{beside.name} cannot be read: {error}"))
-            continue
-        if caption is None:
-            skipped.append((path, f"it has no caption, neither in {METADATA} nor in {beside.name}"))
-            continue
-        try:
-            content = path.read_bytes()
-            width, height = _decoded(content).size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
-            skipped.append((path, f"it cannot be decoded: {error}"))
-            continue
-        images.append(CaptionedImage(path, caption, height, width, hashlib.sha256(content).hexdigest()))
+    for path in track(files, "reading images", disable=not progress, transient=True):
+        if path.suffix.lower() in SUFFIXES:
+            try:
+                images.append(_captioned_image(path, captions.get(places[path])))
+            except (OSError, ValueError) as error:
+                skipped.append((path, str(error)))
+        elif path.suffix.lower() in known:
+            skipped.append((path, f"expected {', '.join(SUFFIXES)}, got {path.suffix}"))
     if not images:
         reasons = "".join(f" {path.name}: {reason}." for path, reason in skipped[:3])
         raise UserError(
@@ -91,9 +84,17 @@ def find_captioned_images(folder: str | os.PathLike[str], *, progress: bool = Tr
 
 def read_crop(image: CaptionedImage, bucket: Bucket, crop: Crop) -> Tensor:
     """The part of an image that a bucket shows, (3, height, width) float32 in [-1, 1]."""
-    picture = _decoded(image.path.read_bytes())
-    picture = picture.resize(covering_size(image, bucket)[::-1], Image.Resampling.LANCZOS)
-    picture = picture.crop((crop.left, crop.top, crop.left + bucket.width, crop.top + bucket.height))
+    picture = decoded_picture(image.path.read_bytes())
+    height, width = covering_size(image, bucket)
+    down, across = image.height / height, image.width / width  # pixels of the file for one of the resized image
+    shown = (
+        crop.left * across,
+        crop.top * down,
+        min((crop.left + bucket.width) * across, image.width),
+        min((crop.top + bucket.height) * down, image.height),
+    )
+    # The same pixels as of resizing all of it and cropping then, which of a long strip would be a huge picture.
+    picture = picture.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=shown)
     if crop.flipped:
         picture = ImageOps.mirror(picture)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, height, width)
@@ -102,35 +103,30 @@ def read_crop(image: CaptionedImage, bucket: Bucket, crop: Crop) -> Tensor:
 
 def covering_size(image: CaptionedImage, bucket: Bucket) -> tuple[int, int]:
     """Height and width of the image made just large enough to cover the bucket."""
-    scale = max(bucket.height / image.height, bucket.width / image.width)
+    scale = enlargement(image, bucket)
     return max(bucket.height, round(image.height * scale)), max(bucket.width, round(image.width * scale))
 
 
-def _decoded(content: bytes) -> Image.Image:
-    """Upright RGB; what is transparent becomes white."""
-    with Image.open(io.BytesIO(content)) as opened:
-        opened.load()
-        upright = ImageOps.exif_transpose(opened)
-    if upright.has_transparency_data:
-        layered = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
-    return upright.convert("RGB")
+def enlargement(image: CaptionedImage, bucket: Bucket) -> float:
+    """Edge of the image that covers the bucket over its edge in the file; below 1 where it is made smaller."""
+    return max(bucket.height / image.height, bucket.width / image.width)
 
 
-def _captions_of_metadata(root: Path) -> Iterator[tuple[Path, str]]:
-    for file in sorted(root.rglob(METADATA)):
+def _captioned_image(path: Path, caption: str | None) -> CaptionedImage:
+    """The image of a file; without a caption the text beside it is taken.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: there is no caption or no picture; the message says why.
+    """
+    if caption is None:
+        beside = path.with_suffix(".txt")
+        if not beside.is_file():
+            raise ValueError(f"it has no caption, neither in {METADATA} nor in {beside.name}")
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {error}. Save it as UTF-8.") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                yield file.parent / entry["file_name"], str(entry["text"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{file}, line {number}: expected an object with file_name and text, got {line[:60]!r}. Correct"
-                    " the line."
-                ) from error
+            caption = read_text(beside).strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{beside.name} cannot be read: {error}") from error
+    content = path.read_bytes()
+    width, height = decoded_picture(content).size
+    return CaptionedImage(path, caption, height, width, hashlib.sha256(content).hexdigest())

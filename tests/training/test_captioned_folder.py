@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageOps
 
-from slicemod.training.aspect_buckets import Bucket, nearest_bucket, plan_buckets
+from slicemod.training.aspect_buckets import MOST_RATIO, MOST_RESOLUTION, Bucket, nearest_bucket, plan_buckets
 from slicemod.training.captioned_folder import CaptionedFolder
-from slicemod.training.captioned_images import Crop, find_captioned_images, read_crop
+from slicemod.training.captioned_images import Crop, covering_size, find_captioned_images, read_crop
+from slicemod.training.checkpoints import write_safetensors
 from slicemod.training.frozen_stages import FrozenStages
 from slicemod.training.pretrained import Pretrained
 from slicemod.user_error import UserError
@@ -57,7 +62,7 @@ def test_what_cannot_be_used_is_left_out_by_name(images: Path) -> None:
     assert sorted(image.path.name for image in found.images) == ["sky.webp"]
     reasons = {path.name: reason for path, reason in found.skipped}
     assert set(reasons) == {"cat.png", "dog.png", "sea.jpg", "sun.png", "gone.png"}
-    assert "sun.txt cannot be read: 'utf-8' codec" in reasons["sun.png"]
+    assert "sun.txt cannot be read: expected UTF-8, or UTF-16" in reasons["sun.png"]
     assert "cannot be decoded" in reasons["cat.png"]
     assert "no caption, neither in metadata.jsonl nor in dog.txt" in reasons["dog.png"]
     assert "no such file" in reasons["gone.png"]
@@ -196,11 +201,180 @@ def test_batches_hold_latents_embeddings_and_sizes_of_one_bucket(images: Path, s
     ("changes", "named"),
     [
         ({"resolution": 33}, "data.resolution must be a multiple of 8 pixels, got 33"),
-        ({"max_ratio": 0.5}, "data.max_ratio must be at least 1"),
-        ({"batch_size": 0}, "data.batch_size must be at least 1"),
+        ({"resolution": 1_000_000_000}, "data.resolution must be from 1 to 16384 pixels, got 1000000000"),
+        ({"resolution": 0}, "data.resolution must be from 1 to 16384 pixels, got 0"),
+        ({"resolution": -512}, "data.resolution must be from 1 to 16384 pixels, got -512"),
+        ({"bucket_step": 0}, "data.bucket_step must be from 1 pixel to data.resolution, 32, got 0"),
+        ({"bucket_step": -8}, "data.bucket_step must be from 1 pixel"),
+        ({"bucket_step": 64}, "data.bucket_step must be from 1 pixel to data.resolution, 32, got 64"),
+        ({"max_ratio": 0.5}, "data.max_ratio must be from 1 to 100, got 0.5"),
+        ({"max_ratio": math.nan}, "data.max_ratio must be from 1 to 100, got nan"),
+        ({"max_ratio": math.inf}, "data.max_ratio must be from 1 to 100, got inf"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number of at least 1, got 0"),
+        ({"crops": 1_000_000_000}, "data.crops must be a whole number from 1 to 1000, got 1000000000"),
+        ({"val_count": -1}, "data.val_count must be a whole number of at least 0, got -1"),
+        ({"shuffle_seed": 2**64}, "data.shuffle_seed must be a whole number from 0 to 4294967295"),
         ({"val_count": 5}, "data.val_count must leave images to train on, got 5 of 5"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(changes: dict[str, object], named: str, images: Path) -> None:
     with pytest.raises(UserError, match=named):
         data(images, **changes).find(progress=False)
+
+
+def captioned(folder: Path, **pictures: Image.Image) -> Path:
+    """A folder of pictures as PNG files, each with its name as caption."""
+    folder.mkdir()
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name, encoding="utf-8")
+    return folder
+
+
+def test_images_of_linked_folders_are_used_with_the_captions_of_either_path(tmp_path: Path) -> None:
+    away = captioned(tmp_path / "away", sea=Image.new("RGB", (3, 5)))
+    folder = captioned(tmp_path / "images", cat=Image.new("RGB", (3, 5)))
+    (folder / "linked").symlink_to(away)
+    (folder / "loop").symlink_to(folder)
+    found = find_captioned_images(folder, progress=False)
+    assert [(image.path, image.caption) for image in found.images] == [
+        (folder / "cat.png", "cat"),
+        (folder / "linked" / "sea.png", "sea"),
+    ]
+    assert not found.skipped
+    lines = [{"file_name": "linked/sea.png", "text": "the sea"}, {"file_name": "loop/cat.png", "text": "the cat"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = find_captioned_images(folder, progress=False)
+    assert [image.caption for image in found.images] == ["the cat", "the sea"]
+    assert not found.skipped
+
+
+def test_files_of_other_kinds_that_are_pictures_are_named(images: Path) -> None:
+    Image.new("RGB", (5, 7)).save(images / "scan.tiff")
+    Image.new("RGB", (5, 7), "red").save(images / "CAT.GIF", format="GIF")
+    (images / "CAT.txt").write_text("a red cat", encoding="utf-8")
+    Image.new("F", (5, 7)).save(images / "depth.png", format="TIFF")
+    (images / "depth.txt").write_text("far", encoding="utf-8")
+    (images / "link.png").symlink_to("gone.png")
+    (images / "link.txt").write_text("gone", encoding="utf-8")
+    found = find_captioned_images(images, progress=False)
+    assert "CAT.GIF" in {image.path.name for image in found.images}
+    reasons = {path.name: reason for path, reason in found.skipped}
+    assert set(reasons) == {"scan.tiff", "depth.png", "link.png"}
+    assert reasons["scan.tiff"] == "expected .jpg, .jpeg, .png, .webp, .gif, .bmp, got .tiff"
+    assert "its mode is F" in reasons["depth.png"]
+    assert "No such file" in reasons["link.png"]
+
+
+def test_the_time_for_metadata_does_not_grow_with_lines_times_images(tmp_path: Path) -> None:
+    lines = [json.dumps({"file_name": f"{number}.png", "text": "gone"}) for number in range(10_007)]
+    Image.init()  # which takes its time once
+    taken = []
+    for images in (1, 401):
+        folder = tmp_path / str(images)
+        folder.mkdir()
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        for number in range(images):
+            (folder / f"{number}.png").touch()
+        started = time.process_time()
+        with pytest.raises(UserError, match="found none"):
+            find_captioned_images(folder, progress=False)
+        taken.append(time.process_time() - started)
+    assert taken[1] < 2.5 * taken[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"), [((40, 31), Bucket(24, 40)), ((31, 43), Bucket(24, 16)), ((5, 7), Bucket(32, 24))]
+)
+def test_a_crop_is_that_of_the_resized_image(size: tuple[int, int], bucket: Bucket, tmp_path: Path) -> None:
+    picture = Image.effect_noise(size, 80).convert("RGB")
+    (image,) = find_captioned_images(captioned(tmp_path / "one", noise=picture), progress=False).images
+    height, width = covering_size(image, bucket)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).astype(int)
+    for top, left in {(0, 0), (height - bucket.height, width - bucket.width)}:
+        cut = (read_crop(image, bucket, Crop(top, left, flipped=False)) + 1) * 127.5
+        expected = resized[top : top + bucket.height, left : left + bucket.width]
+        assert np.abs(cut.permute(1, 2, 0).round().numpy() - expected).max() <= 1
+
+
+def test_a_long_strip_is_cut_before_it_is_enlarged(tmp_path: Path) -> None:
+    strip = Image.new("RGB", (20_011, 11), "black")
+    strip.paste("white", (10_006, 0, 20_011, 11))
+    (image,) = find_captioned_images(captioned(tmp_path / "one", strip=strip), progress=False).images
+    bucket = Bucket(384, 640)
+    height, width = covering_size(image, bucket)
+    assert (height, width) == (384, 698_566)
+    started = time.process_time()
+    pixels = read_crop(image, bucket, Crop(0, (width - bucket.width) // 2, flipped=False))
+    assert time.process_time() - started < 1  # all of it is 800 MB of pixels
+    assert pixels.shape == (3, 384, 640)
+    assert pixels[..., :250].max() < -0.9
+    assert pixels[..., -250:].min() > 0.9
+
+
+def test_images_that_are_much_enlarged_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"dot": (1, 1), "line": (40, 3), "small": (15, 15), "fair": (16, 16), "large": (64, 64), "tiny": (5, 5)}
+    folder = captioned(tmp_path / "images", **{name: Image.new("RGB", size) for name, size in sizes.items()})
+    several = data(folder)
+    several.find(progress=False)
+    several.find(progress=False)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("4 of 6 images are enlarged by more than 2 times and will look blurred: ")
+    places = [told.index(name) for name in ("dot.png (1x1 pixels, 32 times)", "line.png (40x3", "tiny.png (5x5")]
+    assert places == sorted(places)
+    assert "tiny.png (5x5 pixels, 6.4 times) and 1 more." in told
+    assert "fair" not in told
+
+
+@pytest.mark.parametrize(("size", "left"), [((64, 33), 1), ((33, 64), 0)])
+def test_time_ids_of_a_mirrored_crop_are_of_the_mirrored_image(
+    size: tuple[int, int], left: int, tmp_path: Path
+) -> None:
+    folder = data(captioned(tmp_path / "one", noise=Image.effect_noise(size, 80)), flip=True, crops=3, max_ratio=1)
+    folder.find(progress=False)
+    (image,) = folder.train_images
+    mirrored = Image.effect_noise(size, 80)
+    with Image.open(image.path) as picture:
+        mirrored = ImageOps.mirror(picture.convert("RGB"))
+    (twin,) = find_captioned_images(captioned(tmp_path / "twin", noise=mirrored), progress=False).images
+    bucket = folder.bucket(image)
+    width = covering_size(image, bucket)[1]
+    lefts = set()
+    for variant in range(folder.variants):
+        crop = folder._crop(image, variant)
+        _, _, top, seen_left, _, _ = folder._time_ids(image, variant)
+        assert (top, seen_left) == (crop.top, width - bucket.width - crop.left if crop.flipped else crop.left)
+        # what is seen is what an image that lies mirrored on disk shows at that place
+        seen = read_crop(image, bucket, crop)
+        there = read_crop(twin if crop.flipped else image, bucket, Crop(top, seen_left, flipped=False))
+        assert (seen - there).abs().max() <= 2.1 / 127.5
+        lefts.add(seen_left)
+    assert (len(lefts) > 2) == bool(left)
+
+
+def test_a_cached_file_with_other_tensors_ends_a_run_in_a_paragraph(images: Path, stages: FrozenStages) -> None:
+    folder = data(images)
+    folder.fill_cache(stages, progress=False)
+    entry = folder.cache.path(folder._latents_key(folder.train_images[0], 0))
+    write_safetensors(entry, {"mean": torch.zeros(4, 3, 3), "std": torch.zeros(4, 3, 3)}, {})
+    with pytest.raises(UserError, match=re.escape(str(entry))):
+        list(folder.train_dataloader())
+    data(images).fill_cache(stages, progress=False)
+    assert sum(len(batch["files"]) for batch in folder.train_dataloader()) == 5
+
+
+def test_latents_that_are_not_finite_are_not_kept(images: Path, stages: FrozenStages) -> None:
+    with torch.no_grad():
+        stages.autoencoder.encoder.conv_in.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"latents of .*cat\.png: expected finite numbers"):
+        data(images).fill_cache(stages, progress=False)
+    kept = list((images.parent / "cache").rglob("*.safetensors"))
+    assert len(kept) == 6  # the captions and the empty one
+
+
+def test_buckets_of_the_largest_numbers_are_planned_at_once() -> None:
+    started = time.process_time()
+    buckets = plan_buckets(MOST_RESOLUTION, 64, MOST_RATIO)
+    assert time.process_time() - started < 1
+    assert max(bucket.width / bucket.height for bucket in buckets) > 90
