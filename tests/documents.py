@@ -12,7 +12,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 def python_blocks(page: Path) -> list[str]:
     """The Python blocks of a page, in their order."""
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(page: Path) -> list[str]:
@@ -20,7 +20,7 @@ def commands(page: Path) -> list[str]:
 
     `slicemod sample ... --steps 5` stands for the arguments of the last `slicemod sample` and some more.
     """
-    text = re.sub(r"\\\n\s*", " ", page.read_text())  # lines that go on
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))  # lines that go on
     lines = [
         line
         for block in re.findall(r"^```(?:console|bash|sh)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)

@@ -27,7 +27,7 @@ def test_figures_are_those_of_the_run(page: Path, name: str) -> None:
     pictures = list((DOCS / "images" / "benchmarks" / Path(name).stem).glob("*.png"))
     assert pictures
     filled = fill_blocks(page, name, load_results(DOCS / "benchmarks" / name), pictures)
-    assert filled == page.read_text(), "`make figures` renews them"
+    assert filled == page.read_text(encoding="utf-8"), "`make figures` renews them"
 
 
 @pytest.mark.slow

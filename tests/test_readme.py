@@ -78,6 +78,8 @@ def test_the_network_config_names_the_mode_of_the_sgm_adapter(monkeypatch: pytes
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pictures_and_files_that_a_page_names_exist(page: Path) -> None:
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in target]
+    targets = [
+        target for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")) if "://" not in target
+    ]
     assert [target for target in targets if not (page.parent / target).exists()] == []
     assert targets or page != README

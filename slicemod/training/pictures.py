@@ -84,7 +84,7 @@ def save_loss_curve(runs: Mapping[str, str | os.PathLike[str]], path: str | os.P
 
 def read_metric(log: str | os.PathLike[str], name: str) -> list[tuple[int, float]]:
     """(step, value) pairs of one metric in a ``metrics.csv`` of Lightning."""
-    with Path(log).open(newline="") as file:
+    with Path(log).open(newline="", encoding="utf-8") as file:
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
 
 

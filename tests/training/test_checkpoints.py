@@ -117,7 +117,7 @@ def test_strict_loading_names_missing_unexpected_and_reshaped_tensors_and_loads_
 
 
 def fail_halfway(path: Path) -> None:
-    path.write_text("half of")
+    path.write_text("half of", encoding="utf-8")
     raise OSError("no space left")
 
 

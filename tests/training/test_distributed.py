@@ -47,7 +47,7 @@ class Witness(Callback):
         self.seen.append({"number": batch["number"], "files": batch["files"], "plans": plans})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        Path(f"witness{trainer.global_rank}.json").write_text(json.dumps(self.seen))
+        Path(f"witness{trainer.global_rank}.json").write_text(json.dumps(self.seen), encoding="utf-8")
 
 
 def two_processes(folder: Path, config: str, *options: str) -> None:
