@@ -7,7 +7,9 @@ what it replaced, so that copies and pickles of a model can be restored on their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +23,6 @@ class Host(Protocol):
     """One family of attention layers."""
 
     name: str
-    guessed: bool  # known by its parts alone: swapped only where `filter_fn` chooses it
 
     def recognises(self, module: nn.Module) -> bool:
         """The module is an attention layer of this family, swapped or not."""
@@ -32,14 +33,23 @@ class Host(Protocol):
     def replaced(self, module: nn.Module) -> str:
         """The class of the module or processor in whose place ours is, in a swapped layer."""
 
-    def obstacle(self, module: nn.Module) -> str | None:
+    def attends(self, module: nn.Module) -> str:
+        """The class of the module or processor that computes the layer's attention now."""
+
+    def obstacle(self, parent: nn.Module, child: str) -> str | None:
         """Why this layer, which is not swapped, cannot be; None where it can."""
+
+    def doubt(self, module: nn.Module) -> str | None:
+        """Why this layer is swapped only where `filter_fn` chooses it; None where it is known to be plain attention."""
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> Any:
         """Swap the layer; return its holder."""
 
-    def restore(self, parent: nn.Module, child: str) -> None:
-        """Give the swapped layer its own attention back."""
+    def restore(self, parent: nn.Module, child: str) -> str | None:
+        """Give the swapped layer its own attention back; what others had changed on ours, which goes with it."""
+
+    def forget(self, module: nn.Module) -> bool:
+        """Whether a layer that is not swapped once was, as far as it knows; from now on it does not."""
 
 
 HOSTS: list[Host] = []
@@ -72,6 +82,9 @@ class SwapReport:
     """What `swap_attention` did: the layers it swapped, and those it left alone with the reason why.
 
     As a context manager it undoes this on leaving: `with swap_attention(model): ...`
+
+    What changes processors or modules afterwards, as diffusers' `set_attn_processor`, `set_attention_slice` and
+    `fuse_qkv_projections` do, takes layers away again: `check` names them.
     """
 
     layers: tuple[SwappedLayer, ...]
@@ -85,22 +98,50 @@ class SwapReport:
             plan = "" if layer.plan is None else f"; last plan: {layer.plan}"
             lines.append(f"  {layer.name} ({layer.host}): {layer.replaced} -> {type(layer.holder).__name__}{plan}")
         lines += [f"  {name}: skipped, {reason}" for name, reason in self.skipped]
+        lines += [f"  {name}: no longer swapped, {reason}" for name, reason in self._lost()]
         return "\n".join(lines)
+
+    def check(self) -> tuple[tuple[str, str], ...]:
+        """The layers that are not swapped any more, or not with these settings, and why. Warns where there are any."""
+        lost = self._lost()
+        if lost:
+            warnings.warn(
+                f"{len(lost)} of {len(self.layers)} layers that were swapped are so no longer: {_in_short(lost)}. "
+                "Swap again after whatever changes layers or their processors.",
+                stacklevel=2,
+            )
+        return lost
+
+    def _lost(self) -> tuple[tuple[str, str], ...]:
+        present = {name: (host, parent.get_submodule(child)) for name, parent, child, host in _layers(self.model)}
+        lost = []
+        for layer in self.layers:
+            if layer.name not in present:
+                lost.append((layer.name, "no known attention is there"))
+                continue
+            host, module = present[layer.name]
+            holder = host.holder(module)
+            if holder is None:
+                lost.append((layer.name, f"its attention is that of {host.attends(module)}"))
+            elif holder is not layer.holder and holder.slicing != layer.slicing:
+                lost.append((layer.name, f"its {host.attends(module)} was made anew, with {holder.slicing}"))
+        return tuple(lost)
 
     def __enter__(self) -> SwapReport:
         return self
 
     def __exit__(self, *raised: object) -> None:
         before = {id(layer.holder): layer.before for layer in reversed(self.layers)}
-        for _, parent, child, host in _attention_layers(self.model):
-            holder = host.holder(parent.get_submodule(child))
-            if id(holder) not in before:
-                continue
-            slicing = before[id(holder)]
-            if slicing is None:
-                host.restore(parent, child)
-            else:
+        names = {layer.name for layer in self.layers if layer.before is None}
+
+        def undo(name: str, holder: Any) -> bool:
+            slicing = before.get(id(holder))
+            if slicing is not None:
                 holder.slicing = slicing
+                return False
+            return id(holder) in before or (holder is None and name in names)
+
+        _restore(self.model, undo, stacklevel=3)
 
 
 def swap_attention(
@@ -117,27 +158,35 @@ def swap_attention(
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
         filter_fn: given a layer's path and module, whether to swap it. Modules of unknown classes that have `to_q`,
             `to_k`, `to_v`, `to_out` and `heads`, and are called as CrossAttention is, are swapped only where it
-            chooses them: that they compute softmax attention and nothing more is for you to know.
+            chooses them, and so are classes whose name is known and whose code is not: that they compute softmax
+            attention and nothing more is for you to know.
 
     Returns:
-        What was swapped, and what was skipped and why. Used in a `with` statement, it undoes the swap on leaving.
+        What was swapped, and what was skipped and why: layers that hold or do more than plain attention, and those
+        whose code somebody has replaced. Used in a `with` statement, it undoes the swap on leaving.
 
     Raises:
         TypeError: the model is no module.
         ValueError: the model has no attention layer to swap.
+
+    Warns:
+        UserWarning: some layers were swapped, and others that `filter_fn` did not leave out could not be.
     """
     slicing = SliceConfig.of(slicing)
-    layers, skipped = [], []
-    for name, parent, child, host in _attention_layers(model):
+    layers, skipped, refused = [], [], []
+    for name, parent, child, host in _layers(model):
         module = parent.get_submodule(child)
         holder = host.holder(module)
-        obstacle = None if holder is not None else host.obstacle(module)
         if filter_fn is not None and not filter_fn(name, module):
             skipped.append((name, "filter_fn said no"))
-        elif obstacle is not None:
-            skipped.append((name, obstacle))
-        elif holder is None and host.guessed and filter_fn is None:
-            skipped.append((name, f"{type(module).__name__} only looks like attention; choose it with filter_fn"))
+            continue
+        reason = None if holder is not None else host.obstacle(parent, child)
+        if reason is None and holder is None and filter_fn is None:
+            doubt = host.doubt(module)
+            reason = None if doubt is None else f"{doubt}; choose it with filter_fn"
+        if reason is not None:
+            skipped.append((name, reason))
+            refused.append((name, reason))
         else:
             before = None if holder is None else holder.slicing
             if holder is None:
@@ -149,33 +198,94 @@ def swap_attention(
         reasons = "".join(f" {name}: {reason}." for name, reason in skipped[:5])
         raise ValueError(
             f"model: expected attention layers of {', '.join(host.name for host in HOSTS)}; found "
-            f"{'none' if not skipped else 'only such as cannot be swapped'} in {type(model).__name__}.{reasons} "
-            "Pass the UNet or VAE itself, not a pipeline."
+            f"{'only such as cannot be swapped' if skipped else 'none'} in {type(model).__name__}."
+            f"{reasons or ' ' + _what_to_pass(model)}"
+        )
+    if refused:
+        warnings.warn(
+            f"{type(model).__name__} was swapped in part: {len(layers)} attention layers were, {len(refused)} were "
+            f"left as they are and take the memory they took: {_in_short(refused)}. The report has all of them; leave "
+            "them out by filter_fn to swap the others without this warning.",
+            stacklevel=2,
         )
     return SwapReport(tuple(layers), tuple(skipped), model)
 
 
 def restore_attention(model: nn.Module) -> int:
-    """Give every swapped layer of `model` its own attention back, the very same object; return how many."""
-    restored = 0
-    for _, parent, child, host in _attention_layers(model):
-        if host.holder(parent.get_submodule(child)) is not None:
-            host.restore(parent, child)
+    """Give every swapped layer of `model` its own attention back, the very same object; return how many.
+
+    Raises:
+        TypeError: the model is no module.
+
+    Warns:
+        UserWarning: layers were swapped that others changed since: their processors stay, but what was put on a module
+            of ours goes with it.
+    """
+    return _restore(model, lambda name, holder: True, stacklevel=3)
+
+
+def _restore(model: nn.Module, chosen: Callable[[str, Any], bool], stacklevel: int) -> int:
+    """Restore the layers that `chosen` takes by name and holder; the holder of a layer that is not swapped is None."""
+    restored, changed = 0, []
+    for name, parent, child, host in _layers(model):
+        module = parent.get_submodule(child)
+        holder = host.holder(module)
+        if not chosen(name, holder):
+            continue
+        if holder is not None:
+            lost = host.restore(parent, child)
             restored += 1
+            if lost is not None:
+                changed.append((name, f"restored, though {lost}"))
+        elif host.forget(module):
+            changed.append((name, f"not restored, its attention is that of {host.attends(module)}"))
+    if changed:
+        warnings.warn(
+            f"{len(changed)} layers of {type(model).__name__} were changed after they were swapped: "
+            f"{_in_short(changed)}. Undo such changes before restoring, in the opposite order of making them.",
+            stacklevel=stacklevel,
+        )
     return restored
 
 
-def _attention_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
+def _in_short(layers: Sequence[tuple[str, str]]) -> str:
+    """Names by what is said of them, those that differ in numbers alone as the first and the last."""
+    alike: dict[str, dict[str, list[str]]] = {}
+    for name, reason in layers:
+        alike.setdefault(reason, {}).setdefault(re.sub(r"\d+", "", name), []).append(name)
+    return "; ".join(
+        ", ".join(f"{found[0]} to {found[-1]} ({len(found)})" if found[1:] else found[0] for found in kinds.values())
+        + f": {reason}"
+        for reason, kinds in alike.items()
+    )
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
     """Path, parent, name and host of every attention layer below `model`."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected a torch.nn.Module; got {type(model).__name__}. Pass a pipeline's unet, controlnet or vae."
-        )
+        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}. {_what_to_pass(model)}")
     found = []
-    hosts = sorted(HOSTS, key=lambda host: host.guessed)
     for path, parent in model.named_modules():
         for child, module in vars(parent)["_modules"].items():  # named_children leaves out what occurs twice
-            host = next((host for host in hosts if module is not None and host.recognises(module)), None)
+            host = None if module is None else _host(module)
             if host is not None:
                 found.append((f"{path}.{child}" if path else child, parent, child, host))
     return found
+
+
+def _host(module: nn.Module) -> Host | None:
+    """The host of an attention layer; where several recognise it, one that has no doubts."""
+    hosts = [host for host in HOSTS if host.recognises(module)]
+    return min(hosts, key=lambda host: host.doubt(module) is not None, default=None)
+
+
+def _what_to_pass(owner: object) -> str:
+    """Which modules with attention an object has: a pipeline, or a LightningModule that keeps one."""
+    inner = {name: part for name, part in getattr(owner, "__dict__", {}).items() if not name.startswith("_")}
+    names = [name for name, part in inner.items() if isinstance(part, nn.Module) and _layers(part)]
+    for name, part in inner.items():
+        of_part = {} if isinstance(part, nn.Module) else getattr(part, "__dict__", {})
+        names += [f"{name}.{inmost}" for inmost, m in of_part.items() if isinstance(m, nn.Module) and _layers(m)]
+    if names:
+        return f"Pass its {' or '.join(names)}."
+    return "Pass the UNet, transformer, ControlNet or VAE itself, a LightningModule once it has made its model."

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import HunyuanVideoTransformer3DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
 from torch import Tensor, nn
 
@@ -303,3 +306,143 @@ def test_distributed_data_parallel_trains_a_model_that_is_swapped_before_or_afte
     for parameter, wanted in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-3)
+
+
+# Swaps that others undo.
+
+
+def diffusers_unet() -> Any:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=23,
+    )
+
+
+TAKEN: dict[str, tuple[Callable[[Any], None], str]] = {
+    "set_attn_processor": (lambda model: model.set_attn_processor(AttnProcessor2_0()), "AttnProcessor2_0"),
+    "set_default_attn_processor": (lambda model: model.set_default_attn_processor(), "AttnProcessor"),
+    "set_attention_slice": (lambda model: model.set_attention_slice(1), "SlicedAttnProcessor"),
+    "fuse_qkv_projections": (lambda model: model.fuse_qkv_projections(), "FusedAttnProcessor2_0"),
+}
+
+
+@pytest.mark.parametrize(("take", "processor"), TAKEN.values(), ids=TAKEN.keys())
+def test_a_swap_that_diffusers_undid_is_named_by_the_report_and_when_it_is_restored(
+    take: Callable[[Any], None], processor: str
+) -> None:
+    model = diffusers_unet()
+    report = swap_attention(model, MATH)
+    assert report.check() == ()
+    assert "no longer" not in str(report)
+    take(model)
+    reason = f"its attention is that of {processor}"
+    with pytest.warns(
+        UserWarning, match=f"10 of 10 layers that were swapped are so no longer: .* and 7 more: {reason}"
+    ):
+        lost = report.check()
+    assert lost == tuple((layer.name, reason) for layer in report.layers)
+    assert f"{report.layers[3].name}: no longer swapped, {reason}" in str(report)
+    with pytest.warns(UserWarning, match=f"10 layers of UNet2DConditionModel were changed .* not restored, {reason}"):
+        assert restore_attention(model) == 0
+    assert {type(found).__name__ for found in model.attn_processors.values()} == {processor}
+    assert restore_attention(model) == 0  # said once
+
+
+def test_leaving_a_with_statement_names_what_is_no_longer_swapped() -> None:
+    model = diffusers_unet()
+    with pytest.warns(UserWarning, match="10 layers .* that of AttnProcessor2_0"), swap_attention(model, MATH):
+        model.set_attn_processor(AttnProcessor2_0())
+    assert len(swap_attention(model, MATH).layers) == 10
+
+
+def test_a_second_swap_is_no_loss_and_ends_one() -> None:
+    model = diffusers_unet()
+    first = swap_attention(model, MATH)
+    second = swap_attention(model, {"kernel": "math", "steps": 5})
+    assert first.check() == second.check() == ()
+    model.set_attn_processor(AttnProcessor2_0())
+    third = swap_attention(model, MATH)
+    assert third.check() == ()
+    assert restore_attention(model) == 10
+    assert {type(found) for found in model.attn_processors.values()} == {AttnProcessor2_0}
+
+
+def test_layers_that_left_the_model_or_were_restored_are_named() -> None:
+    model = blocks()
+    report = swap_attention(model, MATH)
+    vars(model.get_submodule("0"))["_modules"]["attn1"] = nn.Identity()
+    vars(model.get_submodule("0"))["_modules"]["attn2"] = CrossAttention(32)
+    with pytest.warns(UserWarning, match="2 of 4 layers that were swapped are so no longer"):
+        lost = report.check()
+    assert lost == (("0.attn1", "no known attention is there"), ("0.attn2", "its attention is that of CrossAttention"))
+
+
+# Models that are swapped in part.
+
+
+def hunyuan_video() -> nn.Module:
+    model: nn.Module = HunyuanVideoTransformer3DModel(
+        in_channels=3,
+        out_channels=3,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=5,
+        num_refiner_layers=2,
+        patch_size=1,
+        guidance_embeds=False,
+        text_embed_dim=23,
+        pooled_projection_dim=11,
+        rope_axes_dim=(2, 4, 4),
+    )
+    return model
+
+
+def test_a_model_that_is_swapped_in_part_says_so_with_the_blocks_left_out() -> None:
+    with pytest.warns(UserWarning) as caught:
+        report = swap_attention(hunyuan_video(), MATH)
+    reason = "its processor HunyuanVideoAttnProcessor2_0 computes something else than plain attention"
+    assert [str(warning.message) for warning in caught] == [
+        "HunyuanVideoTransformer3DModel was swapped in part: 2 attention layers were, 6 were left as they are and take "
+        "the memory they took: transformer_blocks.0.attn, single_transformer_blocks.0.attn, "
+        f"single_transformer_blocks.1.attn and 3 more: {reason}. The report has all of them; leave them out by "
+        "filter_fn to swap the others without this warning."
+    ]
+    assert caught[0].filename == __file__
+    assert len(report.skipped) == 6
+
+
+def test_layers_that_filter_fn_left_out_are_no_reason_to_warn() -> None:
+    model = hunyuan_video()
+    report = swap_attention(model, MATH, filter_fn=lambda name, module: name.startswith("context_embedder"))
+    assert len(report.layers) == 2
+    assert {reason for _, reason in report.skipped} == {"filter_fn said no"}
+
+
+# What is not a model.
+
+
+def test_a_pipeline_or_what_holds_one_is_an_error_that_names_its_models() -> None:
+    class Pipeline:
+        def __init__(self) -> None:
+            self.unet, self.controlnet, self.text_encoder = blocks(), blocks(), nn.Linear(3, 5)
+
+    class LightningModule(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pipe, self.loss = Pipeline(), nn.MSELoss()
+
+    pipeline: Any = Pipeline()
+    for call in (swap_attention, restore_attention):
+        with pytest.raises(
+            TypeError, match=r"expected a torch.nn.Module; got Pipeline. Pass its unet or controlnet\.$"
+        ):
+            call(pipeline)
+    with pytest.raises(ValueError, match=r"found none in LightningModule. Pass its pipe.unet or pipe.controlnet\.$"):
+        swap_attention(LightningModule())

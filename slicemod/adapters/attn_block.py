@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
 
-from slicemod.adapters.replacement import ReplacingHost, extra_state
+from slicemod.adapters.known_code import forward_methods
+from slicemod.adapters.own_code import names_in
+from slicemod.adapters.replacement import ReplacingHost
 from slicemod.attention import attend
 from slicemod.plan import SlicePlan
 from slicemod.slice_config import SliceConfig
@@ -42,7 +45,7 @@ class MemoryAwareAttnBlock(nn.Module):
         """Attend.
 
         Args:
-            x: `(B, C, height, width)`.
+            x: `(B, C, height, width)`, or of a video `(B, C, frames, height, width)`, whose pixels all attend to all.
             _unused: what Stability sgm's decoders pass to every block.
 
         Returns:
@@ -51,16 +54,15 @@ class MemoryAwareAttnBlock(nn.Module):
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
         """
-        height, width = x.shape[2:]
         normed = self.norm(x)
         query, key, value = (
-            rearrange(projected, "b c h w -> b 1 (h w) c")
+            rearrange(projected, "b c ... -> b 1 (...) c")
             for projected in (self.q(normed), self.k(normed), self.v(normed))
         )
         del normed
         output = attend(self, query, key, value, None, self.slicing, self.in_channels**-0.5)
         del query, key, value
-        output = rearrange(output, "b 1 (h w) c -> b c h w", h=height, w=width)
+        output = rearrange(output, "b 1 n c -> b c n").unflatten(2, x.shape[2:])
         out: Tensor = x + self.proj_out(output)
         return out
 
@@ -81,9 +83,14 @@ class AttnBlockHost(ReplacingHost):
             isinstance(getattr(original, part, None), nn.Module) for part in _PARTS
         )
 
-    def obstacle(self, module: nn.Module) -> str | None:
-        """A block that holds more than its norm and its projections is left alone."""
-        return extra_state(module, _PARTS)
+    def misfit(self, module: nn.Module) -> str | None:
+        """A block that was given a function to attend with which is not of its own package."""
+        used = set().union(*map(names_in, forward_methods(type(module)).values()))
+        for name in sorted(used & vars(module).keys()):
+            function = vars(module)[name]
+            if isinstance(function, FunctionType) and function.__module__ != type(module).__module__:
+                return f"its {name} is {function.__module__}.{function.__qualname__}, which slicemod does not know"
+        return None
 
     def replacement(self, original: Any, slicing: SliceConfig) -> MemoryAwareAttnBlock:
         """MemoryAwareAttnBlock with as many channels."""

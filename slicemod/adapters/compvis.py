@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from slicemod.adapters.replacement import ReplacingHost, extra_state
+from slicemod.adapters.replacement import ReplacingHost
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.slice_config import SliceConfig
 from slicemod.swap import HOSTS, swap_attention
@@ -24,9 +24,9 @@ class CrossAttentionHost(ReplacingHost):
 
     parts = _PARTS
 
-    def obstacle(self, module: nn.Module) -> str | None:
-        """A layer that holds more, is called otherwise or whose sizes do not fit is left alone."""
-        return extra_state(module, _PARTS) or _other_call(module) or _other_sizes(module)
+    def misfit(self, module: nn.Module) -> str | None:
+        """A layer that is called otherwise, or whose sizes do not fit."""
+        return _other_call(module) or _other_sizes(module)
 
     def replacement(self, original: Any, slicing: SliceConfig) -> MemoryAwareCrossAttention:
         """MemoryAwareCrossAttention of the same sizes."""
@@ -54,7 +54,7 @@ class CompVisHost(CrossAttentionHost):
 
 def has_parts(module: nn.Module) -> bool:
     """The module has the four projections and a number of heads."""
-    parts = all(isinstance(getattr(module, part, None), nn.Module) for part in _PARTS)
+    parts = all(isinstance(vars(module)["_modules"].get(part), nn.Module) for part in _PARTS)
     return parts and isinstance(getattr(module, "heads", None), int)
 
 

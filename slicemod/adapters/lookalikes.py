@@ -13,11 +13,14 @@ class LookalikeHost(CrossAttentionHost):
     """Whatever has `to_q`, `to_k`, `to_v`, `to_out` and `heads`, and is no layer of another host."""
 
     name = "lookalikes"
-    guessed = True
 
     def matches(self, original: nn.Module) -> bool:
         """Not one of ours, with the projections and a number of heads."""
         return not isinstance(original, MemoryAwareCrossAttention) and has_parts(original)
+
+    def doubt(self, module: nn.Module) -> str:
+        """That nothing is known of it."""
+        return f"{type(module).__name__} only looks like attention"
 
 
 HOSTS.append(LookalikeHost())

@@ -127,5 +127,40 @@ def test_repr_shows_settings_and_once_called_the_plan() -> None:
 def test_a_block_that_holds_more_is_left_alone() -> None:
     block = AttnBlock(32)
     block.gate = nn.Parameter(torch.ones(()))
-    report = swap_attention(nn.Sequential(block, AttnBlock(32)))
+    with pytest.warns(UserWarning, match="0: it holds gate besides"):
+        report = swap_attention(nn.Sequential(block, AttnBlock(32)))
     assert report.skipped == (("0", "it holds gate besides norm, q, k, v, proj_out"),)
+
+
+class VideoBlock(nn.Module):
+    """What ComfyUI's block does to a video: every pixel of every frame attends to all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.norm = 32, nn.GroupNorm(32, 32)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv3d(32, 32, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        query, key, value = (part(normed).flatten(2).mT[:, None] for part in (self.q, self.k, self.v))
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        return x + self.proj_out(output[:, 0].mT.reshape(x.shape))
+
+
+VideoBlock.__name__ = "AttnBlock"
+
+
+@every_slicing
+def test_a_block_of_a_video_computes_the_same(slicing: dict[str, Any]) -> None:
+    model = with_random_weights(nn.Sequential(VideoBlock()))
+    x = torch.randn(2, 32, 3, 5, 7)
+    expected = results(model, x)
+    with swap_attention(model, slicing, filter_fn=lambda name, module: True):
+        assert_same(results(model, x), expected)
+
+
+def test_a_block_whose_code_is_not_known_is_swapped_only_where_it_is_chosen() -> None:
+    model = nn.Sequential(VideoBlock())
+    with pytest.raises(ValueError, match="VideoBlock has a forward that slicemod does not know; choose it with filter"):
+        swap_attention(model)
+    assert type(model[0]) is VideoBlock

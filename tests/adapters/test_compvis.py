@@ -232,10 +232,14 @@ class _Lookalike(nn.Module):
 _Lookalike.__name__ = "CrossAttention"
 
 
+def chosen(name: str, module: nn.Module) -> bool:
+    return True
+
+
 def test_a_layers_own_scale_is_kept() -> None:
     model, x = nn.ModuleDict({"attn": _Lookalike(scale=1.0)}), torch.randn(2, 7, 26)
     wanted = model["attn"](x)
-    swap_attention(model, {"kernel": "math"})
+    swap_attention(model, {"kernel": "math"}, filter_fn=chosen)
     torch.testing.assert_close(model["attn"](x), wanted)
 
 
@@ -249,7 +253,8 @@ def test_a_layers_own_scale_is_kept() -> None:
 def test_a_layer_that_computes_something_else_is_left_alone(more: dict[str, nn.Module], reason: str) -> None:
     layer = _Lookalike(1.0, **more)
     model = nn.ModuleDict({"plain": _Lookalike(1.0), "other": layer})
-    report = swap_attention(model)
+    with pytest.warns(UserWarning, match=f"other: {reason}"):
+        report = swap_attention(model, filter_fn=chosen)
     assert report.skipped == (("other", reason),)
     assert model["other"] is layer
 

@@ -214,7 +214,8 @@ class WatermarkModule(nn.Module):
 def test_a_processor_that_does_more_is_left_alone_and_named(processor: Any) -> None:
     special, plain = attention({}), attention({})
     special.set_processor(processor)
-    report = swap_attention(nn.Sequential(special, plain))
+    with pytest.warns(UserWarning, match=f"0: its processor {type(processor).__name__} computes"):
+        report = swap_attention(nn.Sequential(special, plain))
     assert [layer.name for layer in report.layers] == ["1"]
     assert special.processor is processor
     assert report.skipped == (
@@ -225,7 +226,8 @@ def test_a_processor_that_does_more_is_left_alone_and_named(processor: Any) -> N
 def test_a_layer_with_added_projections_keeps_a_processor_that_ignores_them() -> None:
     special = attention({"added_kv_proj_dim": 5, "norm_num_groups": 4})
     special.set_processor(AttnProcessor2_0())
-    report = swap_attention(nn.Sequential(special, attention({})))
+    with pytest.warns(UserWarning, match="swapped in part: 1 attention layers were, 1 were left"):
+        report = swap_attention(nn.Sequential(special, attention({})))
     reason = "its processor AttnProcessor2_0 computes something else than plain attention with added projections"
     assert report.skipped == (("0", reason),)
 

@@ -1,0 +1,100 @@
+"""Which `forward` is known to be plain attention, and nothing more: those of the packages that this was written after.
+
+CompVis LDM and Stability sgm live on as copies in other packages, under any module's name, and the class's name says
+little about what a copy computes. So the code is compared: what it does, not how it is laid out or commented.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from types import CodeType, FunctionType
+from typing import Any
+
+from slicemod.adapters.own_code import methods_from, owner_of
+
+# Digests of `forward` and the methods that it calls, and where they were found.
+KNOWN = {
+    # CrossAttention
+    "b0029c5252cb5c99": "CompVis latent-diffusion and stable-diffusion, and most packages made from them",
+    "7912d1b7a2dfb09b": "Stability stablediffusion, first version",
+    "e1b563b8879ebcd9": "Stability stablediffusion, scores in float32",
+    "bca67ffe7235e109": "Stability stablediffusion, stable-diffusion-sdkit, ControlNet",
+    "bea0b5609ea5f142": "Stability generative-models (sgm), SUPIR",
+    "d577fc3a2f0749be": "DiffBIR",
+    "9e8bbfd5c6b483c6": "DiffBIR, an earlier version",
+    "3ac5570b99a0c23e": "DiffBIR, an earlier version",
+    "ddafa4f120744495": "stable-diffusion, optimized by basujindal",
+    "c29e9e5646bcf03c": "VideoCrafter, an early version",
+    # MemoryEfficientCrossAttention
+    "f26dc137998c468b": "Stability stablediffusion, stable-diffusion-sdkit, ControlNet",
+    "5a6c56ede3da3b09": "Stability generative-models (sgm), SUPIR",
+    "b9e6ff0df2c551c4": "Stability generative-models (sgm), in batches",
+    "412f3f5e899f267d": "DiffBIR, an earlier version",
+    "d354d23e4db8d7ef": "DiffBIR",
+    # AttnBlock
+    "8c8b3fe3a2348e56": "CompVis taming-transformers, latent-diffusion, stable-diffusion, and packages made from them",
+    "5a0faab245e4799f": "Stability generative-models (sgm), SUPIR",
+    "5f54c92aacfb2b57": "Black Forest Labs flux, InvokeAI, sd-scripts",
+    "7a98aec82c251a76": "Stability sd3.5, sd-scripts",
+    "0d111d855c104721": "Stability sd3-ref",
+    "2c7b87eda6a99594": "HunyuanImage in sd-scripts",
+    "b87ea18ac22d02f3": "InvokeAI",
+    "a108c26b65429525": "InvokeAI, an earlier version",
+    "e6a13d9b890bfd72": "InvokeAI, an earlier version",
+    "4a956c78325e6268": "stable-diffusion, optimized by Doggettx",
+    "6220eb3cdf997ea4": "stable-diffusion, optimized by Doggettx, an earlier version",
+    "9367b073a34bda5c": "ComfyUI",
+    # MemoryEfficientAttnBlock
+    "7af197bdc7484c6f": "Stability stablediffusion, stable-diffusion-sdkit, ControlNet",
+    "bd28dc341a78bff9": "Stability generative-models (sgm), SUPIR",
+    "4541db467f4fbcaf": "StableSR",
+    "1f2e005f52e1000c": "DiffBIR, an earlier version",
+    "ccfdd71f1fd98d48": "DiffBIR",
+    # SpatialSelfAttention
+    "567eb9aea96ffd46": "CompVis latent-diffusion, and packages made from it",
+    "c25b4bcc641ee4c6": "InvokeAI",
+}
+
+_NOT_CODE = {"annotation", "returns", "type_comment", "decorator_list", "ctx", "kind", "type_params"}
+
+
+def is_known(kind: type) -> bool:
+    """`forward` of the class, with the methods that it calls, is one of the known ones."""
+    codes = forward_methods(kind)
+    return bool(codes) and digest(tuple(codes.values())) in KNOWN
+
+
+def forward_methods(kind: type) -> dict[str, CodeType]:
+    """`forward` and the methods that it calls; nothing where it is not a plain function."""
+    owner = owner_of(kind, "forward")
+    forward = None if owner is None else vars(owner)["forward"]
+    return dict(methods_from(kind, forward.__code__, "forward")) if isinstance(forward, FunctionType) else {}
+
+
+@functools.lru_cache(maxsize=256)
+def digest(codes: tuple[CodeType, ...]) -> str | None:
+    """The same for the same code in another layout; None where the source cannot be had."""
+    try:
+        sources = [textwrap.dedent(inspect.getsource(code)) for code in codes]
+        plain = repr([_plain(ast.parse(source).body[0]) for source in sources])
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def _plain(node: Any) -> Any:
+    """A piece of syntax as tuples, without annotations, decorators and texts that nothing is done with."""
+    if isinstance(node, ast.AST):
+        fields = (_plain(value) for name, value in ast.iter_fields(node) if name not in _NOT_CODE)
+        return (type(node).__name__, *fields)
+    if isinstance(node, list):
+        return tuple(_plain(part) for part in node if not _is_text(part))
+    return node
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

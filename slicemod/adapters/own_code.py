@@ -1,0 +1,98 @@
+"""Whether the code that a layer runs is the code that its class was written with.
+
+Programs put attention of their own into classes and layers of others: hypernetworks, token merging, prompt editing. A
+swap would lose that without a word, so a layer is asked where its code is from. Hooks of accelerate and diffusers,
+which put a `forward` on a layer that calls the one before, are looked through.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+ACCELERATE = "accelerate.hooks"
+_HOOKS = (ACCELERATE, "diffusers.hooks.hooks")
+
+
+def owner_of(kind: type, name: str) -> type | None:
+    """The class that gives `kind` its `name`; None where that is `nn.Module`, or nobody."""
+    owner = next((base for base in kind.__mro__ if name in vars(base)), None)
+    return None if owner in (nn.Module, object) else owner
+
+
+def replaced_method(kind: type, name: str) -> str | None:
+    """That a method of `kind` is not the one that its class was written with; None where it is, or there is none."""
+    owner = owner_of(kind, name)
+    if owner is None:
+        return None
+    method = vars(owner)[name]
+    if isinstance(method, FunctionType):
+        code, written = method.__code__, f"{owner.__qualname__}.{name}"
+        # A wrapper made by functools.wraps takes the function's names; its code keeps its own.
+        names = {method.__qualname__, getattr(code, "co_qualname", written)}
+        if names == {written} and code.co_name == name and method.__globals__.get("__name__") == owner.__module__:
+            return None
+        method = code
+    where = f"{method.co_filename}:{method.co_firstlineno}" if isinstance(method, CodeType) else repr(method)
+    return f"{name} of its class {owner.__name__} was replaced ({where})"
+
+
+def names_in(code: CodeType) -> set[str]:
+    """What the code, and functions within it, ask of modules and objects."""
+    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def methods_from(kind: type, code: CodeType, name: str) -> Iterator[tuple[str, CodeType]]:
+    """The method `name`, which has this code, and the methods of `kind` that it calls: names and codes."""
+    found, waiting = {name: code}, [name]
+    while waiting:
+        name = waiting.pop(0)
+        yield name, found[name]
+        for called in sorted(names_in(found[name]) - found.keys()):
+            owner = owner_of(kind, called)
+            method = None if owner is None else vars(owner)[called]
+            if isinstance(method, FunctionType):
+                found[called] = method.__code__
+                waiting.append(called)
+
+
+def altered(module: nn.Module, names: Iterable[str]) -> str | None:
+    """That one of these methods was replaced, on the layer's class or on the layer itself; None where none was."""
+    kind = type(module)
+    if owner_of(kind, "__call__") is not None:
+        return f"its class {kind.__name__} has a __call__ of its own"
+    for name in names:
+        replaced = replaced_method(kind, name)
+        if replaced is not None:
+            return replaced
+        own = without_hooks(module, name)
+        if own is not None and getattr(own, "__func__", None) is not getattr(kind, name, None):
+            return f"its {name} was replaced on the object itself"
+    return None
+
+
+def without_hooks(module: nn.Module, name: str = "forward") -> Any:
+    """What the layer itself has as `name` when hooks are looked through; None where it has its class's."""
+    own = vars(module).get(name)
+    while isinstance(own, functools.partial) and own.func.__module__ in _HOOKS:
+        own = vars(own)["__wrapped__"]
+    return own
+
+
+def move_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
+    """Let the hook of accelerate that runs around the `forward` of `source` run around that of `target`."""
+    for module in (target, source):
+        vars(module).pop("_old_forward", None)
+    forward, hook = vars(source).pop("forward", None), vars(source).pop("_hf_hook", None)
+    vars(target).pop("forward", None)
+    vars(target).pop("_hf_hook", None)
+    if hook is None or not isinstance(forward, functools.partial):
+        return
+    own = MethodType(type(target).forward, target)
+    vars(target)["_hf_hook"], vars(target)["_old_forward"] = hook, own
+    vars(target)["forward"] = functools.update_wrapper(functools.partial(forward.func, target), own)
