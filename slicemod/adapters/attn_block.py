@@ -62,7 +62,8 @@ class MemoryAwareAttnBlock(nn.Module):
         del normed
         output = attend(self, query, key, value, None, self.slicing, self.in_channels**-0.5)
         del query, key, value
-        output = rearrange(output, "b 1 n c -> b c n").unflatten(2, x.shape[2:])
+        output = rearrange(output, "b 1 n c -> b c n")
+        output = output.view(*output.shape[:2], *x.shape[2:])
         out: Tensor = x + self.proj_out(output)
         return out
 

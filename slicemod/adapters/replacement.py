@@ -104,7 +104,7 @@ def _compiled(parent: nn.Module, module: nn.Module) -> bool:
 
 def _changed(module: nn.Module) -> str | None:
     """That somebody changed what the layer computes, other than by a hook of accelerate."""
-    own = vars(module).get("forward")
+    own: Any = vars(module).get("forward")
     if own is not without_hooks(module) and own.func.__module__ != ACCELERATE:
         return "its forward has a hook of diffusers, which would not be called by a module in its place"
     return altered(module, forward_methods(type(module)) or ["forward"])

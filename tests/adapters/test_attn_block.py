@@ -144,7 +144,8 @@ class VideoBlock(nn.Module):
         normed = self.norm(x)
         query, key, value = (part(normed).flatten(2).mT[:, None] for part in (self.q, self.k, self.v))
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-        return x + self.proj_out(output[:, 0].mT.reshape(x.shape))
+        projected: Tensor = x + self.proj_out(output[:, 0].mT.reshape(x.shape))
+        return projected
 
 
 VideoBlock.__name__ = "AttnBlock"
