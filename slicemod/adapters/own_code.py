@@ -34,7 +34,8 @@ def replaced_method(kind: type, name: str) -> str | None:
         code, written = method.__code__, f"{owner.__qualname__}.{name}"
         # A wrapper made by functools.wraps takes the function's names; its code keeps its own.
         names = {method.__qualname__, getattr(code, "co_qualname", written)}
-        if names == {written} and code.co_name == name and method.__globals__.get("__name__") == owner.__module__:
+        module = method.__globals__.get("__name__", "builtins")  # as a class takes it, where `exec` gives no name
+        if names == {written} and code.co_name == name and module == owner.__module__:
             return None
         method = code
     where = f"{method.co_filename}:{method.co_firstlineno}" if isinstance(method, CodeType) else repr(method)

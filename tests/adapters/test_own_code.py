@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations
 
+from slicemod.adapters.own_code import replaced_method
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.swap import restore_attention, swap_attention
 from tests.oracle import assert_same, with_random_weights
@@ -100,6 +101,14 @@ class Other:
 def test_a_forward_patched_on_ldms_class_is_not_lost(patch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CrossAttention, "forward", patch)
     assert_refused(ldm(), "forward of its class CrossAttention was replaced")
+
+
+def test_code_that_was_executed_without_a_modules_name_is_its_classs_own() -> None:
+    space: dict[str, Any] = {}
+    exec("class Made:\n    def forward(self, x): return x", space)
+    assert replaced_method(space["Made"], "forward") is None
+    space["Made"].forward = hypernetwork
+    assert replaced_method(space["Made"], "forward") is not None
 
 
 def test_where_the_patch_is_from_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
