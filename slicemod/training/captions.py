@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
 
 def place(path: Path) -> Path:
     """The one path of a file in a folder that several paths, by links, may lead to."""
-    return path.parent.resolve() / path.name
+    return Path(os.path.realpath(path.parent), path.name)  # Path.resolve raises where a link leads to itself
 
 
 def captions_of_metadata(root: Path, files: Iterable[Path]) -> dict[Path, str]:
@@ -68,7 +68,8 @@ def captions_of_metadata(root: Path, files: Iterable[Path]) -> dict[Path, str]:
             where = f"{file}, line {number}"
             name, caption = _entry(line, where)
             path = place(file.parent / name)
-            if Path(name).is_absolute() or os.path.normpath(file.parent.relative_to(root) / name).startswith(".."):
+            from_root = Path(os.path.normpath(file.parent.relative_to(root) / name))
+            if Path(name).is_absolute() or from_root.parts[:1] == ("..",):
                 raise UserError(
                     f"{where}: expected file_name to be a path from {file.parent} to a file below data.folder, got"
                     f" {name!r}. Correct the line."
@@ -84,14 +85,23 @@ def captions_of_metadata(root: Path, files: Iterable[Path]) -> dict[Path, str]:
 def _entry(line: str, where: str) -> tuple[str, str]:
     """File name and caption of a line of metadata."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=_each_once)
         name, caption = entry["file_name"], entry["text"]
-        if not isinstance(name, str) or not name or not isinstance(caption, str):
+        if not isinstance(name, str) or not isinstance(caption, str):
             raise TypeError("no text")
+        if not name or "\0" in name + caption:
+            raise ValueError("no name, or no text")
         (name + caption).encode()  # half a surrogate pair is no text either
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{where}: expected an object with file_name and text, both of them strings, got {line[:LINE_SHOWN]!r}."
-            " Correct the line."
+            f"{where}: expected an object with file_name and text, both of them strings and told once, got"
+            f" {line[:LINE_SHOWN]!r}. Correct the line."
         ) from error
     return name, caption
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, where Python would take the last of two values."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return dict(pairs)

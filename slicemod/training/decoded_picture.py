@@ -24,9 +24,13 @@ def decoded_picture(content: bytes) -> Image.Image:
     try:
         # Pillow's warnings (a large picture, damaged EXIF) do not name the file.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as opened:
+            if opened.format == "EPS":
+                raise PictureError("it is PostScript, a program that would have to be run")
             opened.load()
             _scale_transparent_key(opened, content)
-            return ImageOps.exif_transpose(opaque_rgb(opened))
+            upright = ImageOps.exif_transpose(opened)
+            upright.format = opened.format
+            return opaque_rgb(upright)
     except PictureError:
         raise
     except UnidentifiedImageError as error:
@@ -36,7 +40,7 @@ def decoded_picture(content: bytes) -> Image.Image:
 
 
 def opaque_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB, on white; what it says of itself (EXIF) stays with it.
+    """A picture of any mode in RGB, on white.
 
     Raises:
         PictureError: the mode does not say which value is white.
@@ -54,18 +58,14 @@ def opaque_rgb(picture: Image.Image) -> Image.Image:
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     layered = picture.convert("RGBA")
-    opaque = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
-    opaque.info = {**picture.info, **opaque.info}
-    opaque.info.pop("transparency", None)
-    return opaque
+    return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
 
 
 def _grey_of_16_bits(picture: Image.Image) -> Image.Image:
     """The upper 8 of the 16 bits, which are also what Pillow keeps of 16-bit colours."""
     values = np.asarray(picture)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
-    grey.info = dict(picture.info)
-    key = grey.info.pop("transparency", None)
+    key = picture.info.get("transparency")
     if key is not None:
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey

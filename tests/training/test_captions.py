@@ -65,6 +65,8 @@ def test_only_the_end_of_a_line_ends_a_line(separator: str, tmp_path: Path) -> N
         '{"file_name": "cat.png", "text": "\\ud800"}',
         '{"file_name": null, "text": "a cat"}',
         '{"file_name": "", "text": "a cat"}',
+        '{"file_name": "a\\u0000/cat.png", "text": "a cat"}',
+        '{"file_name": "cat.png", "text": "a cat", "text": "a dog"}',
         '{"file_name": "cat.png"}',
         "[1]",
         '"a cat"',
@@ -93,11 +95,14 @@ def test_a_path_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> No
 def test_a_path_may_lead_through_folders_and_back(tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     file = tmp_path / "deeper" / METADATA
-    lines = [{"file_name": name, "text": name} for name in ("../cat.png", "./dog.png", "../deeper/sun.png")]
+    (tmp_path / "self").symlink_to("self")
+    names = ("../cat.png", "./dog.png", "../deeper/sun.png", "../..sea.png", "../self/sky.png")
+    lines = [{"file_name": name, "text": name} for name in names]
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     found = captions_of_metadata(tmp_path, [file])
     root = tmp_path.resolve()
-    assert set(found) == {root / "cat.png", root / "deeper" / "dog.png", root / "deeper" / "sun.png"}
+    places = ("cat.png", "deeper/dog.png", "deeper/sun.png", "..sea.png", "self/sky.png")
+    assert set(found) == {root / place for place in places}
 
 
 def test_two_captions_of_a_file_are_refused_and_one_told_twice_is_taken(tmp_path: Path) -> None:

@@ -194,6 +194,11 @@ def test_exif_turns_pictures_of_every_mode(mode: str, orientation: int, turned: 
     assert np.asarray(decoded_picture(file_of(stored, "PNG", exif=exif)))[..., 0].tolist() == turned
 
 
+def test_a_program_is_not_run() -> None:
+    with pytest.raises(PictureError, match="it is PostScript"):
+        decoded_picture(file_of(plain("RGB", RED), "EPS"))
+
+
 def test_what_is_no_picture_is_said_without_pillows_words() -> None:
     with pytest.raises(PictureError, match=r"^it is no picture that Pillow knows$"):
         decoded_picture(b"no picture")
