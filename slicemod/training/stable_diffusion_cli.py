@@ -34,6 +34,11 @@ class StableDiffusionCLI(SlicemodCLI):
             "--dry-run", action="store_true", help="Print the plans and the peak of each bucket; nothing is trained."
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Checks the data's numbers before a model is read or fetched."""
+        super().before_instantiate_classes()
+        CaptionedFolder(**self._get(self.config, "data").as_dict())
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Builds the trainer; `fsdp` is the strategy that runs everywhere."""
         if self._get(self.config_init, "trainer").strategy == "fsdp":

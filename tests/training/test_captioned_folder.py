@@ -16,10 +16,17 @@ from slicemod.training.aspect_buckets import MOST_RATIO, MOST_RESOLUTION, Bucket
 from slicemod.training.captioned_folder import CaptionedFolder
 from slicemod.training.captioned_images import Crop, covering_size, find_captioned_images, read_crop
 from slicemod.training.checkpoints import write_safetensors
+from slicemod.training.fit_command import fit
 from slicemod.training.frozen_stages import FrozenStages
 from slicemod.training.pretrained import Pretrained
 from slicemod.user_error import UserError
-from tests.training.tiny_stable_diffusion import LetterEncoders, write_images, write_tiny_model
+from tests.training.tiny_stable_diffusion import (
+    LetterEncoders,
+    tiny_config,
+    write_config,
+    write_images,
+    write_tiny_model,
+)
 
 
 @pytest.fixture
@@ -222,6 +229,12 @@ def test_settings_that_cannot_be_used_are_named(changes: dict[str, object], name
         data(images, **changes).find(progress=False)
 
 
+def test_settings_are_checked_before_a_model_is_read(images: Path, tmp_path: Path) -> None:
+    config = tiny_config("sd15_full.yaml", tmp_path / "no model", images, data={"resolution": 1_000_000_000})
+    with pytest.raises(UserError, match=r"data\.resolution must be from 1 to 16384 pixels"):
+        fit(["fit", "--config", write_config(tmp_path, config)])
+
+
 def captioned(folder: Path, **pictures: Image.Image) -> Path:
     """A folder of pictures as PNG files, each with its name as caption."""
     folder.mkdir()
@@ -267,7 +280,7 @@ def test_files_of_other_kinds_that_are_pictures_are_named(images: Path) -> None:
 
 
 def test_the_time_for_metadata_does_not_grow_with_lines_times_images(tmp_path: Path) -> None:
-    lines = [json.dumps({"file_name": f"{number}.png", "text": "gone"}) for number in range(10_007)]
+    lines = [json.dumps({"file_name": f"{number}.png", "text": "gone"}) for number in range(4_001)]
     Image.init()  # which takes its time once
     taken = []
     for images in (1, 401):
