@@ -56,6 +56,11 @@ def unet_to_compvis(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     Raises:
         UserError: a tensor has no place in that layout.
     """
+    if not isinstance(config["layers_per_block"], int):
+        raise UserError(
+            f"The layout of CompVis and sgm has as many layers in each block of the UNet: expected a whole number of"
+            f" layers_per_block, got {config['layers_per_block']}. Export a diffusers folder instead."
+        )
     return {UNET + _unet_name(name, config): tensor for name, tensor in tensors.items()}
 
 
@@ -104,6 +109,8 @@ def _openclip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
             converted[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
         elif match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
             if match[2] not in ("self_attn.k_proj", "self_attn.v_proj"):  # went with q_proj
+                if match[2] not in _OPENCLIP:
+                    raise _no_place(name)
                 converted[f"transformer.resblocks.{match[1]}.{_OPENCLIP[match[2]]}.{match[3]}"] = tensor
         elif name != "embeddings.position_ids":  # counts from 0; older files hold it
             raise _no_place(name)
@@ -134,6 +141,8 @@ def _unet_name(name: str, config: Mapping[str, Any]) -> str:
 
 def _resnet_name(rest: str) -> str:
     part, _, kind = rest.rpartition(".")
+    if part not in _UNET_RESNET:
+        raise _no_place(rest)
     return f"{_UNET_RESNET[part]}.{kind}"
 
 
@@ -148,7 +157,8 @@ def _autoencoder_name(name: str, blocks: int) -> str:
         return f"{half}.{side}.{place}.{f'{side}sample' if layer is None else f'block.{layer}'}.{end}"
     if match := re.fullmatch(r"mid_block\.resnets\.(\d+)\.(.+)", rest):
         return f"{half}.mid.block_{int(match[1]) + 1}.{match[2]}"
-    if match := re.fullmatch(r"mid_block\.attentions\.0\.(.+)\.(weight|bias)", rest):
+    match = re.fullmatch(r"mid_block\.attentions\.0\.(.+)\.(weight|bias)", rest)
+    if match and match[1] in _AUTOENCODER_ATTENTION:
         return f"{half}.mid.attn_1.{_AUTOENCODER_ATTENTION[match[1]]}.{match[2]}"
     if rest.startswith(("conv_in.", "conv_out.", "norm_out.")):
         return f"{half}.{rest}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Conditioning(NamedTuple):
 
 
 class Denoiser:
-    """Runs the last steps of a schedule.
+    """Runs a schedule, or its last steps.
 
     Args:
         unet: predicts from latents, a timestep and the conditioning.
@@ -52,17 +53,31 @@ class Denoiser:
             both = Conditioning(torch.cat([nothing.context, wanted.context]), added)
         self.conditioning = both  # 2B rows where guided, else B
 
-    def run(self, noise: Tensor, steps: int, start: Tensor | None = None) -> Tensor:
-        """Denoises ``noise`` (B, c, h, w), or ``start`` of that shape noised as the last ``steps`` steps find it."""
+    @property
+    def calls(self) -> int:
+        """How often the UNet runs in the whole schedule: a step of some schedulers takes two."""
+        return len(self.scheduler.timesteps)
+
+    def run(self, noise: Tensor, draw: torch.Generator | None = None) -> Tensor:
+        """Denoises ``noise`` (B, c, h, w).
+
+        Args:
+            noise: of deviation 1.
+            draw: of the noise that some schedulers add at each step; None is PyTorch's own.
+        """
+        return self._run(noise * self.scheduler.init_noise_sigma, self.scheduler.timesteps, draw)
+
+    def refine(self, start: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Denoises ``start`` (B, c, h, w), noised as the last ``steps`` steps find it."""
+        remaining = self.scheduler.timesteps[len(self.scheduler.timesteps) - steps :]
+        return self._run(self.scheduler.add_noise(start, noise, remaining[:1].expand(len(noise))), remaining, None)
+
+    def _run(self, latents: Tensor, timesteps: Tensor, draw: torch.Generator | None) -> Tensor:
         scheduler = copy.deepcopy(self.scheduler)
-        remaining = scheduler.timesteps[len(scheduler.timesteps) - steps :]
-        if start is None:
-            latents = noise * scheduler.init_noise_sigma
-        else:
-            latents = scheduler.add_noise(start, noise, remaining[:1].expand(len(noise)))
-        for timestep in remaining:
+        drawn_by = {"generator": draw} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        for timestep in timesteps:
             predicted = self._predict(scheduler.scale_model_input(latents, timestep), timestep)
-            latents = scheduler.step(predicted, timestep, latents).prev_sample
+            latents = scheduler.step(predicted, timestep, latents, **drawn_by).prev_sample
             self.tick()
         denoised: Tensor = latents
         return denoised

@@ -24,7 +24,7 @@ from slicemod.planning.attention_stand_in import AttentionCall
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak
 from slicemod.planning.step_peaks import TRACED_STEPS
 from slicemod.planning.unet_step import TracedStep, trace_training
-from slicemod.planning.unets import CLIP_TOKENS, meta_inputs
+from slicemod.planning.unets import meta_inputs
 from slicemod.shapes import AttentionShape
 from slicemod.training.aspect_buckets import Bucket
 from slicemod.training.captioned_folder import CaptionedFolder
@@ -96,7 +96,7 @@ def _trace(model: StableDiffusion, trainer: pl.Trainer, device: torch.device, ba
         unet: Any = deepcopy(model.unet)
     if model.attention is not None:
         restore_attention(unet)
-    meta = meta_inputs(unet, torch.float32, batch, edge, CLIP_TOKENS)
+    meta = meta_inputs(unet, torch.float32, batch, edge, model.context_tokens)
     with mode:
         _move(unet, device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,16 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slicemod import __version__, restore_attention
+from slicemod import restore_attention
 from slicemod.arguments import ArgumentParser
-from slicemod.training.checkpoints import ensure_writable_folder, read_checkpoint, read_safetensors, write_safetensors
+from slicemod.training.checkpoints import read_checkpoint, read_safetensors, write_safetensors
 from slicemod.training.compvis_layout import UNET, autoencoder_to_compvis, text_encoders_to_compvis, unet_to_compvis
+from slicemod.training.file_metadata import lora_metadata, model_metadata
 from slicemod.training.latent_diffusion import load_latent_diffusion
 from slicemod.training.lora_file import write_lora
+from slicemod.training.samplers import own_sampler_obstacle
 from slicemod.training.stable_diffusion import STORED, StableDiffusion, load_stable_diffusion, stored_settings
+from slicemod.training.whole_folder import whole_folder
 from slicemod.user_error import UserError
 
 FORMATS = ("diffusers", "compvis", "lora")
@@ -32,33 +36,33 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments[1:])
     checkpoint = read_checkpoint(options.checkpoint)
     out = Path(options.out)
+    dtype = DTYPES[options.dtype]
     if STORED not in checkpoint:
         if options.format != "diffusers":
             raise UserError(
                 f"--format: a model of the digits is exported as diffusers alone, got {options.format}. Leave it out."
             )
-        _export_digits(options.checkpoint, _empty_folder(out))
+        with whole_folder(out) as folder:
+            _export_digits(options.checkpoint, folder)
         print(f"unet, vae, scheduler and class_embedder.safetensors: {out}")
         return 0
+    settings, step = stored_settings(checkpoint, options.checkpoint), checkpoint["global_step"]
     if options.format == "diffusers":
-        model = _merged(load_stable_diffusion(options.checkpoint, source=options.source))
-        _export_folder(model, _empty_folder(out), DTYPES[options.dtype])
+        with whole_folder(out) as folder:
+            model = _merged(options)
+            _export_folder(model, folder, dtype)
+        if obstacle := own_sampler_obstacle(model.pretrained.scheduler_config(), model.scheduler_changes):
+            print(f"scheduler: DDIMScheduler, since {obstacle}")
+    elif out.suffix != ".safetensors":
+        raise UserError(f"--out must name a .safetensors file, got {out}: for example {out}.safetensors.")
+    elif options.format == "lora":
+        state = _cast(checkpoint["state_dict"], dtype)
+        write_lora(out, state, settings["lora"], lora_metadata(settings, step, out.stem))
     else:
-        if out.suffix != ".safetensors":
-            raise UserError(f"--out must name a .safetensors file, got {out}: for example {out}.safetensors.")
-        settings = stored_settings(checkpoint, options.checkpoint)
-        if options.format == "lora":
-            write_lora(
-                out,
-                {name: tensor.to(DTYPES[options.dtype]) for name, tensor in checkpoint["state_dict"].items()},
-                settings["lora"],
-                _metadata(settings, checkpoint["global_step"]),
-            )
-        else:
-            model = _merged(load_stable_diffusion(options.checkpoint, source=options.source))
-            tensors = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in _compvis(model).items()}
-            write_safetensors(out, tensors, _metadata(settings, checkpoint["global_step"]))
-    print(f"{options.format} of step {checkpoint['global_step']}: {out}")
+        model = _merged(options)
+        edge = model.native_resolution
+        write_safetensors(out, _cast(_compvis(model), dtype), model_metadata(settings, step, out.stem, edge))
+    print(f"{options.format} of step {step}: {out}")
     return 0
 
 
@@ -70,10 +74,10 @@ def _export_digits(path: str, out: Path) -> None:
     save_file(model.class_embedder.state_dict(), out / "class_embedder.safetensors")
 
 
-def _merged(model: StableDiffusion) -> StableDiffusion:
-    """The model with adapters added to the weights that they adapt, and with its own attention."""
+def _merged(options: argparse.Namespace) -> StableDiffusion:
+    """The model with adapters added to the source's own weights, whatever it was trained beside."""
+    model = load_stable_diffusion(options.checkpoint, source=options.source, frozen_dtype="float32")
     if model.trained == "lora":
-        model.unet.float()
         model.unet.fuse_lora()
         model.unet.unload_lora()
     if model.attention is not None:
@@ -86,16 +90,17 @@ def _export_folder(model: StableDiffusion, out: Path, dtype: torch.dtype) -> Non
     parts = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     if model.is_sdxl:
         parts |= {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
-    model.unet.to(dtype).save_pretrained(out / "unet")
-    model.pretrained.load_autoencoder().to(dtype=dtype).save_pretrained(out / "vae")
-    model.sampling_scheduler().save_pretrained(out / "scheduler")
+    _in(model.unet, dtype).save_pretrained(out / "unet")
+    _in(model.pretrained.load_autoencoder(), dtype).save_pretrained(out / "vae")
+    scheduler = model.sampling_scheduler()
+    scheduler.save_pretrained(out / "scheduler")
     folder = _folder(model.pretrained.config_folder, parts)
     for part in parts:
         if model.pretrained.is_single_file and part.startswith("text_encoder"):
-            place = list(parts).index(part) // 2
-            model.stages.text_encoders.encoders[place].save_pretrained(out / part)  # type: ignore[attr-defined]
+            encoders: Any = model.stages.text_encoders
+            _in(encoders.encoders[list(parts).index(part) // 2], dtype).save_pretrained(out / part)
         elif (folder / part).is_dir():
-            shutil.copytree(folder / part, out / part)
+            _copy_part(folder / part, out / part, dtype)
         else:
             raise UserError(
                 f"model.source: expected {part}/ in {folder}, found none: the export would not be a whole pipeline."
@@ -104,14 +109,16 @@ def _export_folder(model: StableDiffusion, out: Path, dtype: torch.dtype) -> Non
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if model.is_sdxl else "StableDiffusionPipeline",
         "_diffusers_version": diffusers_version,
-        "scheduler": ["diffusers", type(model.sampling_scheduler()).__name__],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         **{part: ["transformers", kind] for part, kind in parts.items()},
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
-    if not model.is_sdxl:
+    if model.is_sdxl:
+        index |= {"force_zeros_for_empty_prompt": model.zeroes_missing_text}
+    else:
         index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -143,31 +150,29 @@ def _folder(source: str, parts: Sequence[str] | Mapping[str, str]) -> Path:
     return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
 
 
-def _metadata(settings: Mapping[str, Any], step: int) -> dict[str, str]:
-    config = settings["unet"]
-    kind = "stable-diffusion-xl-v1-base" if config.get("addition_embed_type") == "text_time" else "stable-diffusion-v1"
-    if kind.endswith("v1") and config.get("use_linear_projection"):
-        kind = (
-            "stable-diffusion-v2-768-v" if settings["prediction_type"] == "v_prediction" else "stable-diffusion-v2-512"
-        )
-    return {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{kind}/lora" if settings["trained"] == "lora" else kind,
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.prediction_type": "v" if settings["prediction_type"] == "v_prediction" else "epsilon",
-        "slicemod.version": __version__,
-        "slicemod.source": settings["source"],
-        "slicemod.trained": settings["trained"],
-        "slicemod.step": str(step),
-    }
+def _copy_part(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """A vocabulary or a text encoder: its small files, and its weights in ``dtype``."""
+    out.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.suffix in (".json", ".txt"):
+            shutil.copy(file, out)
+    if source.name.startswith("text_encoder"):
+        tensors, metadata = read_safetensors(source / "model.safetensors")
+        write_safetensors(out / "model.safetensors", _cast(tensors, dtype), metadata)
+    config = out / "config.json"
+    if config.exists():  # a text encoder's, which tells the dtype
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in settings}
+        config.write_text(json.dumps(settings | named, indent=2) + "\n", encoding="utf-8")
 
 
-def _empty_folder(out: Path) -> Path:
-    ensure_writable_folder(out)
-    if any(out.iterdir()):
-        raise UserError(f"--out must be a folder that is missing or empty, got {out} with files in it: name another.")
-    return out
+def _in(module: Any, dtype: torch.dtype) -> Any:
+    return torch.nn.Module.to(module, dtype)  # diffusers' own warns of layers that it has not
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """In another dtype; whole numbers, such as the places of tokens, stay as they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _parser() -> ArgumentParser:

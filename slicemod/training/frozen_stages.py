@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from slicemod.training.content_hash import module_digest
-from slicemod.training.text_encoders import TextEmbeddings
+from slicemod.training.text_encoders import CutCaption, TextEmbeddings
 
 
 class CaptionEncoder(Protocol):
@@ -22,6 +22,9 @@ class CaptionEncoder(Protocol):
 
     def digest(self) -> str:
         """Names what the embeddings depend on."""
+
+    def cut(self, captions: Sequence[str]) -> list[CutCaption]:
+        """Those that are too long to be looked at whole."""
 
     def to(self, device: Any) -> Any:
         """Moves the weights."""

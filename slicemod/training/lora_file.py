@@ -52,7 +52,7 @@ def write_lora(
         path: the ``.safetensors`` file.
         state: its trained weights.
         settings: fields of ``LoraSettings``.
-        metadata: of the file, beside kohya's rank and alpha.
+        metadata: of the file, beside rank, alpha and kind of model as kohya names them.
 
     Raises:
         CheckpointError: there are other weights than adapters.

@@ -7,14 +7,16 @@ vocabulary, so that it needs a ``config_source`` beside it, a folder or hub id w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from safetensors import SafetensorError
 from torch import Tensor
 
 from slicemod.training.checkpoints import CheckpointError, load_strictly, read_checkpoint, read_safetensors
@@ -22,6 +24,7 @@ from slicemod.user_error import UserError
 
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_MOVED = "(sample and export take where it lies now by --source)"
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,12 @@ class Pretrained:
             if not Path(self.source).is_dir() and not _HUB_ID.fullmatch(self.source):
                 raise UserError(
                     f"model.source: expected a folder, a hub id such as name/model or a"
-                    f" {' or '.join(SINGLE_FILE_SUFFIXES)} file, found nothing at {self.source}. Correct the path."
+                    f" {' or '.join(SINGLE_FILE_SUFFIXES)} file, found nothing at {self.source}. Correct the path"
+                    f" {_MOVED}."
                 )
             return
         if not Path(self.source).is_file():
-            raise UserError(f"model.source: expected a file, found none at {self.source}. Correct the path.")
+            raise UserError(f"model.source: expected a file, found none at {self.source}. Correct the path {_MOVED}.")
         if self.config_source is None:
             raise UserError(
                 f"model.config_source is missing: expected a folder or hub id in diffusers' layout whose configs and"
@@ -109,20 +113,33 @@ class Pretrained:
         """The autoencoder in float32; raises as ``load_unet`` does."""
         return self._load(AutoencoderKL, "vae", convert_ldm_vae_checkpoint)
 
+    def scheduler_config(self) -> dict[str, Any]:
+        """The arguments of the scheduler that the model draws by, and its class as ``_class_name``."""
+        return self._config(DDPMScheduler, "scheduler")
+
     def load_scheduler(self, **changes: Any) -> DDPMScheduler:
         """The noise schedule of the training, with entries of its config replaced by ``changes``."""
-        return DDPMScheduler.from_config(self._config(DDPMScheduler, "scheduler"), **changes)
+        return DDPMScheduler.from_config(self.scheduler_config(), **changes)
+
+    def zeroes_missing_text(self) -> bool:
+        """Whether zeros stand where SDXL is given no text: what ``force_zeros_for_empty_prompt`` says.
+
+        Where no ``model_index.json`` says it, they do, as in diffusers.
+        """
+        folder = self.config_folder
+        if Path(folder).is_dir() and not (Path(folder) / "model_index.json").exists():
+            return True
+        with reading_part(folder, "model_index.json"):
+            index: dict[str, Any] = DiffusionPipeline.load_config(folder)
+        return bool(index.get("force_zeros_for_empty_prompt", True))
 
     def _config(self, kind: Any, subfolder: str) -> dict[str, Any]:
-        with _named(self.config_folder, subfolder):
+        with reading_part(self.config_folder, f"{subfolder}/"):
             return dict(kind.load_config(self.config_folder, subfolder=subfolder))
 
     def _load(self, kind: Any, subfolder: str, convert: Any) -> Any:
         if not self.is_single_file:
-            with _named(self.source, subfolder):
-                return kind.from_pretrained(
-                    self.source, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False
-                )
+            return load_part(kind, self.source, subfolder, low_cpu_mem_usage=False)
         config = self._config(kind, subfolder)
         model = kind.from_config(config)
         try:
@@ -136,18 +153,45 @@ class Pretrained:
         return model
 
 
-class _named:  # noqa: N801 - a context manager used as a function
-    """Turns what diffusers raises about a folder into a ``UserError`` that names it."""
+def load_part(kind: Any, folder: str, part: str, **options: Any) -> Any:
+    """A model of diffusers or transformers with all its weights, in float32.
 
-    def __init__(self, folder: str, subfolder: str) -> None:
-        self.place = f"{folder} ({subfolder}/)"
+    Args:
+        kind: the model's class.
+        folder: folder or hub id.
+        part: the folder in it.
+        options: of ``kind.from_pretrained``.
 
-    def __enter__(self) -> None:
-        return None
+    Raises:
+        UserError: the part cannot be read, or weights are missing, which the libraries would fill in at random.
+    """
+    with reading_part(folder, f"{part}/"):
+        model, report = kind.from_pretrained(
+            folder, subfolder=part, use_safetensors=True, output_loading_info=True, **options
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"model.source: {folder} ({part}/) lacks {len(missing)} of the weights of a {kind.__name__}, such as"
+            f" {missing[0]}: expected all that {part}/config.json describes. Copy the folder again."
+        )
+    return model.float()  # transformers keeps the dtype of the file
 
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (OSError, ValueError)):
-            raise UserError(
-                f"model.source: {self.place} cannot be read: expected diffusers' layout with safetensors weights."
-                f" {error} Correct the name, or convert the weights."
-            ) from error
+
+@contextmanager
+def reading_part(folder: str, part: str) -> Iterator[None]:
+    """Turns what diffusers and transformers raise about a part of a model into a ``UserError`` that names it."""
+    try:
+        yield
+    except SafetensorError as error:
+        files = (
+            ", ".join(str(file) for file in sorted(Path(folder, part).glob("*.safetensors"))) or f"{folder} ({part})"
+        )
+        raise UserError(
+            f"model.source: {files} cannot be read as safetensors ({error}): expected a whole file, got one that is cut"
+            " short or damaged. Copy the file again."
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of another shape than the config's
+        raise UserError(
+            f"model.source: {folder} ({part}) cannot be read: expected diffusers' layout with safetensors weights."
+            f" {error} Correct the name, or copy or convert the weights."
+        ) from error

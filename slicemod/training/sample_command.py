@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,15 @@ from slicemod.arguments import ArgumentParser
 from slicemod.training.checkpoints import ensure_writable_folder, read_checkpoint
 from slicemod.training.latent_diffusion import checkpoint_attention, load_latent_diffusion
 from slicemod.training.pictures import save_tiles
-from slicemod.training.prompt_sampling import draw_prompts, encode_prompts, require_size
+from slicemod.training.prompt_sampling import PromptSampling, draw_prompts, encode_prompts, require_drawable
+from slicemod.training.samplers import SAMPLERS
 from slicemod.training.sampling import Sampling, sample_images
 from slicemod.training.stable_diffusion import STORED, load_stable_diffusion
+from slicemod.training.text_encoders import tell_of_cut
 from slicemod.user_error import UserError
+
+OF_CLASSES = ("--class",)
+OF_PROMPTS = ("--prompt", "--negative-prompt", "--scheduler", "--max-tokens", "--height", "--width", "--source")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,22 +32,36 @@ def run(arguments: Sequence[str]) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must name a .png file, got {options.out}: for example {out.with_suffix('.png')}.")
-    if options.count < 1:
+    if options.count is not None and options.count < 1:
         raise UserError(f"--count must be at least 1, got {options.count}: say how many images to draw.")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}: give another whole number.")
     if options.guidance is not None and not math.isfinite(options.guidance):
         raise UserError(f"--guidance must be a finite number, got {options.guidance}: 1 to 8 are usual.")
     by_prompt = STORED in read_checkpoint(options.checkpoint)
-    missing, other = ("--prompt", "--class") if by_prompt else ("--class", "--prompt")
-    if (options.prompt if by_prompt else options.label) is None:
-        raise UserError(f"{missing} is missing: {options.checkpoint} draws by it, not by {other}. Say what to draw.")
+    _require_options_of(options, by_prompt=by_prompt)
     ensure_writable_folder(out.parent)
     images = _of_prompt(options) if by_prompt else _of_class(options)
     save_tiles(images, out)
     what = repr(options.prompt) if by_prompt else f"class {options.label}"
-    print(f"{options.count} images of {what}: {out}")
+    print(f"{len(images)} images of {what}: {out}")
     return 0
+
+
+def _require_options_of(options: argparse.Namespace, *, by_prompt: bool) -> None:
+    wanted, own = ("--prompt", OF_PROMPTS) if by_prompt else ("--class", OF_CLASSES)
+    given = {name for name in (*OF_PROMPTS, *OF_CLASSES) if _value(options, name) is not None}
+    if wanted not in given:
+        raise UserError(f"{wanted} is missing: {options.checkpoint} draws by it. Say what to draw.")
+    if foreign := sorted(given.difference(own)):
+        raise UserError(
+            f"{', '.join(foreign)} cannot be used: {options.checkpoint} is a model of"
+            f" {'Stable Diffusion' if by_prompt else 'the digits'}, which draws by {wanted} alone. Leave it out."
+        )
+
+
+def _value(options: argparse.Namespace, name: str) -> object:
+    return getattr(options, "label" if name == "--class" else name.removeprefix("--").replace("-", "_"))
 
 
 def _of_class(options: argparse.Namespace) -> Tensor:
@@ -50,7 +70,7 @@ def _of_class(options: argparse.Namespace) -> Tensor:
     )
     return sample_images(
         model,
-        torch.full((options.count,), options.label),
+        torch.full((options.count or 16,), options.label),
         Sampling(
             steps=options.steps, guidance=2.0 if options.guidance is None else options.guidance, seed=options.seed
         ),
@@ -59,21 +79,29 @@ def _of_class(options: argparse.Namespace) -> Tensor:
 
 
 def _of_prompt(options: argparse.Namespace) -> Tensor:
-    model = load_stable_diffusion(options.checkpoint, source=options.source)
-    height = options.height or options.resolution or model.native_resolution
-    width = options.width or options.resolution or model.native_resolution
-    require_size(model, height, width)
-    encoded = encode_prompts(model, [options.prompt])
+    model = load_stable_diffusion(options.checkpoint, source=options.source, max_tokens=options.max_tokens)
+    edge = model.native_resolution if options.resolution is None else options.resolution
+    height = edge if options.height is None else options.height
+    width = edge if options.width is None else options.width
+    how = PromptSampling(
+        height,
+        width,
+        options.steps,
+        7.0 if options.guidance is None else options.guidance,
+        options.seed,
+        options.scheduler,
+    )
+    require_drawable(model, how)
+    prompts = [text for text in (options.prompt, options.negative_prompt) if text is not None]
+    if told := tell_of_cut(model.stages.text_encoders, prompts, "prompts"):
+        print(told, file=sys.stderr)
+    encoded = encode_prompts(model, [options.prompt], options.negative_prompt)
     if options.compile:
         model.unet.compile(fullgraph=True)
     return draw_prompts(
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
-        encoded * options.count,
-        height=height,
-        width=width,
-        steps=options.steps,
-        guidance=7.0 if options.guidance is None else options.guidance,
-        seed=options.seed,
+        encoded * (options.count or 1),
+        how,
     )
 
 
@@ -82,7 +110,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="RUN.ckpt", help="written by `slicemod fit`")
     parser.add_argument("--class", dest="label", type=int, help="of a model of the digits: the digit to draw, 0 to 9")
     parser.add_argument("--prompt", help="of a Stable Diffusion model: what to draw")
-    parser.add_argument("--count", type=int, default=16, help="how many images (default: %(default)s)")
+    parser.add_argument(
+        "--negative-prompt", help="what not to draw; without it, what stood for dropped captions in training"
+    )
+    parser.add_argument("--count", type=int, help="how many images (default: 16 of a class, 1 of a prompt)")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="where the picture goes")
     parser.add_argument(
         "--resolution", type=int, help="edge in pixels, such as 2 or 4 times the trained one (default: the trained one)"
@@ -95,7 +126,15 @@ def _parser() -> ArgumentParser:
         type=float,
         help="weight of class or prompt, 1 is no guidance (default: 2 of a class, 7 of a prompt)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
+    parser.add_argument(
+        "--scheduler", choices=tuple(SAMPLERS), help="what draws a prompt (default: what the model came with)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first image's noise; the next is one more (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, help="of a prompt, a multiple of 75; what is longer is cut (default: as trained)"
+    )
     parser.add_argument("--compile", action="store_true", help="run the UNet under torch.compile(fullgraph=True)")
     parser.add_argument("--source", help="where the model that a prompt's run began from lies now")
     return parser

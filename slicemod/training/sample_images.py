@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from slicemod.training.captioned_folder import CaptionedFolder
 from slicemod.training.pictures import save_tiles
-from slicemod.training.prompt_sampling import EncodedPrompt, draw_prompts, encode_prompts, require_size
+from slicemod.training.prompt_sampling import EncodedPrompt, PromptSampling, draw_prompts, encode_prompts, require_size
 from slicemod.training.stable_diffusion import StableDiffusion
+from slicemod.training.text_encoders import tell_of_cut
 from slicemod.user_error import UserError
 
 
@@ -26,10 +28,11 @@ class SampleImages(pl.Callback):
         prompts: one image each.
         folder: of the PNG files.
         seed: of the noise, one more for each prompt.
-        steps: of the DDIM schedule.
+        steps: of denoising.
         guidance: weight of the prompt; 1 is no guidance.
         height: in pixels; None is the data's resolution.
         width: in pixels; None is the data's resolution.
+        negative_prompt: what is not drawn; None is what stands for dropped captions.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class SampleImages(pl.Callback):
         guidance: float = 7.0,
         height: int | None = None,
         width: int | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         if not prompts:
             raise UserError("SampleImages.prompts must hold a prompt, got none: name one, or leave SampleImages out.")
@@ -51,6 +55,7 @@ class SampleImages(pl.Callback):
         self.guidance = guidance
         self.height = height
         self.width = width
+        self.negative_prompt = negative_prompt
         self._encoded: list[EncodedPrompt] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -58,7 +63,12 @@ class SampleImages(pl.Callback):
         model, data = require_stable_diffusion(trainer, pl_module, "SampleImages")
         self.height, self.width = self.height or data.resolution, self.width or data.resolution
         require_size(model, self.height, self.width)
-        self._encoded = encode_prompts(model, self.prompts)
+        told = tell_of_cut(
+            model.stages.text_encoders, [*self.prompts, *filter(None, [self.negative_prompt])], "prompts"
+        )
+        if told and trainer.is_global_zero:
+            print(told, file=sys.stderr)
+        self._encoded = encode_prompts(model, self.prompts, self.negative_prompt)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -72,11 +82,7 @@ class SampleImages(pl.Callback):
         images = draw_prompts(
             model,
             self._encoded,
-            height=self.height,
-            width=self.width,
-            steps=self.steps,
-            guidance=self.guidance,
-            seed=self.seed,
+            PromptSampling(self.height, self.width, self.steps, self.guidance, self.seed),
             progress=False,
         )
         if trainer.is_global_zero:

@@ -12,7 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from slicemod.training.captioned_images import Crop, covering_size, read_crop
-from slicemod.training.prompt_sampling import EncodedPrompt, draw_prompts, encode_prompts
+from slicemod.training.prompt_sampling import EncodedPrompt, PromptSampling, draw_prompts, encode_prompts
 from slicemod.training.sample_images import is_last_validation_batch, require_stable_diffusion
 from slicemod.user_error import UserError
 
@@ -25,7 +25,7 @@ class SampleQuality(pl.Callback):
         metric: "kid" (Binkowski et al. 2018, arXiv:1801.01401), for few images, or "fid" (Heusel et al. 2017,
             arXiv:1706.08500), for thousands.
         seed: of the noise, one more for each image.
-        steps: of the DDIM schedule.
+        steps: of denoising.
         guidance: weight of the caption.
     """
 
@@ -76,11 +76,7 @@ class SampleQuality(pl.Callback):
             drawn = draw_prompts(
                 model,
                 self._encoded[place : place + 1],
-                height=bucket.height,
-                width=bucket.width,
-                steps=self.steps,
-                guidance=self.guidance,
-                seed=self.seed + place,
+                PromptSampling(bucket.height, bucket.width, self.steps, self.guidance, self.seed + place),
                 progress=False,
             )
             measured.update(_bytes(real[None]).to(pl_module.device), real=True)

@@ -74,10 +74,10 @@ def sample_images(
         task = bar.add_task("sampling", total=len(groups[0]) * (how.steps + again))
         for first, second, wanted in zip(*groups, strict=True):
             denoiser = _denoiser(model, wanted, how, lambda: bar.advance(task))
-            drawn = model.decode(denoiser.run(first.to(model.device), how.steps))
+            drawn = model.decode(denoiser.run(first.to(model.device)))
             if again:
                 enlarged = F.interpolate(drawn, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
-                drawn = model.decode(denoiser.run(second.to(model.device), again, model.encode(enlarged)))
+                drawn = model.decode(denoiser.refine(model.encode(enlarged), second.to(model.device), again))
             images.append(drawn.cpu())
     return torch.cat(images)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -12,7 +13,6 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from slicemod import SliceConfig, SwapReport, swap_attention
+from slicemod.planning.unets import CLIP_TOKENS
 from slicemod.training.agreed_budget import agree_on_budget
 from slicemod.training.captioned_folder import CaptionedFolder, LatentBatch
 from slicemod.training.checkpoints import CheckpointError, read_checkpoint, require_matching
@@ -32,8 +33,16 @@ from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.nonfinite import NonFiniteError
 from slicemod.training.optimizers import build_optimizer
 from slicemod.training.pretrained import Pretrained
-from slicemod.training.text_encoders import TextEmbeddings, load_text_encoders
+from slicemod.training.samplers import build_sampler
+from slicemod.training.text_encoders import (
+    CHUNK,
+    TextEmbeddings,
+    load_text_encoders,
+    require_max_tokens,
+    tell_of_cut,
+)
 from slicemod.training.trained_weights import LoraSettings, Trained, choose_trained, trained_names
+from slicemod.training.unet_requirements import require_known_kind, require_matching_text
 from slicemod.user_error import UserError
 
 STORED = "slicemod_stable_diffusion"  # where a checkpoint keeps what rebuilds the model
@@ -63,6 +72,7 @@ class StableDiffusion(pl.LightningModule):
         block_checkpointing: recompute the UNet's blocks in the backward pass.
         compile: run the UNet under ``torch.compile(fullgraph=True)``; each bucket is compiled once.
         frozen_dtype: of the UNet's weights beside adapters; what is trained is float32.
+        max_tokens: of a caption, a multiple of 75, which CLIP takes at once; what is longer is cut.
         seed: of noise, timesteps, dropped captions and the adapters' first values.
         val_timesteps: where the validation loss is measured.
 
@@ -83,6 +93,7 @@ class StableDiffusion(pl.LightningModule):
         block_checkpointing: bool = False,
         compile: bool = False,  # noqa: A002  (the name of the option, `--model.compile`)
         frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        max_tokens: int = CHUNK,
         seed: int = 0,
         val_timesteps: list[int] = [100, 300, 500, 700, 900],  # noqa: B006 - never changed
     ) -> None:
@@ -102,9 +113,14 @@ class StableDiffusion(pl.LightningModule):
                 f"model.frozen_dtype: expected float32 where model.trained is {trained}, got {frozen_dtype}: weights"
                 " that are trained are float32; use trainer.precision for the arithmetic."
             )
+        require_max_tokens(max_tokens)
+        self.max_tokens = max_tokens
+        scheduler_config = self.pretrained.scheduler_config()
+        require_known_kind(self.pretrained.unet_config(), self.pretrained.autoencoder_config(), scheduler_config)
+        self.scheduler_changes = objective.scheduler_changes(scheduler_config)
+        self.scheduler = self.pretrained.load_scheduler(**self.scheduler_changes)
         self.unet = self.pretrained.load_unet()
-        scheduler_config = self.pretrained.load_scheduler().config
-        self.scheduler = self.pretrained.load_scheduler(**objective.scheduler_changes(dict(scheduler_config)))
+        self.zeroes_missing_text = self.is_sdxl and self.pretrained.zeroes_missing_text()
         steps = self.scheduler.config.num_train_timesteps
         if not all(0 <= timestep < steps for timestep in self.val_timesteps):
             raise UserError(f"model.val_timesteps must be from 0 to {steps - 1}, got {self.val_timesteps}.")
@@ -124,7 +140,7 @@ class StableDiffusion(pl.LightningModule):
         self.compiled = compile
         if compile:
             self.unet.compile(fullgraph=True)  # in place: the state dict keeps its keys
-        self.stages = FrozenStages(self._load_autoencoder, lambda: load_text_encoders(self.pretrained))
+        self.stages = FrozenStages(self._load_autoencoder, lambda: load_text_encoders(self.pretrained, max_tokens))
         self.val_losses = torch.nn.ModuleDict({str(timestep): MeanMetric() for timestep in self.val_timesteps})
         self._files: list[str] = []
 
@@ -154,6 +170,24 @@ class StableDiffusion(pl.LightningModule):
         """Edge in pixels of the images that the UNet was made for."""
         return int(self.unet.config.sample_size) * pixels_per_latent(self.pretrained.autoencoder_config())
 
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the cross-attention looks at, starts and ends among them."""
+        return self.max_tokens // CHUNK * CLIP_TOKENS
+
+    def without_text(self, empty: TextEmbeddings) -> TextEmbeddings:
+        """What stands for a caption that is dropped and for no negative prompt.
+
+        SDXL was trained with zeros there, which its ``force_zeros_for_empty_prompt`` says; the others with the empty
+        caption.
+
+        Args:
+            empty: of the empty caption.
+        """
+        if not self.zeroes_missing_text:
+            return empty
+        return TextEmbeddings(*(None if part is None else torch.zeros_like(part) for part in empty))  # type: ignore[arg-type]
+
     def conditioning(self, text: TextEmbeddings, time_ids: Tensor) -> Conditioning:
         """What the UNet looks at, on the device of its weights.
 
@@ -162,23 +196,25 @@ class StableDiffusion(pl.LightningModule):
             time_ids: (B, 6), used by SDXL alone.
 
         Raises:
-            UserError: the embeddings are not of this UNet's width.
+            UserError: the embeddings are not of the widths that this UNet looks at.
         """
-        width = self.unet.config.cross_attention_dim
-        if text.context.shape[-1] != width:
-            raise UserError(
-                f"model.source: expected text encoders whose embeddings are {width} wide, as the UNet looks at, got"
-                f" {text.context.shape[-1]}. Name a folder whose parts belong together."
-            )
+        require_matching_text(self.unet.config, text)
         added: dict[str, Tensor] = {}
         if self.is_sdxl:
-            assert text.pooled is not None  # two text encoders give one
+            assert text.pooled is not None  # its width was looked at
             added = {"text_embeds": text.pooled.to(self.device), "time_ids": time_ids.to(self.device)}
         return Conditioning(text.context.to(self.device), added)
 
-    def sampling_scheduler(self) -> DDIMScheduler:
-        """The schedule of the training, for drawing."""
-        return DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)
+    def sampling_scheduler(self, name: str | None = None) -> Any:
+        """What draws by the schedule of the training.
+
+        Args:
+            name: one of ``samplers.SAMPLERS``; None is the model's own, or DDIM where that does not know the schedule.
+
+        Raises:
+            UserError: there is no such name, or it does not know the schedule.
+        """
+        return build_sampler(self.pretrained.scheduler_config(), self.scheduler_changes, name)
 
     # The loss
 
@@ -201,12 +237,20 @@ class StableDiffusion(pl.LightningModule):
         drawn = drawn.to(self.device)
         latents = batch["mean"] + batch["std"] * posterior
         noisy = self.scheduler.add_noise(latents, noise, drawn)
-        context, added = self.conditioning(_dropped(batch, drop), batch["time_ids"])
+        context, added = self.conditioning(self._dropped(batch, drop), batch["time_ids"])
         with self.frozen_autocast():
             predicted = self.unet(noisy, drawn, context, added_cond_kwargs=added).sample
         target = self.objective.target(self.scheduler, latents, noise, drawn)
         errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
         return self.objective.weights(self.scheduler, drawn) * errors
+
+    def _dropped(self, batch: LatentBatch, drop: Tensor) -> TextEmbeddings:
+        """The captions' embeddings, and what stands for none where ``drop`` (B,) is true."""
+        nothing = self.without_text(TextEmbeddings(batch["empty_context"], batch["empty_pooled"]))
+        context = torch.where(drop[:, None, None], nothing.context, batch["context"])
+        if batch["pooled"] is None or nothing.pooled is None:
+            return TextEmbeddings(context, None)
+        return TextEmbeddings(context, torch.where(drop[:, None], nothing.pooled, batch["pooled"]))
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         self._files = batch["files"]
@@ -241,10 +285,20 @@ class StableDiffusion(pl.LightningModule):
     # Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Fills the cache of latents and embeddings, every process its share."""
+        """Fills the cache of latents and embeddings, every process its share, once the text is known to fit the UNet.
+
+        Raises:
+            UserError: the embeddings are not of the widths that the UNet looks at.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, CaptionedFolder):
             self.stages.to(self.trainer.strategy.root_device)
+            require_matching_text(self.unet.config, self.stages.encode_captions([""]))
+            data.find(progress=self.trainer.is_global_zero)
+            captions = sorted({image.caption for image in (*data.train_images, *data.val_images)})
+            told = tell_of_cut(self.stages.text_encoders, captions, "captions")
+            if told and self.trainer.is_global_zero:
+                print(told, file=sys.stderr)
             data.fill_cache(
                 self.stages,
                 rank=self.trainer.global_rank,
@@ -291,6 +345,7 @@ class StableDiffusion(pl.LightningModule):
             "objective": asdict(self.objective),
             "attention": None if self.attention is None else self.attention.as_dict(),
             "frozen_dtype": self.frozen_dtype,
+            "max_tokens": self.max_tokens,
             "seed": self.seed,
             "val_timesteps": self.val_timesteps,
             "prediction_type": self.scheduler.config.prediction_type,
@@ -324,14 +379,6 @@ class StableDiffusion(pl.LightningModule):
                 require_matching(trained, checkpoint[key], path, type(self).__name__)
 
 
-def _dropped(batch: LatentBatch, drop: Tensor) -> TextEmbeddings:
-    """The captions' embeddings, the empty caption's where ``drop`` (B,) is true."""
-    context = torch.where(drop[:, None, None], batch["empty_context"], batch["context"])
-    if batch["pooled"] is None or batch["empty_pooled"] is None:
-        return TextEmbeddings(context, None)
-    return TextEmbeddings(context, torch.where(drop[:, None], batch["empty_pooled"], batch["pooled"]))
-
-
 def stored_settings(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     """What rebuilds the model of a checkpoint.
 
@@ -344,15 +391,32 @@ def stored_settings(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
             f"{path} is no checkpoint of a Stable Diffusion fine-tuning: expected `{STORED}` in it. Use a checkpoint"
             " that `slicemod fit` wrote."
         )
+    for name, kind in _STORED_KINDS.items():
+        if not isinstance(stored.get(name), kind):
+            raise CheckpointError(
+                f"{path} stores {name} that cannot be used: expected {kind.__name__}, got {stored.get(name)!r}. Use a"
+                " checkpoint that `slicemod fit` wrote."
+            )
     return stored
 
 
-def load_stable_diffusion(path: str | os.PathLike[str], *, source: str | None = None) -> StableDiffusion:
+_STORED_KINDS = {"source": str, "trained": str, "lora": dict, "objective": dict, "frozen_dtype": str, "unet": dict}
+
+
+def load_stable_diffusion(
+    path: str | os.PathLike[str],
+    *,
+    source: str | None = None,
+    frozen_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_tokens: int | None = None,
+) -> StableDiffusion:
     """Rebuilds a fine-tuned model from its checkpoint and the model that it started from, in evaluation mode.
 
     Args:
         path: a checkpoint that `slicemod fit` wrote. Where weights were averaged, it is the average.
         source: where the model that it started from lies now; None is where it lay then.
+        frozen_dtype: of the weights beside adapters, read from the source; None is that of the training.
+        max_tokens: of a prompt; None is that of the training.
 
     Raises:
         CheckpointError: the file is missing, damaged, unsafe, or does not belong to the source.
@@ -360,17 +424,23 @@ def load_stable_diffusion(path: str | os.PathLike[str], *, source: str | None = 
     """
     checkpoint = read_checkpoint(path)
     stored = stored_settings(checkpoint, path)
-    model = StableDiffusion(
-        source or stored["source"],
-        stored["config_source"],
-        trained=stored["trained"],
-        lora=LoraSettings(**stored["lora"]),
-        objective=Objective(**stored["objective"]),
-        attention=None if stored["attention"] is None else SliceConfig.of(stored["attention"]),
-        frozen_dtype=stored["frozen_dtype"],
-        seed=stored["seed"],
-        val_timesteps=stored["val_timesteps"],
-    )
+    try:
+        settings: dict[str, Any] = {
+            "trained": stored["trained"],
+            "lora": LoraSettings(**stored["lora"]),
+            "objective": Objective(**stored["objective"]),
+            "attention": None if stored["attention"] is None else SliceConfig.of(stored["attention"]),
+            "frozen_dtype": frozen_dtype or stored["frozen_dtype"],
+            "max_tokens": stored.get("max_tokens", CHUNK) if max_tokens is None else max_tokens,
+            "seed": stored["seed"],
+            "val_timesteps": stored["val_timesteps"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} describes no model that can be built ({type(error).__name__}: {error}): expected the settings that"
+            " `slicemod fit` writes. Use a checkpoint of this version."
+        ) from error
+    model = StableDiffusion(source or stored["source"], stored["config_source"], **settings)
     model.require_checkpoint(checkpoint, path)
     model.load_state_dict(checkpoint["state_dict"], strict=False)  # what is frozen has its values
     return model.eval()

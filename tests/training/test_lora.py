@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.training.tiny_stable_diffusion import (
     WIDTH,
     letter_encoders,
     tiny_config,
+    whole_model,
     write_config,
     write_images,
     write_tiny_model,
@@ -30,13 +30,6 @@ from tests.training.tiny_stable_diffusion import (
 pytest.importorskip("peft")
 transformers: Any = pytest.importorskip("transformers")
 
-SYMBOLS = [
-    "<|startoftext|>",
-    "<|endoftext|>",
-    *"abcdefghijklmnopqrstuvwxyz",
-    *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
-]
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -44,33 +37,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images")
     return tmp_path
-
-
-def write_text_encoder(folder: Path, number: str, width: int, *, projected: bool) -> None:
-    """A small random CLIP text encoder and a vocabulary of letters."""
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(SYMBOLS), hidden_size=width, intermediate_size=13, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=11, projection_dim=POOLED, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    kind(config).save_pretrained(folder / f"text_encoder{number}")
-    tokenizer = folder / f"tokenizer{number}"
-    tokenizer.mkdir()
-    (tokenizer / "vocab.json").write_text(json.dumps({symbol: place for place, symbol in enumerate(SYMBOLS)}))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 11, "pad_token": "<|endoftext|>"}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def whole_model(folder: Path, kind: str) -> Path:
-    """A small random model with text encoders."""
-    write_tiny_model(folder, kind)
-    if kind == "sdxl":
-        write_text_encoder(folder, "", 8, projected=False)
-        write_text_encoder(folder, "_2", WIDTH - 8, projected=True)
-    else:
-        write_text_encoder(folder, "", WIDTH, projected=False)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

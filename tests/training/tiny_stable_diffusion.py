@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -14,11 +16,19 @@ from torch import Tensor
 
 from slicemod.training.checkpoints import write_safetensors
 from slicemod.training.content_hash import text_digest
-from slicemod.training.text_encoders import TextEmbeddings
+from slicemod.training.stable_diffusion import StableDiffusion
+from slicemod.training.text_encoders import CutCaption, TextEmbeddings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENS, WIDTH, POOLED = 7, 24, 12
 SIZES = {"cat.png": (40, 32), "dog.png": (32, 40), "sea.jpg": (33, 33), "sky.webp": (64, 64), "sun.png": (36, 30)}
+
+SYMBOLS = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
+]
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"attention_head_dim": 2},
@@ -34,12 +44,13 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tiny_model(folder: Path, kind: str, *, channels: tuple[int, int] = (8, 16)) -> Path:
+def write_tiny_model(folder: Path, kind: str, *, channels: tuple[int, int] = (8, 16), in_channels: int = 4) -> Path:
     """Writes unet/, vae/ and scheduler/ of a small random model of ``kind``, sd15, sd21 or sdxl."""
     torch.manual_seed(3)
     UNet2DConditionModel(
         sample_size=8,
         block_out_channels=channels,
+        in_channels=in_channels,
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=WIDTH,
@@ -100,6 +111,54 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
+def write_text_encoder(folder: Path, number: str, width: int, *, projected: bool, length: int) -> None:
+    """A small random CLIP text encoder that takes ``length`` tokens, and a vocabulary of letters."""
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(SYMBOLS), hidden_size=width, intermediate_size=13, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=length, projection_dim=POOLED, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    kind(config).save_pretrained(folder / f"text_encoder{number}")
+    tokenizer = folder / f"tokenizer{number}"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text(json.dumps({symbol: place for place, symbol in enumerate(SYMBOLS)}))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "pad_token": "<|endoftext|>"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def whole_model(folder: Path, kind: str, *, length: int = 11) -> Path:
+    """A small random model with text encoders."""
+    write_tiny_model(folder, kind)
+    if kind == "sdxl":
+        write_text_encoder(folder, "", 8, projected=False, length=length)
+        write_text_encoder(folder, "_2", WIDTH - 8, projected=True, length=length)
+    else:
+        write_text_encoder(folder, "", WIDTH, projected=False, length=length)
+    return folder
+
+
+def write_scheduler(folder: Path, kind: str, **settings: Any) -> None:
+    """Writes scheduler/ anew: of another class of diffusers, with the schedule that is there."""
+    there = DDPMScheduler.load_config(folder, subfolder="scheduler")
+    getattr(diffusers, kind).from_config(there, **settings).save_pretrained(folder / "scheduler")
+
+
+def write_checkpoint(path: Path, source: Path, **settings: Any) -> Path:
+    """A checkpoint of a run of which nothing but the weights that it would train is made up."""
+    model = StableDiffusion(str(source), **settings)
+    draw = torch.Generator().manual_seed(11)
+    state = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=draw) for name, tensor in model.state_dict().items()
+    }
+    content: dict[str, Any] = {"state_dict": state, "global_step": 3}
+    model.on_save_checkpoint(content)
+    torch.save(content, path)
+    return path
+
+
 class LetterEncoders:
     """Stands for the text encoders where their text does not matter: random embeddings that a caption chooses."""
 
@@ -118,6 +177,10 @@ class LetterEncoders:
         """Always the same."""
         return "letters"
 
+    def cut(self, captions: Sequence[str]) -> list[CutCaption]:
+        """None."""
+        return []
+
     def to(self, device: Any) -> None:
         """Nothing to move."""
 
@@ -126,7 +189,7 @@ class LetterEncoders:
         return torch.randn(TOKENS * WIDTH + POOLED, generator=draw)
 
 
-def letter_encoders(pretrained: Any) -> LetterEncoders:
+def letter_encoders(pretrained: Any, max_tokens: int = 75) -> LetterEncoders:
     """In the place of ``load_text_encoders``."""
     return LetterEncoders(pooled=pretrained.unet_config().get("addition_embed_type") == "text_time")
 
