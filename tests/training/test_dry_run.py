@@ -116,3 +116,16 @@ def test_the_optimizers_state_is_that_of_what_is_trained() -> None:
     assert optimizer_bytes(module, torch.optim.SGD) == 0
     module.bias.requires_grad_(False)
     assert optimizer_bytes(module, torch.optim.AdamW) == 13 * 7 * 4 * 2
+
+
+def test_longer_captions_are_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_tiny_model(tmp_path / "sd15", "sd15")
+    images = write_images(tmp_path / "images")
+    content = tiny_config("sd15_full.yaml", source, images, data={"max_ratio": 1.0}, model={"max_tokens": 225})
+    fit(["fit", "--config", write_config(tmp_path, content), "--dry-run"])
+    told = capsys.readouterr().out
+    assert "x 231 x" in told  # three chunks of 77
+    assert "x 77 x" not in told

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,15 +15,21 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slicemod.training.checkpoints import CheckpointError, read_checkpoint, read_safetensors, write_safetensors
+from slicemod.training.denoising_objective import Objective
 from slicemod.training.fit_command import fit
 from slicemod.training.pictures import read_metric
 from slicemod.training.pretrained import Pretrained
+from slicemod.training.stable_diffusion import StableDiffusion, load_stable_diffusion
 from slicemod.training.trained_weights import trained_names
 from slicemod.user_error import UserError
 from tests.training.tiny_stable_diffusion import (
     CONFIGS,
+    POOLED,
+    TOKENS,
+    WIDTH,
     letter_encoders,
     tiny_config,
+    whole_model,
     write_config,
     write_images,
     write_tiny_model,
@@ -209,3 +215,48 @@ def load_unet(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 def logged(run: Any, name: str) -> list[tuple[int, float]]:
     """A metric in the run's CSV log."""
     return read_metric(Path(run.trainer.log_dir) / "metrics.csv", name)
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+def test_a_dropped_caption_of_sdxl_is_what_its_pipeline_has_for_no_text(zeroed: bool, tmp_path: Path) -> None:
+    source = write_tiny_model(tmp_path / "sdxl", "sdxl")
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": zeroed}
+    (source / "model_index.json").write_text(json.dumps(index))
+    model = StableDiffusion(str(source), trained="attention", objective=Objective(caption_dropout=1.0))
+    count = 3
+    batch: dict[str, Any] = {
+        "mean": torch.randn(count, 4, 8, 8), "std": torch.zeros(count, 4, 8, 8), "time_ids": torch.ones(count, 6),
+        "context": torch.randn(count, TOKENS, WIDTH), "pooled": torch.randn(count, POOLED),
+        "empty_context": torch.randn(1, TOKENS, WIDTH), "empty_pooled": torch.randn(1, POOLED),
+        "number": 5, "first": 0, "total": count,
+    }  # fmt: skip
+    dropped = model.denoising_losses(cast(Any, batch))
+    for part in ("context", "pooled"):
+        empty = batch[f"empty_{part}"].expand_as(batch[part])
+        batch[part] = torch.zeros_like(empty) if zeroed else empty
+    model.objective = Objective(caption_dropout=0.0)
+    torch.testing.assert_close(dropped, model.denoising_losses(cast(Any, batch)))
+
+
+def test_captions_that_are_cut_are_told_once_and_longer_ones_are_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = whole_model(tmp_path / "sd15", "sd15", length=77)
+    images = write_images(tmp_path / "images")
+    (images / "cat.txt").write_text("a" * 76)
+    (images / "dog.txt").write_text("b" * 151)
+    config = tiny_config(
+        "sd15_full.yaml", source, images, trainer={"max_steps": 1}, data={"batch_size": 5, "val_count": 1}
+    )
+    for tokens, told in ((75, "2 of 5 captions have more than 75 tokens"), (150, "1 of 5 captions"), (225, None)):
+        config["model"]["max_tokens"] = tokens
+        run = fit(["fit", "--config", write_config(tmp_path, config)])
+        said = capsys.readouterr().err
+        assert said.count("captions have more than") == (told is not None)
+        assert told is None or f"{told}" in said
+        assert run.model.context_tokens == tokens // 75 * 77
+        (batch,) = [batch for batch in run.datamodule.train_dataloader() if batch["number"] == 0]
+        assert batch["context"].shape[1:] == (run.model.context_tokens, WIDTH)
+        assert load_stable_diffusion(tmp_path / "checkpoints" / "last.ckpt").max_tokens == tokens
+        shutil.rmtree(tmp_path / "checkpoints")
