@@ -25,6 +25,9 @@ _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 # Multiplications of a product that is measured: smaller ones are not worth two calls, larger ones are shared.
 _LEAST_PRODUCTS, _MOST_PRODUCTS = 2**27, 2**29
+# Without instructions for it, a product takes too long to be measured. By vectors of bfloat16 oneDNN shares every
+# product among its threads, and takes more memory for a half than for the whole.
+_MEASURED_PRODUCTS = ("tiles", "float16")
 _ROUNDS = 5
 _CLEARLY = 0.9  # of the time that the whole takes
 
@@ -37,7 +40,7 @@ def project(module: Any, x: Tensor) -> Tensor:
     """`module(x)`; a plain `nn.Linear` in two halves of the rows where they give the same bits sooner.
 
     One that an `nn.Sequential` starts with as well. Neither way, nor finding out which, takes more memory than the
-    result.
+    result and what oneDNN takes for a product.
     """
     if x.is_cpu and x.dtype in _HALF_PRECISION:
         if type(module) is nn.Sequential and _is_plain(module, x):
@@ -95,8 +98,8 @@ def _is_faster_in_halves(linear: nn.Linear, x: Tensor) -> bool:
 
 def _measured(linear: nn.Linear, x: Tensor) -> bool:
     """Both ways have the same result, and the halves clearly sooner; there is only one result at a time."""
-    if cpu_kernels(x.dtype, x.device).products is None:
-        return False  # without instructions for it, a product takes too long to be measured
+    if cpu_kernels(x.dtype, x.device).products not in _MEASURED_PRODUCTS:
+        return False
     sums: list[tuple[Tensor, Tensor]] = []
     seconds: tuple[list[float], list[float]] = [], []
     for turn in range(2 * _ROUNDS):

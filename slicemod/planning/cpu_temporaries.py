@@ -2,12 +2,15 @@
 
 Read off the allocator on x86 with oneDNN, whose convolutions copy weights and input into blocks of channels, compute
 into such blocks, and copy those into the result. Where oneDNN does not multiply a half precision, PyTorch convolves by
-products with the unfolded patches of the whole batch. Scratch of a few hundred KiB, as matrix products have it, is left
-out.
+products with the unfolded patches of the whole batch; without AVX2, oneDNN unfolds the patches of an image for the
+gradients. Scratch of a few hundred KiB, as matrix products have it, is left out, and so are the copies by which more
+threads than one may sum the gradient of a small weight.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,11 +33,7 @@ def cpu_temporaries(func: Any, args: Sequence[Any], result: Any) -> Sequence[int
     if func is _aten.convolution.default:
         return _convolution(args[0], args[1], result)
     if func is _aten.convolution_backward.default:
-        grad_output, image, weight = args[:3]
-        if _unfolds(image):
-            return 0, _unfolded_gradients(image, weight, grad_output) if args[-1][1] else 0
-        wide_weight_gradient = weight.numel() * 4 if weight.element_size() < 4 else 0  # it is summed in float32
-        return grad_output.nbytes + image.nbytes + wide_weight_gradient, weight.nbytes
+        return _convolution_gradients(*args[:3], wanted=args[-1])
     if func is _aten.native_layer_norm.default:
         return (0 if args[0].is_contiguous() else args[0].nbytes,)
     return ()
@@ -44,7 +43,47 @@ def _convolution(image: Tensor, weight: Tensor, result: Tensor) -> Sequence[int]
     """Of an image `(B, C, h, w)` with weights `(C', C, kh, kw)`."""
     if _unfolds(image) or (image.dtype == torch.float32 and image.shape[0] == 1 and image.numel() <= _SMALL_IMAGE):
         return 0, _unfolded(image, weight, result)
-    return image.nbytes + weight.nbytes, result.nbytes
+    return image.nbytes + weight.nbytes + _sums_of_one_pixel(weight, result), result.nbytes
+
+
+def _convolution_gradients(
+    grad_output: Tensor, image: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[int, int, int]:
+    """While the gradient of the image is computed, that of the weights, and when one of them is copied."""
+    if _unfolds(image):
+        wide_grad_output = 2 * grad_output.nbytes if wanted[2] and len(image) > 1 else 0  # summed in float32
+        return 0, wide_grad_output, _unfolded(image, weight, grad_output) if wanted[1] else 0
+    if _unfolds_gradients(image):
+        turns = min(torch.get_num_threads(), image.shape[0])  # the patches of an image for each thread
+        patches = turns * _unfolded(image[:1], weight, grad_output[:1])
+        return patches, patches + 4 * turns * weight.nbytes, image.nbytes
+    to_image = grad_output.nbytes + _sums_of_one_pixel(weight, image)
+    to_weight = grad_output.nbytes + image.nbytes
+    if weight.element_size() < 4:
+        to_weight += 4 * weight.numel()  # it is summed in float32
+        if weight[0, 0].numel() > 1 and _has_vectors_alone(weight):
+            to_weight += image[:1].nbytes + grad_output[:1].nbytes  # each image is transposed
+    return to_image, to_weight, weight.nbytes
+
+
+def _sums_of_one_pixel(weight: Tensor, result: Tensor) -> int:
+    """Bytes that a product of channels, pixel by pixel, sums in float32: an image of the result for each thread."""
+    if weight[0, 0].numel() > 1 or weight.element_size() == 4 or not _has_vectors_alone(weight):
+        return 0
+    return 4 * result[:1].numel() * torch.get_num_threads()
+
+
+def _has_vectors_alone(tensor: Tensor) -> bool:
+    """oneDNN multiplies this half precision by vectors of AVX-512, not by tiles, which take less."""
+    return cpu_kernels(tensor.dtype, torch.device("cpu")).products == "bfloat16"
+
+
+def _unfolds_gradients(image: Tensor) -> bool:
+    """oneDNN has no backward pass of its own for float32 on an x86-64 processor without AVX2."""
+    if image.dtype != torch.float32 or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return not torch.cpu._is_avx2_supported() or most.upper() in ("SSE41", "AVX")
 
 
 def _unfolds(image: Tensor) -> bool:
@@ -56,13 +95,6 @@ def _unfolded(image: Tensor, weight: Tensor, result: Tensor) -> int:
     """Bytes of all patches; those of one pixel lie in the image."""
     pixels = weight[0, 0].numel()
     return 0 if pixels == 1 else pixels * image.shape[1] * result[:, 0].numel() * image.element_size()
-
-
-def _unfolded_gradients(image: Tensor, weight: Tensor, grad_output: Tensor) -> int:
-    """Bytes that the gradient of the weight takes, which has the items of patches of one pixel one after the other."""
-    if weight[0, 0].numel() == 1:
-        return 0 if image.shape[0] == 1 else image.nbytes
-    return _unfolded(image, weight, grad_output)
 
 
 def no_temporaries(_func: Any, _args: Sequence[Any], _result: Any) -> Sequence[int]:

@@ -39,6 +39,22 @@ CASES = {
         _aten.convolution_backward.default,
         _gradients((2, 320, 16, 16), (320, 320, 3, 3), torch.bfloat16),
     ),
+    "vectors, one pixel": (
+        _aten.convolution.default,
+        _convolution((2, 96, 31, 31), (32, 96, 1, 1), torch.bfloat16),
+    ),
+    "vectors, one pixel backward": (
+        _aten.convolution_backward.default,
+        _gradients((2, 96, 31, 31), (32, 96, 1, 1), torch.bfloat16),
+    ),
+    "vectors, backward": (
+        _aten.convolution_backward.default,
+        _gradients((2, 96, 61, 61), (32, 96, 3, 3), torch.bfloat16),
+    ),
+    "several images backward": (
+        _aten.convolution_backward.default,
+        _gradients((3, 64, 31, 31), (64, 64, 3, 3), torch.float32),
+    ),
     "backward": (_aten.convolution_backward.default, _gradients((1, 320, 32, 32), (320, 320, 3, 3), torch.float32)),
     "norm of a view": (
         _aten.native_layer_norm.default,
@@ -59,8 +75,11 @@ def tile_scratch(dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_temporaries_are_the_measured_ones(case: str) -> None:
     func, args = CASES[case]
-    if case.startswith("unfolded") and cpu_kernels(torch.bfloat16, torch.device("cpu")).products is not None:
+    products = cpu_kernels(torch.bfloat16, torch.device("cpu")).products
+    if case.startswith("unfolded") and products is not None:
         pytest.skip("oneDNN multiplies bfloat16 on this processor")
+    if case.startswith("vectors") and products == "tiles":
+        pytest.skip("oneDNN multiplies bfloat16 by tiles on this processor")
     result = func(*args)
     results = result if isinstance(result, tuple) else (result,)
     predicted = sum(tensor.nbytes for tensor in results) + max(cpu_temporaries(func, args, result), default=0)
