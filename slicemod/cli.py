@@ -5,28 +5,52 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
-from slicemod import NotEnoughMemoryError, __version__
+from slicemod import __version__
 from slicemod.user_error import UserError
 
 
 class Command(NamedTuple):
-    """Where a subcommand's ``run(arguments) -> exit status`` lives, and its line in `slicemod --help`."""
+    """A subcommand.
+
+    Attributes:
+        module: where its ``run(arguments) -> exit status`` lives.
+        summary: its line in `slicemod --help`.
+        options: where its ``parser()`` lives, which is without PyTorch.
+        unneeded: packages that diffusers imports where it finds them, for seconds, and that the command has no use for.
+    """
 
     module: str
     summary: str
+    options: str
+    unneeded: tuple[str, ...] = ()
 
 
+FIT_OPTIONS = "slicemod.training.fit_options"
 COMMANDS = {
-    "fit": Command("slicemod.training.fit_command", "train or fine-tune what a YAML file describes"),
-    "validate": Command("slicemod.training.fit_command", "measure a checkpoint on the validation split"),
-    "sample": Command("slicemod.training.sample_command", "draw images from a checkpoint"),
-    "export": Command("slicemod.training.export_command", "write a checkpoint in diffusers' folder layout"),
-    "plan": Command(
-        "slicemod.planning.plan_command", "tell whether a UNet's step fits a device, and in how many slices"
+    "fit": Command("slicemod.training.fit_command", "train or fine-tune what a YAML file describes", FIT_OPTIONS),
+    "validate": Command("slicemod.training.fit_command", "measure a checkpoint on the validation split", FIT_OPTIONS),
+    "sample": Command(
+        "slicemod.training.sample_command", "draw images from a checkpoint", "slicemod.training.sample_options"
     ),
-    "bench": Command("slicemod.bench.bench_command", "time attention against its peers on this machine"),
+    "export": Command(
+        "slicemod.training.export_command",
+        "write a checkpoint in diffusers' folder layout",
+        "slicemod.training.export_options",
+    ),
+    "plan": Command(
+        "slicemod.planning.plan_command",
+        "tell whether a UNet's step fits a device, and in how many slices",
+        "slicemod.planning.plan_options",
+        unneeded=("peft", "transformers"),
+    ),
+    "bench": Command(
+        "slicemod.bench.bench_command",
+        "time attention against its peers on this machine",
+        "slicemod.bench.bench_options",
+    ),
 }
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is the shell's for Ctrl-C
 
@@ -51,9 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(f"there is no command {name!r}: expected one of {', '.join(COMMANDS)}.")
+        # Answers `--help` and wrong options at once, before the seconds that PyTorch takes to load.
+        import_module(COMMANDS[name].options).parser(name).parse_args(given[1:])
+        if arguments is None:  # the process is this command's alone
+            for package in COMMANDS[name].unneeded:
+                sys.modules.setdefault(package, cast("ModuleType", None))  # as if it were not installed
         status: int = _module_of(name).run(given)
         return status
-    except (UserError, NotEnoughMemoryError) as error:
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not _is_lack_of_memory(error):
+            raise
         print(f"slicemod {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -61,7 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    from slicemod import NotEnoughMemoryError
+
+    return isinstance(error, NotEnoughMemoryError)
+
+
 def _module_of(name: str) -> Any:
+    if COMMANDS[name].module not in sys.modules and sys.stderr.isatty():
+        print(f"slicemod {name}: loading PyTorch and what it needs beside it ...", file=sys.stderr, flush=True)
     try:
         return import_module(COMMANDS[name].module)
     except ModuleNotFoundError as error:

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 from torch import nn
@@ -53,6 +54,7 @@ class Host(Protocol):
 
 
 HOSTS: list[Host] = []
+_HOST_MODULES = ("attn_block", "compvis", "diffusers_host", "lookalikes")  # each registers its host
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,8 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
     """Path, parent, name and host of every attention layer below `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}. {_what_to_pass(model)}")
+    for name in _HOST_MODULES:
+        import_module(f"slicemod.adapters.{name}")
     found = []
     for path, parent in model.named_modules():
         for child, module in vars(parent)["_modules"].items():  # named_children leaves out what occurs twice

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -13,8 +15,18 @@ import torch
 import yaml
 from PIL import Image
 
+from slicemod import NotEnoughMemoryError
 from slicemod.cli import BAD_INPUT, COMMANDS, main
+from slicemod.plan import POLICIES
+from slicemod.planning import plan_options
+from slicemod.planning.unets import NAMED_UNETS
+from slicemod.slice_config import KERNELS
+from slicemod.training import sample_options
+from slicemod.training.fit_command import TASKS
+from slicemod.training.samplers import SAMPLERS
 from tests.training.tiny import tiny_config, train_tiny, write_config
+
+ROOT = str(Path(__file__).parents[1])
 
 
 class Intruder:
@@ -73,12 +85,88 @@ def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFi
     assert all(f"  {name}" in listed for name in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "sample", "export"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    assert f"usage: slicemod {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_lists_its_own_options(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--task", task, "--help"])
+    assert stop.value.code == 0
+    assert "--trainer.max_steps" in capsys.readouterr().out
+
+
+def test_fit_without_arguments_names_the_tasks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    paragraph = refused(capsys, tmp_path, "fit")
+    assert all(task in paragraph for task in TASKS)
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    help_text = capsys.readouterr().out
+    assert all(task in help_text for task in TASKS)
+
+
+def test_help_of_every_command_is_there_without_pytorch() -> None:
+    code = """
+import contextlib, sys
+from slicemod.cli import COMMANDS, main
+main(["--help"])
+main(["--version"])
+for command in COMMANDS:
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+heavy = {"torch", "numpy", "lightning", "diffusers", "jsonargparse", "rich"} & sys.modules.keys()
+sys.exit(", ".join(heavy) or None)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ROOT})
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "lines"), [(Terminal, 2), (io.StringIO, 1)])
+def test_a_terminal_is_told_that_pytorch_is_loading(
+    stream: type[io.StringIO], lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(module="a_package_that_is_missing"))
+    errors = stream()
+    with contextlib.redirect_stderr(errors):
+        assert main(["plan", "sd15"]) == BAD_INPUT
+    said = errors.getvalue().splitlines()
+    assert len(said) == lines
+    assert ("loading PyTorch" in said[0]) == (lines == 2)
+    assert "needs the package a_package_that_is_missing" in said[-1]
+
+
+def test_the_names_that_options_list_are_those_there_are() -> None:
+    assert set(plan_options.MODELS) == set(NAMED_UNETS)
+    assert set(plan_options.POLICIES) == set(POLICIES)
+    assert plan_options.KERNELS == KERNELS
+    assert set(sample_options.SAMPLERS) == set(SAMPLERS)
+
+
+def test_a_lack_of_memory_is_one_paragraph_and_other_faults_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(error: Exception) -> None:
+        def run(_arguments: object) -> int:
+            raise error
+
+        monkeypatch.setattr("slicemod.planning.plan_command.run", run)
+
+    fail(NotEnoughMemoryError("budget: too small"))
+    assert refused(capsys, tmp_path, "plan", "sd15") == "slicemod plan: budget: too small"
+    fail(RuntimeError("a fault"))
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["plan", "sd15"])
 
 
 def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -86,9 +174,8 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_the_command_runs_as_a_module_without_loading_training_code() -> None:
-    code = "import sys, slicemod.cli; sys.exit(any(name in sys.modules for name in ('lightning', 'diffusers')))"
-    root = str(Path(__file__).parents[1])
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": root})
+    code = "import sys, slicemod.cli; sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'diffusers')))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ROOT})
 
 
 @pytest.mark.parametrize(

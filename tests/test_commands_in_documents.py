@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from slicemod.bench import bench_command
+from slicemod.bench import bench_command, bench_options
 from slicemod.bench.workloads import LayerWork, Work
 from slicemod.cli import main
 from tests.bench.tiny import measure_little
@@ -68,7 +68,7 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
         return [SMALL]
 
     monkeypatch.setattr(bench_command, "find_works", small_works)
-    monkeypatch.setattr(bench_command, "GROWTH_TOKENS", (61, 127))
+    monkeypatch.setattr(bench_options, "GROWTH_TOKENS", (61, 127))
     measure_little(monkeypatch)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "digits.yaml").write_text(yaml.safe_dump(tiny_config()))

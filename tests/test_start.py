@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import slicemod
+
 ROOT = str(Path(__file__).parents[1])
 
 
@@ -32,6 +34,33 @@ def test_importing_slicemod_loads_no_compiler() -> None:
     loaded = loaded_by("import slicemod\nfrom slicemod import *")
     assert {"torch", "slicemod.attention"} <= loaded
     assert loaded.isdisjoint(COMPILER)
+
+
+def test_importing_slicemod_alone_loads_nothing_until_a_name_is_asked_for() -> None:
+    assert "torch" not in loaded_by("import slicemod; assert slicemod.__version__")
+    assert "torch" in loaded_by("import slicemod; slicemod.SliceConfig")
+
+
+def test_public_names_and_modules_are_attributes() -> None:
+    names = "slicemod.adapters.compvis, slicemod.plan, slicemod.swap.HOSTS, slicemod.swap_attention"
+    loaded_by(f"import slicemod; {names}; assert set(slicemod.__all__) <= set(dir(slicemod))")
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        _ = slicemod.colour
+    assert all(getattr(slicemod, name).__name__ == name for name in slicemod.__all__)
+
+
+def test_hosts_are_known_to_the_module_that_swaps() -> None:
+    code = """
+from torch import nn
+from slicemod.swap import HOSTS, swap_attention
+try:
+    swap_attention(nn.Linear(2, 3))
+except ValueError as error:
+    assert "CompVis LDM, diffusers, lookalikes" in str(error), error
+else:
+    raise SystemExit("swapped")
+"""
+    loaded_by(code)
 
 
 CALL = """

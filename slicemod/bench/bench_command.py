@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from slicemod.arguments import ArgumentParser
+from slicemod.bench.bench_options import parser
 from slicemod.bench.comparing import Comparison, Setting
 from slicemod.bench.machine import describe_machine
 from slicemod.bench.markdown_blocks import fill_blocks
@@ -20,11 +20,10 @@ from slicemod.bench.peers import Peer, find_peers
 from slicemod.bench.pictures import save_pictures
 from slicemod.bench.results import Results, load_results
 from slicemod.bench.tables import comparison_tables, growth_tables, left_out_lines, machine_line
-from slicemod.bench.workloads import GROWTH_TOKENS, WORK_NAMES, CallWork, Work, find_works
+from slicemod.bench.workloads import CallWork, Work, find_works
 from slicemod.memory.budget import Budget
 from slicemod.user_error import UserError
 
-DTYPES = ("float32", "bfloat16", "float16", "bfloat16-mixed", "float16-mixed")
 QUICK_PEERS = ("sdpa", "sdpa-math", "full", "diffusers*", "ldm", "memory-*", "slicemod", "slicemod-exact")
 GROWTH_PEERS = ("sdpa", "slicemod", "slicemod-exact")
 GROWTH_HEADS, GROWTH_HEAD_DIM = 8, 40  # of Stable Diffusion 1.5
@@ -33,7 +32,7 @@ QUICK_SECONDS = 100.0  # after which no comparison and no further round begins
 
 def run(arguments: Sequence[str]) -> int:
     """Measures and prints, or prints what was measured; `arguments[0]` is the command's name."""
-    options = _parser().parse_args(arguments[1:])
+    options = parser().parse_args(arguments[1:])
     console = Console(width=max(Console().width, 110))
     if options.from_file is not None:
         results = load_results(Path(options.from_file))
@@ -148,44 +147,3 @@ def _check(options: Any) -> None:
         Budget.parse(options.budget)
     except ValueError as error:
         raise UserError(f"--budget: {error}") from error
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        "slicemod bench",
-        description="Measures attention on this machine, ours and its peers': checked against float64, then peak "
-        "memory by the allocator, then time in interleaved rounds.",
-        epilog="A ratio is the median over the rounds of a peer's time by that of SDPA in the same round, and a share "
-        "of the product rate that of its FLOP/s by a large matrix product's. A peer that cannot compute something, or "
-        "whose error against float64 is over 4 times SDPA's, is left out and the reason is said. Ctrl-C keeps what "
-        "was measured.",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="three layers of SD1.5, the main peers, under three minutes"
-    )
-    parser.add_argument(
-        "--growth", action="store_true", help="bare attention of 1,024 to 65,536 tokens instead, ten minutes or more"
-    )
-    parser.add_argument("--work", nargs="+", default=["sd15-layers"], metavar="WORK",
-                        help=f"{', '.join(WORK_NAMES)}, or of a YAML or folder (default: sd15-layers)")  # fmt: skip
-    parser.add_argument("--resolution", type=int, nargs="+", default=[512], help="edges in pixels (default: 512)")
-    parser.add_argument("--largest", type=int, default=4, help="of a model's kinds of layer, how many (default: 4)")
-    parser.add_argument("--batch", type=int, default=1, help="items (default: 1)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(GROWTH_TOKENS), help="of --growth")
-    parser.add_argument("--peers", nargs="+", metavar="PEER", help="names or patterns such as 'slicemod*'")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES,
-                        help="mixed: weights and inputs in float32, under autocast (default: float32)")  # fmt: skip
-    parser.add_argument("--mode", nargs="+", default=None, choices=("inference", "training"),
-                        help="default: both; inference for --growth")  # fmt: skip
-    parser.add_argument("--checkpoint-blocks", action="store_true", help="diffusers' checkpointing of a UNet's blocks")
-    parser.add_argument("--compile", action="store_true", help="every peer by torch.compile")
-    parser.add_argument("--budget", default="64MiB", help="of slicemod's exact plans (default: 64MiB)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--minutes", type=float, default=24 * 60, help="begin no comparison or round after these")
-    parser.add_argument("--json", metavar="FILE", help="write the results here, after every comparison")
-    parser.add_argument("--plots", metavar="FOLDER", help="write PNGs here")
-    parser.add_argument("--from", dest="from_file", metavar="FILE", help="show the results of an earlier --json")
-    parser.add_argument("--into", nargs="+", default=[], metavar="PAGE",
-                        help="with --from: renew the figures of these Markdown pages")  # fmt: skip
-    return parser

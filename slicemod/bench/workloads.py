@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.bench.bench_options import WORK_NAMES
 from slicemod.bench.peers import FULL, REFERENCE, Peer
 from slicemod.planning.attention_calls import LayersAlike, at_resolution, record_attention_calls
-from slicemod.planning.unets import NAMED_UNETS, find_unet, meta_inputs
+from slicemod.planning.unets import find_unet, meta_inputs
 from slicemod.shapes import AttentionShape
 from slicemod.user_error import UserError
-
-WORK_NAMES = tuple(f"{model}-{part}" for part in ("layers", "unet") for model in NAMED_UNETS)
-GROWTH_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 _CHECKED_ROWS = 64  # of queries, compared with float64; the scores of all rows of a large image would not fit
 

@@ -10,23 +10,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from slicemod.arguments import ArgumentParser
 from slicemod.memory.budget import Budget
-from slicemod.plan import POLICIES
+from slicemod.planning.plan_options import parser
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
 from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner
 from slicemod.planning.unet_step import StepKind
-from slicemod.planning.unets import NAMED_UNETS, UnetSource, find_unet
-from slicemod.slice_config import KERNELS, SliceConfig
+from slicemod.planning.unets import UnetSource, find_unet
+from slicemod.slice_config import SliceConfig
 from slicemod.user_error import UserError
 
-_DTYPES = ("float32", "float16", "bfloat16")
 _PICTURES = (".png", ".svg", ".pdf")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Prints the plans; `arguments[0]` is the command's name."""
-    options = _parser().parse_args(arguments[1:])
+    options = parser().parse_args(arguments[1:])
     source = find_unet(options.model)
     _check_resolutions(options.resolution, source)
     batch = (1 if options.train else 2) if options.batch is None else options.batch
@@ -97,35 +95,3 @@ def _memory(given: str, device: str) -> int:
         return Budget.parse(given).bytes_on(torch.device(device))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--memory: {error}") from error
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        "slicemod plan",
-        description="Tells the peak memory of a UNet's step, and the plans of its attention, without the UNet's "
-        "weights and without the device: the step is run on tensors that have sizes and no memory.",
-        epilog="Each part of a peak is what it holds at that moment; attention may hold nothing then. Bytes are those "
-        "that PyTorch asks its allocator for. On a CPU the temporary memory of its operators is counted too, and the "
-        "figures have been held against measured ones. CUDA and MPS are simulated: the workspace of cuDNN, the "
-        "rounding of the allocator and the CUDA context come on top, and a fused kernel is taken for granted on "
-        "CUDA. Training is a step of AdamW in one dtype.",
-    )
-    parser.add_argument("model", help=f"{', '.join(NAMED_UNETS)}, a YAML of configs/, or a diffusers folder")
-    parser.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="edges in pixels")
-    parser.add_argument(
-        "--memory", default="8GiB", help="of the device, such as 8GiB; auto is what is free (default: %(default)s)"
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "mps", "cpu"), help="default: %(default)s")
-    parser.add_argument(
-        "--dtype", default="float16", choices=_DTYPES, help="of weights and activations (default: %(default)s)"
-    )
-    parser.add_argument("--policy", default="heuristic", choices=tuple(POLICIES), help="default: %(default)s")
-    parser.add_argument("--kernel", default="auto", choices=KERNELS, help="default: %(default)s, fused where it runs")
-    parser.add_argument(
-        "--batch", type=int, help="items in the UNet's batch (default: 1 with --train, otherwise 2, as for guidance)"
-    )
-    parser.add_argument("--train", action="store_true", help="a training step: gradients, AdamW's state")
-    parser.add_argument("--checkpoint-blocks", action="store_true", help="with the UNet's own gradient checkpointing")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the peaks against the resolution")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser

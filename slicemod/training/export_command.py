@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slicemod import restore_attention
-from slicemod.arguments import ArgumentParser
 from slicemod.training.checkpoints import read_checkpoint, read_safetensors, write_safetensors
 from slicemod.training.compvis_layout import UNET, autoencoder_to_compvis, text_encoders_to_compvis, unet_to_compvis
+from slicemod.training.export_options import parser
 from slicemod.training.file_metadata import lora_metadata, model_metadata
 from slicemod.training.latent_diffusion import load_latent_diffusion
 from slicemod.training.lora_file import write_lora
@@ -27,16 +27,13 @@ from slicemod.training.stable_diffusion import STORED, StableDiffusion, load_sta
 from slicemod.training.whole_folder import whole_folder
 from slicemod.user_error import UserError
 
-FORMATS = ("diffusers", "compvis", "lora")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 def run(arguments: Sequence[str]) -> int:
     """Writes the files; ``arguments[0]`` is the command's name."""
-    options = _parser().parse_args(arguments[1:])
+    options = parser().parse_args(arguments[1:])
     checkpoint = read_checkpoint(options.checkpoint)
     out = Path(options.out)
-    dtype = DTYPES[options.dtype]
+    dtype: torch.dtype = getattr(torch, options.dtype)
     if STORED not in checkpoint:
         if options.format != "diffusers":
             raise UserError(
@@ -173,21 +170,3 @@ def _in(module: Any, dtype: torch.dtype) -> Any:
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """In another dtype; whole numbers, such as the places of tokens, stay as they are."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("slicemod export", description="Writes a checkpoint as other programs read it.")
-    parser.add_argument("--checkpoint", required=True, metavar="RUN.ckpt", help="written by `slicemod fit`")
-    parser.add_argument(
-        "--out", required=True, metavar="PLACE", help="a folder that is missing or empty, or a .safetensors file"
-    )
-    parser.add_argument(
-        "--format",
-        default="diffusers",
-        choices=FORMATS,
-        help="a diffusers folder, one file in CompVis' and sgm's layout, or the low-rank adapters alone as diffusers"
-        " and webuis read them (default: %(default)s)",
-    )
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="default: %(default)s")
-    parser.add_argument("--source", help="where the model that the run began from lies now")
-    return parser

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slicemod.arguments import ArgumentParser
 from slicemod.training.checkpoints import ensure_writable_folder, read_checkpoint
 from slicemod.training.latent_diffusion import checkpoint_attention, load_latent_diffusion
 from slicemod.training.pictures import save_tiles
 from slicemod.training.prompt_sampling import PromptSampling, draw_prompts, encode_prompts, require_drawable
-from slicemod.training.samplers import SAMPLERS
+from slicemod.training.sample_options import parser
 from slicemod.training.sampling import Sampling, sample_images
 from slicemod.training.stable_diffusion import STORED, load_stable_diffusion
 from slicemod.training.text_encoders import tell_of_cut
@@ -28,7 +27,7 @@ OF_PROMPTS = ("--prompt", "--negative-prompt", "--scheduler", "--max-tokens", "-
 
 def run(arguments: Sequence[str]) -> int:
     """Draws images; ``arguments[0]`` is the command's name."""
-    options = _parser().parse_args(arguments[1:])
+    options = parser().parse_args(arguments[1:])
     out = Path(options.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must name a .png file, got {options.out}: for example {out.with_suffix('.png')}.")
@@ -103,38 +102,3 @@ def _of_prompt(options: argparse.Namespace) -> Tensor:
         encoded * (options.count or 1),
         how,
     )
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser("slicemod sample", description="Draws images of one class or prompt from a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, metavar="RUN.ckpt", help="written by `slicemod fit`")
-    parser.add_argument("--class", dest="label", type=int, help="of a model of the digits: the digit to draw, 0 to 9")
-    parser.add_argument("--prompt", help="of a Stable Diffusion model: what to draw")
-    parser.add_argument(
-        "--negative-prompt", help="what not to draw; without it, what stood for dropped captions in training"
-    )
-    parser.add_argument("--count", type=int, help="how many images (default: 16 of a class, 1 of a prompt)")
-    parser.add_argument("--out", required=True, metavar="FILE.png", help="where the picture goes")
-    parser.add_argument(
-        "--resolution", type=int, help="edge in pixels, such as 2 or 4 times the trained one (default: the trained one)"
-    )
-    parser.add_argument("--height", type=int, help="of images of a prompt, in pixels (default: --resolution)")
-    parser.add_argument("--width", type=int, help="of images of a prompt, in pixels (default: --resolution)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        help="weight of class or prompt, 1 is no guidance (default: 2 of a class, 7 of a prompt)",
-    )
-    parser.add_argument(
-        "--scheduler", choices=tuple(SAMPLERS), help="what draws a prompt (default: what the model came with)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first image's noise; the next is one more (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, help="of a prompt, a multiple of 75; what is longer is cut (default: as trained)"
-    )
-    parser.add_argument("--compile", action="store_true", help="run the UNet under torch.compile(fullgraph=True)")
-    parser.add_argument("--source", help="where the model that a prompt's run began from lies now")
-    return parser

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
+from slicemod.bench.bench_options import GROWTH_TOKENS
 from slicemod.bench.pictures import _readable, growth, save_pictures, trade_off
-from slicemod.bench.workloads import GROWTH_TOKENS
 from tests.bench.tiny import INFERENCE, made_up_results, measurement
 
 

@@ -1,0 +1,47 @@
+"""What `slicemod plan` is told; without PyTorch, so that `--help` is answered at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slicemod.arguments import ArgumentParser
+
+DTYPES = ("float32", "float16", "bfloat16")
+DEVICES = ("cuda", "mps", "cpu")
+# As in their own places, which load PyTorch.
+MODELS = ("sd15", "sd15-top", "sd21", "sdxl")
+POLICIES = ("heuristic", "doggettx", "invokeai", "mps", "exact")
+KERNELS = ("auto", "fused", "math")
+
+
+def parser(name: str = "plan") -> ArgumentParser:
+    """The parser of its arguments."""
+    options = ArgumentParser(
+        f"slicemod {name}",
+        description="Tells the peak memory of a UNet's step, and the plans of its attention, without the UNet's "
+        "weights and without the device: the step is run on tensors that have sizes and no memory.",
+        epilog="Each part of a peak is what it holds at that moment; attention may hold nothing then. Bytes are those "
+        "that PyTorch asks its allocator for. On a CPU the temporary memory of its operators is counted too, and the "
+        "figures have been held against measured ones. CUDA and MPS are simulated: the workspace of cuDNN, the "
+        "rounding of the allocator and the CUDA context come on top, and a fused kernel is taken for granted on "
+        "CUDA. Training is a step of AdamW in one dtype.",
+    )
+    options.add_argument("model", help=f"{', '.join(MODELS)}, a YAML of configs/, or a diffusers folder")
+    options.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="edges in pixels")
+    options.add_argument(
+        "--memory", default="8GiB", help="of the device, such as 8GiB; auto is what is free (default: %(default)s)"
+    )
+    options.add_argument("--device", default="cuda", choices=DEVICES, help="default: %(default)s")
+    options.add_argument(
+        "--dtype", default="float16", choices=DTYPES, help="of weights and activations (default: %(default)s)"
+    )
+    options.add_argument("--policy", default="heuristic", choices=POLICIES, help="default: %(default)s")
+    options.add_argument("--kernel", default="auto", choices=KERNELS, help="default: %(default)s, fused where it runs")
+    options.add_argument(
+        "--batch", type=int, help="items in the UNet's batch (default: 1 with --train, otherwise 2, as for guidance)"
+    )
+    options.add_argument("--train", action="store_true", help="a training step: gradients, AdamW's state")
+    options.add_argument("--checkpoint-blocks", action="store_true", help="with the UNet's own gradient checkpointing")
+    options.add_argument("--plot", type=Path, metavar="FILE", help="draw the peaks against the resolution")
+    options.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return options
