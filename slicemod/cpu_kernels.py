@@ -122,8 +122,8 @@ def native_plan(
     rows, forward, backward = library.sizes(dtype, sizes, threads)
     peak = forward
     if training:
-        row_sums = 4 * shape.batch_heads * shape.queries
-        peak = row_sums + max(forward, backward + row_sums)
+        of_rows = 4 * shape.batch_heads * shape.queries  # two are kept, and the backward pass has one of its own
+        peak = 2 * of_rows + max(forward, backward + of_rows)
     if peak > free_bytes:
         return None
     return SlicePlan(

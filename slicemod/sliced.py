@@ -20,6 +20,7 @@ from slicemod.cpu_kernels import NO_CPU_KERNELS, cpu_kernels
 from slicemod.double_backward import differentiable_gradients
 from slicemod.float32_flash import float32_flash
 from slicemod.fused import flash_attention, fused_attention, fused_obstacle, is_fused, pytorchs_choice
+from slicemod.kernels.native.binding import computes_scale
 from slicemod.kernels.native.operators import attend_natively, prepared_inference
 from slicemod.key_chunks import chunked_backward, chunked_forward
 from slicemod.math_kernel import (
@@ -185,10 +186,9 @@ def _question(
     """The arguments of `_decide` for 4-D inputs, of which only sizes and types are looked at."""
     upcast = query.device.type in UPCASTING_DEVICES and query.element_size() < 4
     sizes = attention_sizes(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
-    # Only a positive scale leaves the maximum of a row's products that of its scores, and torch.func.grad takes no
-    # operator of ours, but PyTorch's.
+    # torch.func.grad takes no operator of ours, but PyTorch's.
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    dtype = query.dtype if not transformed and (scale is None or scale > 0) else None
+    dtype = query.dtype if not transformed and computes_scale(scale) else None
     return settings, sizes, str(query.device), _needs_grad(query, key, value, mask), obstacle, dtype
 
 
@@ -236,7 +236,7 @@ def _known_as(
         if not torch.backends.cuda.math_sdp_enabled():  # type: ignore[no-untyped-call]
             return None
         place = index, pytorchs_choice(query, key, value, mask, 0.0, is_causal, scale, enable_gqa)
-    if forward_ad._current_level >= 0 or not (scale is None or scale > 0):
+    if forward_ad._current_level >= 0 or not computes_scale(scale):
         return None
     if mask is not None and not (type(mask) is Tensor and mask.device == query.device and mask.dim() == 4):
         return None
@@ -409,7 +409,7 @@ def _check_native(
         "a mask": mask is not None,
         "is_causal": is_causal,
         "dropout": dropout_p > 0,
-        "a scale that is not positive": scale is not None and scale <= 0,
+        f"a scale of {scale}": not computes_scale(scale),
         "fewer heads of keys than of queries": key.shape[1] != query.shape[1],
         "float64": query.dtype == torch.float64,
     }

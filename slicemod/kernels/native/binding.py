@@ -1,7 +1,12 @@
-"""The compiled library's functions, called through ctypes on tensors."""
+"""The compiled library's functions, called through ctypes on tensors.
+
+The library reads and writes memory at bare addresses. Whatever goes there is checked, and copied where its memory does
+not hold its numbers, by `_readable`, and by nothing else.
+"""
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -13,6 +18,8 @@ from torch import Tensor
 
 FLOAT_MODE, BFLOAT_MODE, TILED_MODE = 0, 1, 2  # as attention.cpp numbers them
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Of a scale within these, and of what the kernel makes of it, float32 holds all digits.
+_LEAST_SCALE, _MOST_SCALE = 2.0**-100, 2.0**100
 
 
 class _Call(ctypes.Structure):
@@ -27,24 +34,61 @@ class _Call(ctypes.Structure):
     ]
 
 
+def computes_scale(scale: float | None) -> bool:
+    """Whether the kernel computes attention of this scale, None for `1 / sqrt(D)`.
+
+    Only with a positive one the largest of a row's products belongs to the largest score, and in float32 it must
+    neither be lost nor overflow.
+    """
+    return scale is None or _LEAST_SCALE <= scale <= _MOST_SCALE
+
+
+class WrongLibraryError(OSError):
+    """A library that is not of attention.cpp, or of another version of it."""
+
+
 class NativeLibrary:
     """The functions of attention.cpp, for tensors.
 
     Attributes:
+        path: the library's file.
         modes: how each dtype's products are computed, one of `FLOAT_MODE`, `BFLOAT_MODE` and `TILED_MODE`.
         vector_lanes: floats of a vector, 16 with AVX-512 and 8 with AVX2.
+
+    Raises:
+        OSError: the file is no library; a `WrongLibraryError` where it is not one of this version, which is unloaded.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._functions = ctypes.CDLL(str(path))
-        for name in ("forward_bytes", "backward_bytes", "forward_rows", "vector_lanes"):
-            getattr(self._functions, f"slicemod_{name}").restype = ctypes.c_int64
-        for name, tensors in (("slicemod_forward", 6), ("slicemod_backward", 11)):  # None is no tensor
-            types = ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), *[ctypes.c_void_p] * tensors
-            getattr(self._functions, name).argtypes = types
-        self.vector_lanes = int(self._functions.slicemod_vector_lanes())
-        best = int(self._functions.slicemod_best_mode())
+        try:
+            best = self._declare()
+        except WrongLibraryError:
+            _ctypes.dlclose(self._functions._handle)  # or a better one at the same path would be taken for it
+            raise
+        self.vector_lanes = int(self._function("vector_lanes")())
         self.modes = {torch.float32: FLOAT_MODE, torch.float16: FLOAT_MODE, torch.bfloat16: best}
+
+    def _declare(self) -> int:
+        """Give the functions their types; returns the best mode."""
+        counts = "call_bytes", "forward_bytes", "backward_bytes", "forward_rows", "vector_lanes"
+        try:
+            for name in counts:
+                self._function(name).restype = ctypes.c_int64
+            for name, tensors in (("forward", 6), ("backward", 11)):  # a null pointer: not wanted
+                types = ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), *[ctypes.c_void_p] * tensors
+                self._function(name).argtypes = types
+            best = int(self._function("best_mode")())
+        except AttributeError as error:
+            raise WrongLibraryError(
+                f"{self.path}: expected the functions of attention.cpp; got a library without: {error}"
+            ) from error
+        if (found := int(self._function("call_bytes")())) != ctypes.sizeof(_Call):
+            raise WrongLibraryError(
+                f"{self.path}: expected calls of {ctypes.sizeof(_Call)} bytes; got a library for {found}"
+            )
+        return best
 
     def sizes(self, dtype: torch.dtype, sizes: tuple[int, ...], threads: int) -> tuple[int, int, int]:
         """Query rows of a slice, and workspace bytes of the forward and the backward pass.
@@ -55,12 +99,11 @@ class NativeLibrary:
             threads: how many there will be.
         """
         call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), threads=threads)
-        arguments = self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
-        return (
-            int(self._functions.slicemod_forward_rows(*arguments)),
-            int(self._functions.slicemod_forward_bytes(*arguments)),
-            int(self._functions.slicemod_backward_bytes(*arguments)),
+        setting = self._setting(dtype, call)
+        rows, forward, backward = (
+            self._count(name, setting) for name in ("forward_rows", "forward_bytes", "backward_bytes")
         )
+        return rows, forward, backward
 
     def forward(
         self,
@@ -68,99 +111,172 @@ class NativeLibrary:
         key: Tensor,
         value: Tensor,
         output: Tensor,
-        logsumexp: Tensor | None,
+        row_sums: Tensor | None,
         scale: float,
         threads: int,
     ) -> None:
-        """Write the output `(B, H, N, Dv)` and the base-2 logarithms of the rows' sums `(B, H, N)`, float32.
+        """Write the output `(B, H, N, Dv)` and what `backward` wants to know of rows, `(2, B, H, N)`, float32.
 
-        Query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)` of any strides.
+        That is a product of query and key near the largest of the row, and the base-2 logarithm of the sum of all
+        `exp(scale * (product - that one))`.
+
+        Args:
+            query: `(B, H, N, D)`, of any strides as all inputs, one of the dtypes in `modes`.
+            key: `(B, H, M, D)`, same dtype.
+            value: `(B, H, M, Dv)`, same dtype.
+            output: fresh memory, as `row_sums`.
+            row_sums: None where it is not wanted.
+            scale: factor of the products, one that `computes_scale`.
+            threads: how many to use.
+
+        Raises:
+            ValueError: sizes, dtypes or a scale that the library does not compute.
         """
-        call = _call(
-            (query.shape, key.shape, value.shape), scale, threads, **_strides(query, key, value, output=output)
-        )
-        self._run("forward", query.dtype, call, query, key, value, output, logsumexp)
+        query, key, value = self._inputs(query, key, value)
+        strides = _strides(query=query, key=key, value=value, output=output)
+        call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
+        self._run("forward", query.dtype, call, query, key, value, output, row_sums)
 
     def prepared_forward(
         self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, threads: int
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-        """`forward` without logarithms, of any query, key, value and output with these sizes, strides and dtype."""
-        strides = _strides(query, key, value, output=output)
+        """`forward` without `row_sums`, of any query, key, value and output with these sizes, strides and dtype."""
+        strides = _strides(query=query, key=key, value=value, output=output)
         call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
         setting = self._setting(query.dtype, call)
-        size = self._workspace_bytes("forward", setting)
-        function = self._functions.slicemod_forward
+        size = self._count("forward_bytes", setting)
+        function = self._function("forward")
 
         def forward(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+            addresses = _address(query), _address(key), _address(value)
+            if None in addresses:
+                return self.forward(query, key, value, output, None, scale, threads)
             workspace = _workspace(size)
-            function(
-                *setting,
-                query.data_ptr(),
-                key.data_ptr(),
-                value.data_ptr(),
-                output.data_ptr(),
-                None,
-                workspace.data_ptr(),
-            )
+            return _check_done(setting, function(*setting, *addresses, output.data_ptr(), None, workspace.data_ptr()))
 
         return forward
 
     def backward(
         self,
         grad_output: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
         output: Tensor,
-        logsumexp: Tensor,
+        row_sums: Tensor,
         gradients: Sequence[Tensor | None],
         scale: float,
         threads: int,
     ) -> None:
-        """Write the gradients of query, key and value, those that are not None."""
+        """Write the gradients of query, key and value, those that are not None.
+
+        Args:
+            grad_output: `(B, H, N, Dv)`, in the dtype of the inputs, as `output`.
+            inputs: query, key and value, as for `forward`.
+            output: what `forward` wrote.
+            row_sums: what `forward` wrote.
+            gradients: fresh memory, sized as the inputs.
+            scale: as in `forward`.
+            threads: how many to use.
+
+        Raises:
+            ValueError: sizes, dtypes or a scale that do not go together.
+        """
+        query, key, value = self._inputs(*inputs)
+        rows = query.shape[:3]
+        grad_output = _readable("grad_output", grad_output, (*rows, value.shape[3]), query.dtype)
+        output = _readable("output", output, (*rows, value.shape[3]), query.dtype)
+        row_sums = _readable("row_sums", row_sums, (2, *rows), torch.float32).contiguous()
         named = dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True))
-        strides = _strides(query, key, value, output=output, grad_output=grad_output, **named)
+        strides = _strides(query=query, key=key, value=value, output=output, grad_output=grad_output, **named)
         call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
-        delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row, the sum of output and its gradient
-        self._run("backward", query.dtype, call, grad_output, query, key, value, output, logsumexp, *gradients, delta)
+        delta = query.new_empty(rows, dtype=torch.float32)  # of each row, the sum of output and its gradient
+        self._run("backward", query.dtype, call, grad_output, query, key, value, output, row_sums, *gradients, delta)
+
+    def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value as the library can read them."""
+        if query.dtype not in self.modes:
+            raise ValueError(
+                f"query: expected one of {', '.join(map(str, self.modes))}; got {query.dtype}. Cast it, or call "
+                "sliced_attention, which takes more."
+            )
+        if not query.dim() == key.dim() == value.dim() == 4:
+            raise _unfit_shapes(query.shape, key.shape, value.shape)
+        return (
+            _readable("query", query, query.shape, query.dtype),
+            _readable("key", key, (*query.shape[:2], key.shape[2], query.shape[3]), query.dtype),
+            _readable("value", value, (*query.shape[:2], key.shape[2], value.shape[3]), query.dtype),
+        )
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self._setting(dtype, call)
-        workspace = _workspace(self._workspace_bytes(name, setting))
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (*tensors, workspace))
-        getattr(self._functions, f"slicemod_{name}")(*setting, *pointers)
+        workspace = _workspace(self._count(f"{name}_bytes", setting))
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in (*tensors, workspace))
+        _check_done(setting, self._function(name)(*setting, *addresses))
+
+    def _function(self, name: str) -> Any:
+        return getattr(self._functions, f"slicemod_{name}")
 
     def _setting(self, dtype: torch.dtype, call: _Call) -> tuple[Any, ...]:
         return self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
 
-    def _workspace_bytes(self, name: str, setting: tuple[Any, ...]) -> int:
-        size = int(getattr(self._functions, f"slicemod_{name}_bytes")(*setting))
-        if size < 0:
-            raise RuntimeError(
-                f"native attention: expected a library with mode and type {setting[:2]}; got one without. "
-                "Set SLICEMOD_NATIVE=0 and report this."
-            )
-        return size
+    def _count(self, name: str, setting: tuple[Any, ...]) -> int:
+        """What a function of the library counts: bytes or rows."""
+        count = int(self._function(name)(*setting))
+        _check_done(setting, count >= 0)
+        return count
 
 
-def _strides(query: Tensor, key: Tensor, value: Tensor, **others: Tensor | None) -> dict[str, tuple[int, ...]]:
-    strides = {"query": query.stride(), "key": key.stride(), "value": value.stride()}
-    for name, tensor in others.items():
-        if tensor is not None:
-            strides[name] = tensor.stride()
-    return strides
+def _check_done(setting: tuple[Any, ...], done: int) -> None:
+    if not done:
+        raise RuntimeError(
+            f"native attention: expected a library with mode and type {setting[:2]}; got one without. "
+            "Set SLICEMOD_NATIVE=0 and report this."
+        )
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor's numbers lie in memory; None where what lies there is not its numbers.
+
+    That is so of a view with the negative bit, of a tensor of zeros without any memory, and between two elements.
+    """
+    address = tensor.data_ptr()
+    return None if not address or address % tensor.element_size() or tensor.is_neg() else address
+
+
+def _readable(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor, or a copy where the library cannot read its memory.
+
+    Raises:
+        ValueError: it has another shape or dtype, lies on another device, or has no elements.
+    """
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name}: expected {tuple(shape)}, {dtype}, strided, on the CPU; got {tuple(tensor.shape)}, "
+            f"{tensor.dtype}, {tensor.layout}, on {tensor.device}. Call sliced_attention, which takes more."
+        )
+    if 0 in shape:
+        raise ValueError(f"{name}: expected no size 0; got {tuple(shape)}. Call sliced_attention, which takes more.")
+    return tensor if _address(tensor) else torch.empty(shape, dtype=dtype).copy_(tensor)
+
+
+def _unfit_shapes(*shapes: torch.Size) -> ValueError:
+    return ValueError(
+        "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv); got "
+        f"{', '.join(str(tuple(shape)) for shape in shapes)}. Call sliced_attention, which takes more."
+    )
+
+
+def _strides(**tensors: Tensor | None) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.stride() for name, tensor in tensors.items() if tensor is not None}
 
 
 @lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step, and the library only reads it
 def _call(shapes: tuple[torch.Size, ...], scale: float, threads: int, **strides: tuple[int, ...]) -> _Call:
-    query, key, value = shapes
-    sizes = (*query[:3], key[2], query[3], value[3])
-    if 0 in sizes or key[:2] != query[:2] or value[:3] != key[:3] or key[3] != query[3]:
+    if not computes_scale(scale):
         raise ValueError(
-            "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv), no size 0; got "
-            f"{tuple(query)}, {tuple(key)} and {tuple(value)}. Call sliced_attention, which takes more."
+            f"scale: expected {_LEAST_SCALE} to {_MOST_SCALE}; got {scale}. Call sliced_attention, which takes any."
         )
-    call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), scale=scale, threads=threads)
+    query, key, value = shapes
+    call = _Call(sizes=(ctypes.c_int64 * 6)(*query[:3], key[2], query[3], value[3]), scale=scale, threads=threads)
     for name, stride in strides.items():
         setattr(call, name, (ctypes.c_int64 * 4)(*stride))
     return call

@@ -24,21 +24,25 @@ def _library() -> NativeLibrary:
     return library
 
 
+def _empty_row_sums(query: Tensor, keep: bool) -> Tensor:
+    return query.new_empty((2, *query.shape[:3]) if keep else 0, dtype=torch.float32)
+
+
 def native_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
     """Attention of query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)`, one of the library's dtypes.
 
     Returns:
-        The output `(B, H, N, Dv)` and, with `keep`, the base-2 logarithm of the sum of each row's exponentiated scores
-        `(B, H, N)`, else an empty tensor.
+        The output `(B, H, N, Dv)` and, with `keep`, what the backward pass wants to know of rows, `(2, B, H, N)`, else
+        an empty tensor.
     """
     output = empty_heads(query, value.shape[3])
-    logsumexp = query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
-    kept = logsumexp if keep else None
+    row_sums = _empty_row_sums(query, keep)
+    kept = row_sums if keep else None
     library = _library()
     with_fewer_threads(
         lambda threads: library.forward(query, key, value, output, kept, scale, threads), torch.get_num_threads()
     )
-    return output, logsumexp
+    return output, row_sums
 
 
 native_attention = torch.library.custom_op(
@@ -48,7 +52,7 @@ native_attention = torch.library.custom_op(
 
 @native_attention.register_fake
 def _(query: Tensor, _key: Tensor, value: Tensor, _scale: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return empty_heads(query, value.shape[3]), query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
+    return empty_heads(query, value.shape[3]), _empty_row_sums(query, keep)
 
 
 def _native_backward(
@@ -57,7 +61,7 @@ def _native_backward(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    logsumexp: Tensor,
+    row_sums: Tensor,
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +69,7 @@ def _native_backward(
     wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
     library = _library()
     with_fewer_threads(
-        lambda threads: library.backward(grad_output, query, key, value, output, logsumexp, wanted, scale, threads),
+        lambda threads: library.backward(grad_output, (query, key, value), output, row_sums, wanted, scale, threads),
         torch.get_num_threads(),
     )
     return gradients
@@ -98,10 +102,10 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[
         call = Call(0.0, False, ctx.scale, True, 1, 1, None)
         grads = differentiable_gradients(grad_output, query, key, value, None, call, (*needs, False))[:3]
     elif grad_output is not None:
-        query, key, value, output, logsumexp = ctx.saved_tensors
-        watched = is_watched(query, key, value, grad_output, output, logsumexp)
+        query, key, value, output, row_sums = ctx.saved_tensors
+        watched = is_watched(query, key, value, grad_output, output, row_sums)
         backward = _native_attention_backward if watched else _native_backward
-        grads = backward(grad_output, query, key, value, output, logsumexp, ctx.scale, list(needs))
+        grads = backward(grad_output, query, key, value, output, row_sums, ctx.scale, list(needs))
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None)
 
 

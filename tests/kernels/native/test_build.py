@@ -8,17 +8,19 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from slicemod.kernels.native import build as module
-from slicemod.kernels.native.build import NativeLibraryWarning, native_library, native_obstacle
+from slicemod.kernels.native.build import CompilerError, NativeLibraryWarning, native_library, native_obstacle
 from slicemod.kernels.native.operators import native_attention
 
-needs_native = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+TRUE_LIBRARY, TRUE_COMPILER = native_library(), module.compiler_found()
+needs_native = pytest.mark.skipif(TRUE_LIBRARY is None, reason=f"no native kernel: {native_obstacle()}")
 
 
 @pytest.fixture
@@ -49,11 +51,23 @@ def compiler_stub(folder: Path, does: str) -> Path:
     return stub
 
 
+@pytest.fixture
+def quick(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that takes no time, since it copies what the true one made."""
+    true = TRUE_LIBRARY
+    assert true is not None
+    stub = compiler_stub(anew, f"cp {true.path} $built")
+    words = stub.read_text(encoding="utf-8").replace("&& exit 0", f"&& exec {TRUE_COMPILER} --version")
+    stub.write_text(words, encoding="utf-8")
+    monkeypatch.setenv("CXX", str(stub))
+
+
 @needs_native
 def test_it_is_compiled_into_the_cache_and_found_there_again(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_library() is not None
-    (built,) = (anew / "cache").iterdir()
-    assert built.suffix == ".so"
+    built, digest = sorted((anew / "cache").iterdir(), reverse=True)
+    assert (built.suffix, digest.suffix) == (".so", ".sha256")
+    assert module.build() == built
     assert stat.S_IMODE((anew / "cache").stat().st_mode) & 0o077 == 0
     module._library_or_obstacle.cache_clear()
     before = built.stat().st_mtime_ns
@@ -84,11 +98,11 @@ def test_a_lowered_capability_of_pytorchs_is_kept_to(anew: Path, x86: None, monk
 
 
 @needs_native
-def test_another_process_finds_it_too(anew: Path) -> None:
+def test_another_process_finds_it_too(anew: Path, quick: None) -> None:
     assert native_library() is not None
     program = "from slicemod.kernels.native.build import native_library; assert native_library() is not None"
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, env=dict(os.environ))
-    assert len(list((anew / "cache").iterdir())) == 1
+    assert len(list((anew / "cache").iterdir())) == 2
 
 
 def test_it_can_be_switched_off(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +134,148 @@ def test_a_compiler_that_fails_is_quoted_once(anew: Path, x86: None, monkeypatch
         assert native_library() is None
     assert "no room for tiles" in str(native_obstacle())
     assert list((anew / "cache").iterdir()) == []
+
+
+def test_a_compiler_that_fails_is_tried_once_where_warnings_are_errors(
+    anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = anew / "tries"
+    monkeypatch.setenv("CXX", str(compiler_stub(anew, f"echo one >> {tries}; exit 1")))
+    with pytest.raises(NativeLibraryWarning):
+        native_library()
+    assert native_library() is None
+    assert native_library() is None
+    assert tries.read_text(encoding="utf-8") == "one\n"
+
+
+def test_a_compiler_may_speak_latin_1(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(compiler_stub(anew, "printf 'Datei fehlt f\\374r' >&2; exit 1")))
+    with pytest.warns(NativeLibraryWarning, match="Datei fehlt f\ufffdr"):
+        assert native_library() is None
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_it_started(anew: Path, x86: None) -> None:
+    stub, alive = compiler_stub(anew, f"(sleep 2; touch {anew / 'alive'}) & sleep 600"), anew / "alive"
+    started = time.monotonic()
+    with pytest.raises(CompilerError, match=r"did not end within 0\.5 s"):
+        module._compiled(str(stub), seconds=0.5)
+    assert time.monotonic() - started < 60
+    time.sleep(2.5)
+    assert not alive.exists()
+
+
+def spoil_by_truncating(library: Path) -> None:
+    with library.open("rb+") as file:
+        file.truncate(5000)
+
+
+def spoil_by_another_library(library: Path) -> None:
+    library.unlink()
+    assert TRUE_COMPILER is not None
+    subprocess.run([TRUE_COMPILER, "-x", "c", "-shared", "-fPIC", "-o", str(library), "-"], input=b"int x;", check=True)
+    library.chmod(0o755)
+
+
+def spoil_by_another_library_and_digest(library: Path) -> None:
+    spoil_by_another_library(library)
+    library.with_suffix(".sha256").write_text(module._digest(library), encoding="ascii")
+
+
+def spoil_by_leave_to_write(library: Path) -> None:
+    library.chmod(0o777)
+
+
+def spoil_by_losing_the_digest(library: Path) -> None:
+    library.with_suffix(".sha256").unlink()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_by_truncating,
+        spoil_by_another_library,
+        spoil_by_another_library_and_digest,
+        spoil_by_leave_to_write,
+        spoil_by_losing_the_digest,
+    ],
+)
+def test_a_library_that_is_not_as_it_was_written_is_compiled_again(
+    quick: None, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = module.compiler_found()
+    assert compiler is not None
+    built = module._compiled(compiler)  # not loaded: what is mapped must not be truncated
+    once = built.read_bytes()
+    spoil(built)
+    caplog.clear()
+    library = native_library()
+    assert library is not None
+    assert library.vector_lanes in (8, 16)
+    (said,) = caplog.messages
+    assert said.startswith("compiling slicemod's native attention kernel")
+    assert built.read_bytes() == once
+    assert stat.S_IMODE(built.stat().st_mode) == 0o755
+    assert module._is_as_written(built)
+
+
+def test_a_folder_that_others_may_write_to_is_refused_by_name(
+    anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = anew / "cache"
+    folder.mkdir()
+    for mode in (0o770, 0o707, 0o1777):
+        folder.chmod(mode)
+        module._library_or_obstacle.cache_clear()
+        with pytest.warns(
+            NativeLibraryWarning, match=f"got {folder}, owned by {os.getuid()}, mode {mode:o}. Run chmod"
+        ):
+            assert native_library() is None
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_everybody_can_replace_is_refused_by_name(
+    anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = anew / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("SLICEMOD_CACHE", str(shared / "cache"))
+    with pytest.warns(NativeLibraryWarning, match=f"everybody may write to {shared}"):
+        assert native_library() is None
+    shared.chmod(0o1777)  # as /tmp: nobody can replace what is another's
+    assert module._cache_folder() == shared / "cache"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_library_or_folder_of_another_user_is_not_trusted(anew: Path, x86: None) -> None:
+    stub = str(compiler_stub(anew, "touch $built"))
+    built = module._compiled(stub)
+    os.chown(built, 12345, -1)
+    assert not module._is_as_written(built)
+    assert module._compiled(stub) == built
+    assert built.stat().st_uid == 0
+    os.chown(built.parent, 12345, -1)
+    with pytest.raises(PermissionError, match="owned by 12345"):
+        module._compiled(stub)
+
+
+def test_a_compilation_is_said_and_a_second_process_says_nothing(
+    anew: Path, x86: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = str(compiler_stub(anew, "touch $built"))
+    module._compiled(stub)
+    (said,) = caplog.records
+    assert (said.name, said.levelname) == ("slicemod", "WARNING")
+    assert f"compiling slicemod's native attention kernel with {stub} into {anew / 'cache'}" in said.getMessage()
+    module._compiled(stub)
+    assert len(caplog.records) == 1
+
+
+def test_building_ahead_of_time_says_what_is_in_the_way(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLICEMOD_NATIVE", "0")
+    with pytest.raises(RuntimeError, match="SLICEMOD_NATIVE is 0"):
+        module.build()
 
 
 def homeless() -> Path:

@@ -16,7 +16,7 @@ from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE,
 from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
 from slicemod.plan import SlicePlan
 from slicemod.shapes import AttentionShape
-from tests.kernels.native.test_operators import native
+from tests.kernels.native.test_operators import assert_large_scores_stay_exact, native
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
@@ -101,6 +101,10 @@ def test_scores_that_grow_from_key_to_key_rescale_what_was_summed(dtype: torch.d
     inputs.query[..., 0] = 6.0
     inputs.key[..., 0] = torch.linspace(-growth, growth, 613).to(dtype)[None, None]
     assert_as_exact_as_sdpa(native, inputs)
+
+
+def test_large_scores_stay_exact(dtype: torch.dtype) -> None:
+    assert_large_scores_stay_exact(dtype)
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])

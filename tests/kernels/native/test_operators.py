@@ -21,10 +21,11 @@ from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.native.operators import native_attention
 from slicemod.out_of_memory import SmallerSlicesWarning
+from slicemod.reference import reference_attention
 from slicemod.shapes import AttentionShape, MaskShape
 from slicemod.sliced import planned_attention
 from tests.measured_peak import measured_peak
-from tests.oracle import Inputs, assert_as_exact_as_sdpa, layer_inputs, results
+from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 
@@ -126,12 +127,68 @@ def test_the_scale_is_a_factor_of_the_scores(dtype: torch.dtype, scale: float) -
     assert_as_exact_as_sdpa(native, layer_inputs(dtype, scale=scale))
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.5])
-def test_a_scale_that_is_not_positive_is_left_to_others(scale: float) -> None:
+FAR_APART = {  # factors of query and key, whose products float32 just holds with the largest
+    torch.float32: [30.0, 3e4, 1e9, 1e18],
+    torch.bfloat16: [30.0, 1e3, 3e4, 1e18],
+    torch.float16: [30.0, 1e3, 1e4],
+}
+
+
+def assert_large_scores_stay_exact(dtype: torch.dtype) -> None:
+    """However large scores are, errors are at most twice those of SDPA, whose gradients may be lost to NaN."""
+    for factor in FAR_APART[dtype]:
+        inputs = layer_inputs(dtype, batch=1, queries=131, keys=613, width=40)
+        inputs.query, inputs.key = inputs.query * factor, inputs.key * factor
+        grad = layer_like(1, 3, 131, 40, dtype)
+        exact = results(reference_attention, inputs.leaves(torch.float64), grad)
+        theirs = results(F.scaled_dot_product_attention, inputs.leaves(), grad)
+        for name, result in results(native, inputs.leaves(), grad).items():
+            assert result.isfinite().all(), (factor, name)
+            ulp = torch.finfo(dtype).eps * float(exact[name].norm())
+            lost = not theirs[name].isfinite().all()
+            if name in ("output", "value") or not lost:
+                allowed = 2 * ulp if lost else 2.5 * error(theirs[name], exact[name]) + ulp / 2
+                assert error(result, exact[name]) <= allowed, (factor, name)
+
+
+def test_large_scores_stay_exact(dtype: torch.dtype) -> None:
+    assert_large_scores_stay_exact(dtype)
+
+
+def test_large_scores_may_grow_from_key_to_key(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype, batch=1, queries=71, keys=1103, width=16)
+    step = torch.arange(1103)
+    inputs.query[..., 0] = 1e4 if dtype == torch.float16 else 1e12
+    inputs.key[..., 0] = (1 + step % 128 / 128) * 2.0 ** (step // 128 + 7)  # each apart from the others in bfloat16 too
+    output = inputs.run(native)
+    assert torch.equal(output, inputs.value[:, :, -1:].expand(output.shape))
+
+
+SCALES_OF_OTHERS = [1e-50, 1e-45, 1e-39, 0.0, -0.5, 1e39, math.inf, math.nan]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scale", SCALES_OF_OTHERS)
+def test_a_scale_that_float32_does_not_hold_as_a_positive_number_is_left_to_others(
+    scale: float, training: bool
+) -> None:
     inputs = layer_inputs(queries=521, keys=521, width=40)
-    plan = planned_attention(inputs.query, inputs.key, inputs.value, scale=scale)[1]
+    inputs = inputs.leaves() if training else inputs
+    output, plan = planned_attention(inputs.query, inputs.key, inputs.value, scale=scale)
     assert plan is not None
     assert plan.kernel != "native"
+    theirs = inputs.run(F.scaled_dot_product_attention, scale=scale)
+    torch.testing.assert_close(output, theirs, rtol=0, atol=1e-6, equal_nan=True)
+    if training:
+        grads = (torch.autograd.grad(each.sum(), [inputs.query, inputs.key, inputs.value]) for each in (output, theirs))
+        for ours, wanted in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 1e-20])
+def test_the_least_scales_weigh_all_keys_alike(dtype: torch.dtype, scale: float) -> None:
+    inputs = layer_inputs(dtype, scale=scale)
+    assert_as_exact_as_sdpa(native, inputs)
 
 
 @st.composite
@@ -429,5 +486,5 @@ def test_the_operators_are_registered_as_pytorch_wants_them(keep: bool) -> None:
 def test_the_operator_refuses_what_the_kernel_would_read_beyond(
     queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected .* no size 0"):
+    with pytest.raises(ValueError, match=r"(query: expected no size 0|key: expected .*); got"):
         native_attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values), 0.3, False)

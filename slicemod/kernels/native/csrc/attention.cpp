@@ -21,8 +21,15 @@ struct Call {
     Index threads;
 };
 
+// One head of the rows' shifts and logarithms, (2, batch, heads, queries); null where they are not wanted.
+inline RowSums kept_of(float *row_sums, const Sizes &sizes, Index head) {
+    if (!row_sums) return {nullptr, nullptr};
+    float *shifts = row_sums + head * sizes.queries;
+    return {shifts, shifts + sizes.batch * sizes.heads * sizes.queries};
+}
+
 template <class Mode, class Element>
-void forward(const Call &call, void *query, void *key, void *value, void *output, float *logsumexp, char *memory) {
+void forward(const Call &call, void *query, void *key, void *value, void *output, float *row_sums, char *memory) {
     const Forward<Mode> kernel(call.sizes, call.threads);
     const Sizes &sizes = call.sizes;
     const Index blocks = ceil_div(sizes.queries, kernel.queries), bytes = kernel.bytes();
@@ -30,7 +37,7 @@ void forward(const Call &call, void *query, void *key, void *value, void *output
         const Call &call;
         const Forward<Mode> &kernel;
         void *query, *key, *value, *output;
-        float *logsumexp;
+        float *row_sums;
         char *memory;
         Index blocks, bytes;
         void begin() const { Mode::begin(); }
@@ -46,23 +53,23 @@ void forward(const Call &call, void *query, void *key, void *value, void *output
                           head_of<Element>(key, call.key, b, h, sizes.head_dim),
                           head_of<Element>(value, call.value, b, h, sizes.value_dim),
                           head_of<Element>(output, call.output, b, h, sizes.value_dim),
-                          logsumexp ? logsumexp + head * sizes.queries : nullptr, block * kernel.queries,
+                          kept_of(row_sums, sizes, head), block * kernel.queries,
                           call.scale * static_cast<float>(M_LOG2E));
         }
     };
     parallel(sizes.batch * sizes.heads * blocks, call.threads,
-             Body{call, kernel, query, key, value, output, logsumexp, memory, blocks, bytes});
+             Body{call, kernel, query, key, value, output, row_sums, memory, blocks, bytes});
 }
 
 template <class Mode, class Element>
 void backward(const Call &call, void *grad_output, void *query, void *key, void *value, void *output,
-              float *logsumexp, void *grad_query, void *grad_key, void *grad_value, float *delta, char *memory) {
+              float *row_sums, void *grad_query, void *grad_key, void *grad_value, float *delta, char *memory) {
     const Backward<Mode> kernel(call.sizes, call.threads);
     struct Body {
         const Call &call;
         const Backward<Mode> &kernel;
         void *grad_output, *query, *key, *value, *output;
-        float *logsumexp;
+        float *row_sums;
         void *grad_query, *grad_key, *grad_value;
         float *delta;
         char *memory;
@@ -104,13 +111,13 @@ void backward(const Call &call, void *grad_output, void *query, void *key, void 
             kernel.differentiate(kernel.carve(arena), sums, matrix(query, call.query, head, sizes.head_dim),
                                  matrix(key, call.key, head, sizes.head_dim),
                                  matrix(value, call.value, head, sizes.value_dim), grad,
-                                 logsumexp + head * sizes.queries, deltas,
+                                 kept_of(row_sums, sizes, head), deltas,
                                  matrix(grad_key, call.grad_key, head, sizes.head_dim),
                                  matrix(grad_value, call.grad_value, head, sizes.value_dim), unit % kernel.parts,
                                  call.scale);
             if (kernel.parts == 1 && to.data) kernel.settle(to, sums, 1, 0, call.scale);
         }
-    } body{call,       kernel,     grad_output, query, key, value, output, logsumexp, grad_query, grad_key,
+    } body{call,       kernel,     grad_output, query, key, value, output, row_sums, grad_query, grad_key,
            grad_value, delta, memory, Body::Deltas};
     const Index heads = call.sizes.batch * call.sizes.heads;
     parallel(heads, call.threads, body);
@@ -123,13 +130,13 @@ void backward(const Call &call, void *grad_output, void *query, void *key, void 
 enum Modes { kFloat = 0, kBfloat = 1, kTiled = 2 };
 enum Elements { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-// Calls run(Mode, Element) for those that this library has.
+// Calls run(Mode, Element), and returns true, for those that this library has.
 template <class Run>
 bool dispatch(int mode, int element, const Run &run) {
     if (mode == kFloat) {
         if (element == kFloat32) return run(FloatMode{}, Float32{}), true;
         if (element == kFloat16) return run(FloatMode{}, Float16{}), true;
-        return run(FloatMode{}, Bfloat16{}), true;
+        if (element == kBfloat16) return run(FloatMode{}, Bfloat16{}), true;
     }
 #if HAS_BF16
     if (mode == kBfloat && element == kBfloat16) return run(BfloatMode{}, Bfloat16{}), true;
@@ -153,10 +160,13 @@ int slicemod_best_mode() {
     return HAS_BF16 ? kBfloat : kFloat;
 }
 
+// Bytes of a call's sizes and strides, which the caller lays out as well.
+Index slicemod_call_bytes() { return sizeof(Call); }
+
 // Lanes of a vector: 16 with AVX-512, 8 with AVX2.
 Index slicemod_vector_lanes() { return kWidth; }
 
-// Queries of a slice.
+// Queries of a slice, and below bytes of the workspace that a pass needs: -1 of what this library does not have.
 Index slicemod_forward_rows(int mode, int element, const Call *call) {
     Index rows = -1;
     dispatch(mode, element, [&](auto m, auto) {
@@ -165,7 +175,6 @@ Index slicemod_forward_rows(int mode, int element, const Call *call) {
     return rows;
 }
 
-// Bytes of the workspace that the pass needs.
 Index slicemod_forward_bytes(int mode, int element, const Call *call) {
     Index bytes = -1;
     dispatch(mode, element, [&](auto m, auto) {
@@ -182,18 +191,19 @@ Index slicemod_backward_bytes(int mode, int element, const Call *call) {
     return bytes;
 }
 
+// The passes: 1 when done, 0 where this library does not have the mode and type.
 int slicemod_forward(int mode, int element, const Call *call, void *query, void *key, void *value, void *output,
-                     float *logsumexp, char *memory) {
+                     float *row_sums, char *memory) {
     return dispatch(mode, element, [&](auto m, auto e) {
-        forward<decltype(m), decltype(e)>(*call, query, key, value, output, logsumexp, memory);
+        forward<decltype(m), decltype(e)>(*call, query, key, value, output, row_sums, memory);
     });
 }
 
 int slicemod_backward(int mode, int element, const Call *call, void *grad_output, void *query, void *key, void *value,
-                      void *output, float *logsumexp, void *grad_query, void *grad_key, void *grad_value, float *delta,
+                      void *output, float *row_sums, void *grad_query, void *grad_key, void *grad_value, float *delta,
                       char *memory) {
     return dispatch(mode, element, [&](auto m, auto e) {
-        backward<decltype(m), decltype(e)>(*call, grad_output, query, key, value, output, logsumexp, grad_query,
+        backward<decltype(m), decltype(e)>(*call, grad_output, query, key, value, output, row_sums, grad_query,
                                            grad_key, grad_value, delta, memory);
     });
 }

@@ -1,7 +1,7 @@
 // Backward, for a block of keys and one block of queries after another, transposed so that no product needs a
-// transposed operand but small ones: S^T = K Q^T, P^T = 2^(c S^T - L), dP^T = V G^T, dS^T = P^T (dP^T - D),
-// dV += P^T G, dK += dS^T Q, dQ^T += K^T dS^T, where G is the output's gradient, D = sum(G O) and L the base-2
-// logarithm of the row's sum, kept by the forward pass.
+// transposed operand but small ones: S^T = K Q^T, P^T = 2^(c (S^T - m) - L), dP^T = V G^T, dS^T = P^T (dP^T - D),
+// dV += P^T G, dK += dS^T Q, dQ^T += K^T dS^T, where G is the output's gradient, D = sum(G O), and the forward pass
+// kept the shift m of each row and the base-2 logarithm L of its sum.
 
 #pragma once
 
@@ -20,7 +20,7 @@ struct Backward {
         Lane *key, *key_transposed, *value;                      // a block of keys
         float *grad_key, *grad_value;
         Lane *query_columns, *query_lanes, *grad_columns, *grad_lanes;  // a block of queries
-        float *logsumexp, *delta;
+        float *shifts, *logs, *delta;
         float *scores, *grad_weights;                                   // both, some keys at a time
         Lane *weights, *grad_scores, *grad_score_lanes;
     };
@@ -51,7 +51,8 @@ struct Backward {
         space.query_lanes = arena.take<Lane>(queries / per_lane * head_columns);
         space.grad_columns = arena.take<Lane>(value_lanes * queries);
         space.grad_lanes = arena.take<Lane>(queries / per_lane * value_columns);
-        space.logsumexp = arena.take<float>(queries);
+        space.shifts = arena.take<float>(queries);
+        space.logs = arena.take<float>(queries);
         space.delta = arena.take<float>(queries);
         space.scores = arena.take<float>(strip * queries);
         space.grad_weights = arena.take<float>(strip * queries);
@@ -108,14 +109,14 @@ struct Backward {
     }
     void weigh(const Space &space, Index at, Index j, Vector factor, Vector &p, Vector &ds) const {
         const Vector s = load(space.scores + at), dp = load(space.grad_weights + at);
-        p = Mode::exp2(fmsub(s, factor, load(space.logsumexp + j)));
+        p = Mode::exp2(fmsub(s - load(space.shifts + j), factor, load(space.logs + j)));
         ds = p * (dp - load(space.delta + j));
     }
 
     // Gradients of the keys of one unit, and what these keys add to those of all queries.
     template <class Element>
     void differentiate(const Space &space, float *grad_query, const Matrix<Element> &query, const Matrix<Element> &key,
-                       const Matrix<Element> &value, const Matrix<Element> &grad, const float *logsumexp,
+                       const Matrix<Element> &value, const Matrix<Element> &grad, const RowSums &kept,
                        const float *delta, const Matrix<Element> &grad_key, const Matrix<Element> &grad_value,
                        Index part, float scale) const {
         constexpr Index per_lane = Mode::per_lane;
@@ -136,7 +137,8 @@ struct Backward {
                 pack_lanes<Mode>(space.grad_lanes, value_columns, grad, start, rows, width);
                 for (Index j = 0; j < width; j += kWidth) {
                     // No weight for what is no query.
-                    store(space.logsumexp + j, load_first(logsumexp + start + j, rows - j, all(INFINITY)));
+                    store(space.shifts + j, load_first(kept.shifts + start + j, rows - j));
+                    store(space.logs + j, load_first(kept.logs + start + j, rows - j, all(INFINITY)));
                     store(space.delta + j, load_first(delta + start + j, rows - j));
                 }
                 for (Index row = 0; row < padded; row += strip) {

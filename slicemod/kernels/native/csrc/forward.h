@@ -1,7 +1,9 @@
 // Forward, for a block of queries and one block of keys after another, with a running softmax over the latter
-// (arXiv 2112.05682, 2205.14135): S = Q K^T, P = 2^(c S - m), O = O 2^(m_old - m) + P V, c = scale log2(e).
+// (arXiv 2112.05682, 2205.14135): S = Q K^T, P = 2^(c (S - m)), O = O 2^(c (m_old - m)) + P V, c = scale log2(e).
 // The shift m of a row is the maximum of the first scores. Weights in bfloat16 are as exact above 1 as below it, so m is
 // raised to the maximum so far, and what was summed is scaled, only where weights have grown large.
+// The difference comes before the factor: a score that is the shift has the weight 1 however large it is, where
+// c S - m would be what the rounding of m leaves, thousands for scores of 2^40.
 
 #pragma once
 
@@ -54,7 +56,7 @@ struct Forward {
     // Raises the shifts of some queries to the maxima of a chunk of scores, and scales what was summed by then to them.
     void raise_shifts(const Space &space, Index width, Index start, Index rows, float c, float *sums,
                       bool has_output) const {
-        alignas(64) float maxima[64];
+        alignas(64) float maxima[round_up(most_strip<Mode>, kWidth)] = {};
         for (Index row = 0; row < rows; row++) {
             const float *scores = space.scores + row * width;
             Vector most = load(scores), other = most;
@@ -68,10 +70,9 @@ struct Forward {
         }
         for (Index row = 0; row < rows; row += kWidth) {
             const Vector old = load_first(space.shifts + start + row, rows - row);
-            const Vector most = load(maxima + row) * all(c);
-            const Vector now = larger(most, old);
+            const Vector now = larger(load(maxima + row), old);
             store_first(space.shifts + start + row, rows - row, now);
-            store(maxima + row, exp2_fine(old - now));
+            store(maxima + row, exp2_fine((old - now) * all(c)));
         }
         for (Index row = 0; row < rows; row++) {
             if (maxima[row] == 1) continue;
@@ -96,20 +97,18 @@ struct Forward {
             Lane *weights = space.weights + row * lanes + lane;
             if constexpr (Mode::per_lane == 1) {
                 for (Index j = 0; j < width; j += kWidth) {
-                    const Vector p = Mode::exp2(fmsub(load(scores + j), factor, shift));
+                    const Vector p = Mode::exp2((load(scores + j) - shift) * factor);
                     sum = sum + p;
                     store(reinterpret_cast<float *>(weights) + j, p);
                 }
             } else {
-                Vector more = zeros();
                 for (Index j = 0; j < width; j += 2 * kWidth) {
-                    const Vector p = Mode::exp2(fmsub(load(scores + j), factor, shift));
-                    const Vector q = Mode::exp2(fmsub(load(scores + j + kWidth), factor, shift));
-                    sum = sum + p;
-                    more = more + q;
-                    store(weights + j / 2, Mode::both(p, q));
+                    const Vector p = Mode::exp2((load(scores + j) - shift) * factor);
+                    const Vector q = Mode::exp2((load(scores + j + kWidth) - shift) * factor);
+                    const Lanes both = Mode::both(p, q);
+                    sum = Mode::add_both(sum, both);
+                    store(weights + j / 2, both);
                 }
-                sum = sum + more;
             }
             store(new_sums + row * kWidth, sum);
             most = larger(sum, most);  // of a sum that is not a number, `most`
@@ -119,7 +118,7 @@ struct Forward {
 
     template <class Element>
     void attend(const Space &space, const Matrix<Element> &query, const Matrix<Element> &key,
-                const Matrix<Element> &value, const Matrix<Element> &output, float *logsumexp, Index start,
+                const Matrix<Element> &value, const Matrix<Element> &output, const RowSums &kept, Index start,
                 float c) const {
         const Index rows = std::min(queries, sizes.queries - start);
         const Index padded_rows = round_up(rows, kWidth);
@@ -183,7 +182,10 @@ struct Forward {
             const Vector by = all(dead ? 0 : 1 / sum);
             for (Index j = 0; j < sizes.value_dim; j += kWidth)
                 output.set(start + row, j, load(space.output + row * value_columns + j) * by);
-            if (logsumexp) logsumexp[start + row] = dead ? 0 : space.shifts[row] + std::log2(sum);
+            if (kept.shifts) {
+                kept.shifts[start + row] = space.shifts[row];
+                kept.logs[start + row] = dead ? 0 : std::log2(sum);
+            }
         }
     }
 };

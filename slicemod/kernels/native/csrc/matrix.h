@@ -24,6 +24,11 @@ struct Bfloat16 {
     static void store(Type *to, Index count, Vector values) { store_bfloat16(to, count, values); }
 };
 
+// What the forward pass keeps of rows for the backward pass: shifts, and base-2 logarithms of the sums of weights.
+struct RowSums {
+    float *shifts, *logs;
+};
+
 // One head of a tensor: rows (tokens) by columns (channels).
 template <class Element>
 struct Matrix {

@@ -72,8 +72,10 @@ void pack_transposed(Lane *to, Index columns, const Matrix<Element> &from, Index
 
 // Rows of scores that are computed together: more for wide heads, whose packed keys and values leave the cache.
 template <class Mode>
+constexpr Index most_strip = 2 * Mode::strip;
+template <class Mode>
 Index strip_of(const Sizes &sizes) {
-    return Mode::strip * (std::max(sizes.head_dim, sizes.value_dim) > 160 ? 2 : 1);
+    return std::max(sizes.head_dim, sizes.value_dim) > 160 ? most_strip<Mode> : Mode::strip;
 }
 
 }  // namespace

@@ -60,6 +60,10 @@ struct BfloatLanes {
     }
     static Vector exp2(Vector x) { return exp2_coarse(x); }
     static Lanes both(Vector low, Vector high) { return bfloat_pairs(low, high); }
+    // Adds weights to a sum as they are rounded, so that a weight beside which all others are nothing is all of the sum.
+    static Vector add_both(Vector sum, Lanes weights) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)all(Lane{0x3f803f80}));  // each times 1
+    }
     static Lanes interleaved(Vector low, Vector high) { return interleaved_pairs(low, high); }
 
    private:
@@ -250,6 +254,19 @@ struct TiledMode : BfloatLanes {
         }
     }
 };
+#endif
+
+// What the passes take for granted, as they work by whole vectors, chunks and blocks.
+template <class Mode>
+constexpr bool fits = Mode::step % kWidth == 0 && Mode::chunk % Mode::step == 0 && Mode::forward_keys % Mode::chunk == 0 &&
+                      Mode::block_queries % Mode::step == 0 && Mode::block_keys % Mode::step == 0 &&
+                      Mode::step % (Mode::per_lane * Mode::k_step) == 0 && Mode::strip % Mode::per_lane == 0;
+static_assert(fits<FloatMode>);
+#if HAS_BF16
+static_assert(fits<BfloatMode>);
+#endif
+#if HAS_AMX
+static_assert(fits<TiledMode> && TiledMode::strip % 16 == 0);
 #endif
 
 }  // namespace

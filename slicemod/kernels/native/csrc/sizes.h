@@ -10,8 +10,8 @@ namespace {
 using Index = std::int64_t;
 using Lane = std::uint32_t;
 
-inline Index ceil_div(Index size, Index parts) { return (size + parts - 1) / parts; }
-inline Index round_up(Index size, Index multiple) { return ceil_div(size, multiple) * multiple; }
+constexpr Index ceil_div(Index size, Index parts) { return (size + parts - 1) / parts; }
+constexpr Index round_up(Index size, Index multiple) { return ceil_div(size, multiple) * multiple; }
 
 }  // namespace
 

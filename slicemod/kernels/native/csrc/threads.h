@@ -46,7 +46,7 @@ struct Arena {
     Index used = 0;
     template <class Type>
     Type *take(Index count) {
-        Type *part = reinterpret_cast<Type *>(memory + used);
+        Type *part = memory ? reinterpret_cast<Type *>(memory + used) : nullptr;
         used += round_up(count * static_cast<Index>(sizeof(Type)), 64);
         return part;
     }
