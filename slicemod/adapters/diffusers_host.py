@@ -69,7 +69,7 @@ class DiffusersHost:
             if processor.__name__ not in (_ADDED if has_added else _PLAIN + _FUSED + _IP_ADAPTER):
                 more = " with added projections" if has_added else ""
                 return f"its processor {processor.__name__} computes something else than plain attention{more}"
-            if processor.__module__ != type(module).__module__:
+            if processor.__module__ not in (_PACKAGE, type(module).__module__):
                 return f"its processor {processor.__module__}.{processor.__qualname__} is not diffusers' own"
         return _changed(module, processor) or _acts_within(module)
 

@@ -8,14 +8,14 @@ which put a `forward` on a layer that calls the one before, are looked through.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
 ACCELERATE = "accelerate.hooks"
-_HOOKS = (ACCELERATE, "diffusers.hooks.hooks")
+HOOKS = (ACCELERATE, "diffusers.hooks.hooks")
 
 
 def owner_of(kind: type, name: str) -> type | None:
@@ -38,8 +38,29 @@ def replaced_method(kind: type, name: str) -> str | None:
         if names == {written} and code.co_name == name and module == owner.__module__:
             return None
         method = code
-    where = f"{method.co_filename}:{method.co_firstlineno}" if isinstance(method, CodeType) else repr(method)
-    return f"{name} of its class {owner.__name__} was replaced ({where})"
+    return f"{name} of its class {owner.__name__} was replaced ({_where(method)})"
+
+
+def _where(method: Any) -> str:
+    return f"{method.co_filename}:{method.co_firstlineno}" if isinstance(method, CodeType) else repr(method)
+
+
+def replaced_function(kind: type, name: str) -> str | None:
+    """That a function which the method calls by a name of its module is another one there now.
+
+    For code that is known to import functions under their own names; those of PyTorch and einops may be wrappers.
+    """
+    owner = owner_of(kind, name)
+    method = None if owner is None else vars(owner)[name]
+    if not isinstance(method, FunctionType):
+        return None
+    for used in sorted(names_in(method.__code__)):
+        function = method.__globals__.get(used)
+        if not isinstance(function, FunctionType) or function.__code__.co_name == used:
+            continue
+        if (function.__module__ or "").partition(".")[0] not in ("torch", "einops"):
+            return f"{used}, which its {name} calls, was replaced ({_where(function.__code__)})"
+    return None
 
 
 def names_in(code: CodeType) -> set[str]:
@@ -62,8 +83,11 @@ def methods_from(kind: type, code: CodeType, name: str) -> Iterator[tuple[str, C
                 waiting.append(called)
 
 
-def altered(module: nn.Module, names: Iterable[str]) -> str | None:
-    """That one of these methods was replaced, on the layer's class or on the layer itself; None where none was."""
+def altered(module: nn.Module, names: Iterable[str], hooks: Sequence[str] = HOOKS) -> str | None:
+    """That one of these methods was replaced, on the layer's class or on the layer itself; None where none was.
+
+    `hooks` are the modules whose hooks may be on the layer.
+    """
     kind = type(module)
     if owner_of(kind, "__call__") is not None:
         return f"its class {kind.__name__} has a __call__ of its own"
@@ -71,27 +95,24 @@ def altered(module: nn.Module, names: Iterable[str]) -> str | None:
         replaced = replaced_method(kind, name)
         if replaced is not None:
             return replaced
-        own = without_hooks(module, name)
+        own = _without_hooks(vars(module).get(name), hooks)
         if own is not None and getattr(own, "__func__", None) is not getattr(kind, name, None):
             return f"its {name} was replaced on the object itself"
     return None
 
 
-def without_hooks(module: nn.Module, name: str = "forward") -> Any:
-    """What the layer itself has as `name` when hooks are looked through; None where it has its class's."""
-    own = vars(module).get(name)
-    while isinstance(own, functools.partial) and own.func.__module__ in _HOOKS:
-        own = vars(own)["__wrapped__"]
-    return own
+def _without_hooks(forward: Any, hooks: Sequence[str]) -> Any:
+    """What a hook calls in the end."""
+    while isinstance(forward, functools.partial) and forward.func.__module__ in hooks:
+        forward = vars(forward)["__wrapped__"]
+    return forward
 
 
-def move_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
-    """Let the hook of accelerate that runs around the `forward` of `source` run around that of `target`."""
-    for module in (target, source):
-        vars(module).pop("_old_forward", None)
-    forward, hook = vars(source).pop("forward", None), vars(source).pop("_hf_hook", None)
-    vars(target).pop("forward", None)
-    vars(target).pop("_hf_hook", None)
+def copy_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
+    """Let the hook of accelerate that runs around the `forward` of `source`, or none, run around that of `target`."""
+    forward, hook = vars(source).get("forward"), vars(source).get("_hf_hook")
+    for name in ("forward", "_hf_hook", "_old_forward"):
+        vars(target).pop(name, None)
     if hook is None or not isinstance(forward, functools.partial):
         return
     own = MethodType(type(target).forward, target)

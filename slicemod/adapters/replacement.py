@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from slicemod.adapters.known_code import forward_methods, is_known
-from slicemod.adapters.own_code import ACCELERATE, altered, move_accelerate_hook, without_hooks
+from slicemod.adapters.own_code import ACCELERATE, altered, copy_accelerate_hook, replaced_function
 from slicemod.slice_config import SliceConfig
 
 _ORIGINAL = "_slicemod_original"
@@ -94,7 +95,7 @@ class ReplacingHost(ABC):
             setattr(target, part, source.get_submodule(part))
         target.training = source.training
         vars(target).update({name: value for name, value in vars(source).items() if "_hook" in name})
-        move_accelerate_hook(source, target)
+        copy_accelerate_hook(source, target)
 
 
 def _compiled(parent: nn.Module, module: nn.Module) -> bool:
@@ -104,10 +105,14 @@ def _compiled(parent: nn.Module, module: nn.Module) -> bool:
 
 def _changed(module: nn.Module) -> str | None:
     """That somebody changed what the layer computes, other than by a hook of accelerate."""
-    own: Any = vars(module).get("forward")
-    if own is not without_hooks(module) and own.func.__module__ != ACCELERATE:
-        return "its forward has a hook of diffusers, which would not be called by a module in its place"
-    return altered(module, forward_methods(type(module)) or ["forward"])
+    methods = forward_methods(type(module)) or ["forward"]
+    return altered(module, methods, hooks=(ACCELERATE,)) or _other_functions(type(module), methods)
+
+
+def _other_functions(kind: type, methods: Iterable[str]) -> str | None:
+    """That a function which known code calls is not the one that it was written with."""
+    replaced = (replaced_function(kind, name) for name in (methods if is_known(kind) else ()))
+    return next((reason for reason in replaced if reason is not None), None)
 
 
 def _more(module: nn.Module, parts: tuple[str, ...]) -> str | None:

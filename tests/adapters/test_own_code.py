@@ -16,6 +16,7 @@ from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention import BasicTransformerBlock as DiffusersBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from ldm.modules import attention as ldm_attention
 from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.model import AttnBlock
 from torch import Tensor, nn
@@ -133,6 +134,13 @@ def test_a_forward_patched_on_the_vaes_class_is_not_lost(monkeypatch: pytest.Mon
     assert_refused(vae(), "forward of its class AttnBlock was replaced")
 
 
+@pytest.mark.parametrize("name", ["einsum", "default"])
+def test_a_function_of_its_module_that_a_forward_calls_counts_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = getattr(ldm_attention, name)
+    monkeypatch.setattr(ldm_attention, name, lambda *args: function(*args))
+    assert_refused(ldm(), f"{name}, which its forward calls, was replaced")
+
+
 def test_a_call_patched_on_a_processors_class_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     @functools.wraps(processor_call)
     def call(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -210,8 +218,13 @@ def test_a_processor_of_the_same_name_from_elsewhere_is_left_alone() -> None:
 def test_a_diffusers_layer_of_another_package_is_swapped_where_it_is_chosen() -> None:
     model = diffusers()
     model[0].__class__ = type("Attention", (Attention,), {"__module__": "forked"})
-    with pytest.raises(ValueError, match=r"its processor diffusers\S* is not diffusers' own|choose it with filter_fn"):
+    with pytest.raises(
+        ValueError, match=r"0: its class forked\.Attention is not diffusers' own; choose it with filter_fn"
+    ):
         swap_attention(model)
+    expected = model(given(model))
+    assert len(swap_attention(model, MATH, filter_fn=anything).layers) == 1
+    torch.testing.assert_close(model(given(model)), expected)
 
 
 # Patched on the object.
@@ -302,6 +315,17 @@ def test_a_hook_of_accelerate_runs_around_whichever_layer_is_there(make: Any) ->
     assert len(swap_attention(model, MATH).layers) == 1  # though its forward now is on the object
 
 
+def test_a_layer_with_a_hook_in_two_places_keeps_it_in_both() -> None:
+    layer, hook = ldm()[0], Counting()
+    model = nn.Sequential(layer, layer)
+    add_hook_to_module(layer, hook)
+    expected = model(given(model))
+    with swap_attention(model, MATH):
+        torch.testing.assert_close(model(given(model)), expected, rtol=1e-4, atol=1e-4)
+    assert hook.calls == ["CrossAttention"] * 2 + ["MemoryAwareCrossAttention"] * 2
+    assert torch.equal(model(given(model)), expected)
+
+
 @every_model
 def test_a_hook_of_accelerate_may_come_and_go_while_a_layer_is_swapped(make: Any) -> None:
     model = make()
@@ -359,7 +383,9 @@ def test_a_hook_of_diffusers_runs_around_its_swapped_layer() -> None:
 def test_a_hook_of_diffusers_on_a_layer_that_would_be_replaced_is_not_lost() -> None:
     model = ldm()
     HookRegistry.check_if_exists_or_initialize(model[0]).register_hook(Louder(), "louder")
-    assert_refused(model, "its forward has a hook of diffusers")
+    assert_refused(model, "its forward was replaced on the object itself")
+    add_hook_to_module(model[0], Counting())
+    assert_refused(model, "its forward was replaced on the object itself")
 
 
 class Transformer(nn.Module):
