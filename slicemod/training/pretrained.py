@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Pretrained:
 
     source: str
     config_source: str | None = None
+    _configs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.is_single_file:
@@ -134,8 +135,10 @@ class Pretrained:
         return bool(index.get("force_zeros_for_empty_prompt", True))
 
     def _config(self, kind: Any, subfolder: str) -> dict[str, Any]:
-        with reading_part(self.config_folder, f"{subfolder}/"):
-            return dict(kind.load_config(self.config_folder, subfolder=subfolder))
+        if subfolder not in self._configs:  # of a hub id each reading is a request
+            with reading_part(self.config_folder, f"{subfolder}/"):
+                self._configs[subfolder] = dict(kind.load_config(self.config_folder, subfolder=subfolder))
+        return dict(self._configs[subfolder])
 
     def _load(self, kind: Any, subfolder: str, convert: Any) -> Any:
         if not self.is_single_file:

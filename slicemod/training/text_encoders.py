@@ -15,6 +15,8 @@ from slicemod.user_error import UserError
 
 CHUNK = CLIP_TOKENS - 2  # tokens of a caption that an encoder takes at once, between a start and an end
 
+_SHOWN = 40  # characters of a caption in a message
+
 
 class TextEmbeddings(NamedTuple):
     """``context`` (B, tokens, d) and, for SDXL, ``pooled`` (B, p); None otherwise."""
@@ -105,9 +107,10 @@ def tell_of_cut(encoders: CaptionCutter, captions: Sequence[str], what: str) -> 
         return None
     caption, tokens, kept = max(cut, key=lambda one: one.tokens)
     need = -(-tokens // CHUNK) * CHUNK
+    shown = repr(caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN]}...")
     return (
         f"{len(cut)} of {len(captions)} {what} have more than {kept} tokens and are cut there; the longest,"
-        f" {caption[:40]!r}..., has {tokens}. {need} tokens would hold them all (model.max_tokens in training,"
+        f" {shown}, has {tokens}. {need} tokens would hold them all (model.max_tokens in training,"
         " --max-tokens in sampling)."
     )
 

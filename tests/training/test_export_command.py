@@ -190,7 +190,6 @@ def test_weights_that_cannot_be_used_are_named(
         Pretrained(source, config_source).load_unet()
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedules with numpy 2
 @pytest.mark.parametrize(
     ("kind", "scheduler", "zeroed", "negative"),
     [

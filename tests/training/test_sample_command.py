@@ -11,8 +11,6 @@ from slicemod.cli import BAD_INPUT, main
 from slicemod.training.samplers import SAMPLERS
 from tests.training.tiny_stable_diffusion import whole_model, write_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedules with numpy 2
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

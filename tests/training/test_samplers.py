@@ -23,7 +23,6 @@ PLAIN = {"prediction_type": "epsilon"}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedules with numpy 2
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_each_name_is_the_class_of_diffusers_and_ends_at_the_image(name: str) -> None:
     scheduler = build_sampler(CONFIG, PLAIN, name)
