@@ -12,7 +12,7 @@ import torch
 
 from slicemod.kernels.native.binding import TILED_MODE, NativeLibrary
 from slicemod.kernels.native.build import native_library
-from slicemod.onednn_scratch import Products
+from slicemod.onednn_scratch import Products, bfloat16_products
 from slicemod.plan import SlicePlan
 from slicemod.shapes import AttentionShape, ceil_div
 
@@ -85,7 +85,7 @@ def cpu_kernels(dtype: torch.dtype, device: torch.device) -> CpuKernels:
     native = dtype if library is not None and dtype in library.modes else None
     products: Products | None = None
     if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        products = "tiles" if torch.cpu._is_amx_tile_supported() else "bfloat16"
+        products = bfloat16_products()
     elif dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
         products = "float16"
     converts = dtype if dtype.itemsize == 2 and products is None else None

@@ -5,10 +5,14 @@ AMX, the forward pass packs keys and values as a whole. CPUs without instruction
 allocate nothing.
 """
 
+import os
 from typing import Literal
 
-# How a CPU multiplies half precision: bfloat16 by AVX512-BF16, bfloat16 by AMX, float16 by AVX512-FP16.
-Products = Literal["bfloat16", "tiles", "float16"]
+import torch
+
+# How a CPU multiplies half precision: bfloat16 by AVX512-BF16, by AMX, or in float32 by AVX-512 that has neither;
+# float16 by AVX512-FP16.
+Products = Literal["bfloat16", "tiles", "widened", "float16"]
 
 _LEAST_PACKED_TOKENS = 64  # fewer queries or keys are not packed for the tiles
 _KEYS_PACKED_AT_ONCE = 512
@@ -17,10 +21,25 @@ _KEY_BLOCK, _COLUMN_BLOCK = 256, 64
 _PER_THREAD, _PER_CALL = 640, 512
 
 
+def onednn_limit() -> str:
+    """The instructions that the user has oneDNN stop at, as its variable spells them; empty where there is no limit."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return "" if limit.upper() in ("ALL", "DEFAULT") else limit.upper()
+
+
+def bfloat16_products() -> Products:
+    """How oneDNN multiplies bfloat16 on this CPU, which has AVX-512 at least."""
+    limit = onednn_limit()
+    if torch.cpu._is_amx_tile_supported() and (not limit or "AMX" in limit):
+        return "tiles"
+    has_instructions = torch.cpu._is_avx512_bf16_supported() and limit not in ("AVX512_CORE", "AVX512_CORE_VNNI")
+    return "bfloat16" if has_instructions else "widened"
+
+
 def flash_scratch_bytes(rows: int, keys: int, head_dim: int, threads: int, products: Products = "bfloat16") -> int:
     """Bytes of the backward pass for blocks of `rows` queries by `keys` keys.
 
-    To the byte for bfloat16 by AVX512-BF16, at its most for the others.
+    To the byte for bfloat16 by AVX512-BF16 or in float32, at its most for the others.
 
     >>> flash_scratch_bytes(256, 512, 64, threads=1)
     230532
@@ -28,6 +47,8 @@ def flash_scratch_bytes(rows: int, keys: int, head_dim: int, threads: int, produ
     if products == "float16":
         block = 4 * rows * keys + _round_up(head_dim, 16) * (rows + keys) + 41 * keys
         return block + threads * (256 * _round_up(max(keys, rows), 64) + 1824) + 4
+    if products == "widened":
+        return threads * (4 * _round_up(max(keys, rows) * head_dim, 64) + 128) + 4  # a product in float32, a counter
     columns = min(_round_up(head_dim, 16), _COLUMN_BLOCK)
     split = threads if head_dim <= _COLUMN_BLOCK else 1  # wide heads may be split by columns instead
     block = min(-(-keys // split), _KEY_BLOCK)

@@ -49,10 +49,18 @@ def test_without_the_native_kernel_pytorch_multiplies_bfloat16(
     no_native: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert cpu_kernels(torch.bfloat16, CPU) == CpuKernels(products="widened")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert cpu_kernels(torch.bfloat16, CPU) == CpuKernels(products="bfloat16")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert cpu_kernels(torch.bfloat16, CPU) == CpuKernels(products="tiles")
+    for limit, products in (("AVX512_CORE_BF16", "bfloat16"), ("avx512_core", "widened"), ("DEFAULT", "tiles")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert cpu_kernels(torch.bfloat16, CPU).products == products
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     inputs = layer_inputs(torch.bfloat16, queries=521, keys=521, width=40)
     plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
     assert plan is not None

@@ -10,17 +10,23 @@ from slicemod.shapes import AttentionShape
 _LOGSUMEXP_BYTES = 4  # a row's log-sum-exp, in float32
 
 
-def full_attention_cost(shape: AttentionShape, *, training: bool, upcast: bool) -> AttentionCost:
+def full_attention_cost(
+    shape: AttentionShape, *, training: bool, upcast: bool, products: Products | None = None
+) -> AttentionCost:
     """Scores of every pair, as diffusers' AttnProcessor has them: two such tensors at a time.
 
     In training the weights are kept, and the two are gradients. With `upcast`, diffusers' `upcast_attention`, scores
-    are float32; weights in the inputs' dtype are kept besides, and freed before the second gradient is made.
+    are float32; weights in the inputs' dtype are kept besides, and freed before the second gradient is made. A CPU
+    whose `products` are "widened" has those of a head in float32 besides.
     """
     pairs = shape.batch_heads * shape.queries * shape.keys
     upcast = upcast and shape.itemsize < 4
     scores = pairs * (4 if upcast else shape.itemsize)
     copied = pairs * shape.itemsize if upcast else 0
-    return AttentionCost(scores + copied, 2 * scores - copied) if training else AttentionCost(0, 2 * scores)
+    if training:
+        return AttentionCost(scores + copied, 2 * scores - copied)
+    of_a_head = 4 * shape.queries * shape.keys if products == "widened" and not upcast else 0
+    return AttentionCost(0, 2 * scores + of_a_head)
 
 
 def fused_attention_cost(

@@ -9,7 +9,6 @@ threads than one may sum the gradient of a small weight.
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slicemod.cpu_kernels import cpu_kernels
+from slicemod.onednn_scratch import onednn_limit
 
 _aten = torch.ops.aten
 # PyTorch convolves a single float32 image of no more elements by a product with its unfolded patches
@@ -75,15 +75,14 @@ def _sums_of_one_pixel(weight: Tensor, result: Tensor) -> int:
 
 def _has_vectors_alone(tensor: Tensor) -> bool:
     """oneDNN multiplies this half precision by vectors of AVX-512, not by tiles, which take less."""
-    return cpu_kernels(tensor.dtype, torch.device("cpu")).products == "bfloat16"
+    return cpu_kernels(tensor.dtype, torch.device("cpu")).products in ("bfloat16", "widened")
 
 
 def _unfolds_gradients(image: Tensor) -> bool:
     """oneDNN has no backward pass of its own for float32 on an x86-64 processor without AVX2."""
     if image.dtype != torch.float32 or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    return not torch.cpu._is_avx2_supported() or most.upper() in ("SSE41", "AVX")
+    return not torch.cpu._is_avx2_supported() or onednn_limit() in ("SSE41", "AVX")
 
 
 def _unfolds(image: Tensor) -> bool:

@@ -145,7 +145,8 @@ class StepPlanner:
         shapes = [call.shape for call in calls]
         costs: dict[Way, list[AttentionCost]] = {}
         costs["full attention"] = [
-            full_attention_cost(shape, training=training, upcast=self._full_upcasts) for shape in shapes
+            full_attention_cost(shape, training=training, upcast=self._full_upcasts, products=self._cpu.products)
+            for shape in shapes
         ]
         if "fused" in self.ways:
             costs["fused"] = [
