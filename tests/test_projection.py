@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -317,7 +318,7 @@ def test_neither_halves_nor_measuring_take_more_memory_than_the_result_and_a_pro
     result = 2 * 1021 * 320
     # What oneDNN takes besides differs from one processor to the next, and for the same product is never the same
     # as for half of it.
-    whole, *halves = (peak_memory(lambda rows=rows: linear(rows)) for rows in (x, x[:, :511], x[:, 511:]))
+    whole, *halves = (peak_memory(partial(linear, rows)) for rows in (x, x[:, :511], x[:, 511:]))
     of_a_half = max(halves[0] - 2 * 511 * 320, halves[1] - 2 * 510 * 320)
     sums = 2 * 2 * (1021 + 320)
     assert peak_memory(lambda: project(linear, x)) <= result + max(whole - result, of_a_half) + 2 * sums

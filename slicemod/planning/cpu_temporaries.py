@@ -33,7 +33,8 @@ def cpu_temporaries(func: Any, args: Sequence[Any], result: Any) -> Sequence[int
     if func is _aten.convolution.default:
         return _convolution(args[0], args[1], result)
     if func is _aten.convolution_backward.default:
-        return _convolution_gradients(*args[:3], wanted=args[-1])
+        grad_output, image, weight = args[:3]
+        return _convolution_gradients(grad_output, image, weight, wanted=args[-1])
     if func is _aten.native_layer_norm.default:
         return (0 if args[0].is_contiguous() else args[0].nbytes,)
     return ()
