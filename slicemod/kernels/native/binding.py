@@ -47,6 +47,27 @@ class WrongLibraryError(OSError):
     """A library that is not of attention.cpp, or of another version of it."""
 
 
+def _functions(library: ctypes.CDLL) -> dict[str, Any]:
+    """The functions of attention.cpp by their names, with their types.
+
+    Raises:
+        WrongLibraryError: the library has not all of them, or lays calls out otherwise.
+    """
+    counts = "call_bytes", "forward_bytes", "backward_bytes", "forward_rows", "vector_lanes"
+    passes = {"forward": 6, "backward": 11}  # and how many pointers they take; a null pointer: not wanted
+    try:
+        found = {name: library[f"slicemod_{name}"] for name in (*counts, *passes, "best_mode")}
+    except AttributeError as error:
+        raise WrongLibraryError(f"expected the functions of attention.cpp; got a library without: {error}") from error
+    for name in counts:
+        found[name].restype = ctypes.c_int64
+    for name, pointers in passes.items():
+        found[name].argtypes = ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), *[ctypes.c_void_p] * pointers
+    if (size := int(found["call_bytes"]())) != ctypes.sizeof(_Call):
+        raise WrongLibraryError(f"expected calls of {ctypes.sizeof(_Call)} bytes; got a library for {size}")
+    return found
+
+
 class NativeLibrary:
     """The functions of attention.cpp, for tensors.
 
@@ -61,34 +82,15 @@ class NativeLibrary:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._functions = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
         try:
-            best = self._declare()
+            self._functions = _functions(library)
         except WrongLibraryError:
-            _ctypes.dlclose(self._functions._handle)  # or a better one at the same path would be taken for it
+            _ctypes.dlclose(library._handle)  # or a better one at the same path would be taken for it
             raise
-        self.vector_lanes = int(self._function("vector_lanes")())
+        self.vector_lanes = int(self._functions["vector_lanes"]())
+        best = int(self._functions["best_mode"]())
         self.modes = {torch.float32: FLOAT_MODE, torch.float16: FLOAT_MODE, torch.bfloat16: best}
-
-    def _declare(self) -> int:
-        """Give the functions their types; returns the best mode."""
-        counts = "call_bytes", "forward_bytes", "backward_bytes", "forward_rows", "vector_lanes"
-        try:
-            for name in counts:
-                self._function(name).restype = ctypes.c_int64
-            for name, tensors in (("forward", 6), ("backward", 11)):  # a null pointer: not wanted
-                types = ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Call), *[ctypes.c_void_p] * tensors
-                self._function(name).argtypes = types
-            best = int(self._function("best_mode")())
-        except AttributeError as error:
-            raise WrongLibraryError(
-                f"{self.path}: expected the functions of attention.cpp; got a library without: {error}"
-            ) from error
-        if (found := int(self._function("call_bytes")())) != ctypes.sizeof(_Call):
-            raise WrongLibraryError(
-                f"{self.path}: expected calls of {ctypes.sizeof(_Call)} bytes; got a library for {found}"
-            )
-        return best
 
     def sizes(self, dtype: torch.dtype, sizes: tuple[int, ...], threads: int) -> tuple[int, int, int]:
         """Query rows of a slice, and workspace bytes of the forward and the backward pass.
@@ -132,20 +134,18 @@ class NativeLibrary:
         Raises:
             ValueError: sizes, dtypes or a scale that the library does not compute.
         """
-        query, key, value = self._inputs(query, key, value)
-        strides = _strides(query=query, key=key, value=value, output=output)
-        call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
+        query, key, value = _readable("query", query), _readable("key", key), _readable("value", value)
+        call = _call_of(scale, threads, query=query, key=key, value=value, output=output)
         self._run("forward", query.dtype, call, query, key, value, output, row_sums)
 
     def prepared_forward(
         self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, threads: int
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
         """`forward` without `row_sums`, of any query, key, value and output with these sizes, strides and dtype."""
-        strides = _strides(query=query, key=key, value=value, output=output)
-        call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
+        call = _call_of(scale, threads, query=query, key=key, value=value, output=output)
         setting = self._setting(query.dtype, call)
         size = self._count("forward_bytes", setting)
-        function = self._function("forward")
+        function = self._functions["forward"]
 
         def forward(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
             addresses = _address(query), _address(key), _address(value)
@@ -180,47 +180,27 @@ class NativeLibrary:
         Raises:
             ValueError: sizes, dtypes or a scale that do not go together.
         """
-        query, key, value = self._inputs(*inputs)
-        rows = query.shape[:3]
-        grad_output = _readable("grad_output", grad_output, (*rows, value.shape[3]), query.dtype)
-        output = _readable("output", output, (*rows, value.shape[3]), query.dtype)
-        row_sums = _readable("row_sums", row_sums, (2, *rows), torch.float32).contiguous()
+        query, key, value = (_readable(*named) for named in zip(("query", "key", "value"), inputs, strict=True))
+        grad_output, output = _readable("grad_output", grad_output), _readable("output", output)
+        row_sums = _readable("row_sums", row_sums).contiguous()
+        tensors = {"query": query, "key": key, "value": value, "output": output, "grad_output": grad_output}
         named = dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True))
-        strides = _strides(query=query, key=key, value=value, output=output, grad_output=grad_output, **named)
-        call = _call((query.shape, key.shape, value.shape), scale, threads, **strides)
-        delta = query.new_empty(rows, dtype=torch.float32)  # of each row, the sum of output and its gradient
+        call = _call_of(scale, threads, **tensors, **named, row_sums=row_sums)
+        delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row, the sum of output and its gradient
         self._run("backward", query.dtype, call, grad_output, query, key, value, output, row_sums, *gradients, delta)
-
-    def _inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value as the library can read them."""
-        if query.dtype not in self.modes:
-            raise ValueError(
-                f"query: expected one of {', '.join(map(str, self.modes))}; got {query.dtype}. Cast it, or call "
-                "sliced_attention, which takes more."
-            )
-        if not query.dim() == key.dim() == value.dim() == 4:
-            raise _unfit_shapes(query.shape, key.shape, value.shape)
-        return (
-            _readable("query", query, query.shape, query.dtype),
-            _readable("key", key, (*query.shape[:2], key.shape[2], query.shape[3]), query.dtype),
-            _readable("value", value, (*query.shape[:2], key.shape[2], value.shape[3]), query.dtype),
-        )
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self._setting(dtype, call)
         workspace = _workspace(self._count(f"{name}_bytes", setting))
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in (*tensors, workspace))
-        _check_done(setting, self._function(name)(*setting, *addresses))
-
-    def _function(self, name: str) -> Any:
-        return getattr(self._functions, f"slicemod_{name}")
+        _check_done(setting, self._functions[name](*setting, *addresses))
 
     def _setting(self, dtype: torch.dtype, call: _Call) -> tuple[Any, ...]:
         return self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
 
     def _count(self, name: str, setting: tuple[Any, ...]) -> int:
         """What a function of the library counts: bytes or rows."""
-        count = int(self._function(name)(*setting))
+        count = int(self._functions[name](*setting))
         _check_done(setting, count >= 0)
         return count
 
@@ -242,43 +222,65 @@ def _address(tensor: Tensor) -> int | None:
     return None if not address or address % tensor.element_size() or tensor.is_neg() else address
 
 
-def _readable(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _readable(name: str, tensor: Tensor) -> Tensor:
     """The tensor, or a copy where the library cannot read its memory.
 
     Raises:
-        ValueError: it has another shape or dtype, lies on another device, or has no elements.
+        ValueError: it is no strided tensor on the CPU.
     """
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu or tensor.layout != torch.strided:
+    if not tensor.is_cpu or tensor.layout != torch.strided:
         raise ValueError(
-            f"{name}: expected {tuple(shape)}, {dtype}, strided, on the CPU; got {tuple(tensor.shape)}, "
-            f"{tensor.dtype}, {tensor.layout}, on {tensor.device}. Call sliced_attention, which takes more."
+            f"{name}: expected a strided tensor on the CPU; got {tensor.layout} on {tensor.device}. "
+            "Call sliced_attention, which takes more."
         )
-    if 0 in shape:
-        raise ValueError(f"{name}: expected no size 0; got {tuple(shape)}. Call sliced_attention, which takes more.")
-    return tensor if _address(tensor) else torch.empty(shape, dtype=dtype).copy_(tensor)
+    return tensor if _address(tensor) is not None else torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
-def _unfit_shapes(*shapes: torch.Size) -> ValueError:
-    return ValueError(
-        "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv); got "
-        f"{', '.join(str(tuple(shape)) for shape in shapes)}. Call sliced_attention, which takes more."
-    )
+def _call_of(scale: float, threads: int, **tensors: Tensor | None) -> _Call:
+    """The call of these tensors, among them query, key, value and output; None is one that is not wanted."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    described = ((name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in given.items())
+    return _call(scale, threads, *described)
 
 
-def _strides(**tensors: Tensor | None) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.stride() for name, tensor in tensors.items() if tensor is not None}
+Described = tuple[str, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 @lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step, and the library only reads it
-def _call(shapes: tuple[torch.Size, ...], scale: float, threads: int, **strides: tuple[int, ...]) -> _Call:
+def _call(scale: float, threads: int, query: Described, key: Described, value: Described, *others: Described) -> _Call:
     if not computes_scale(scale):
         raise ValueError(
             f"scale: expected {_LEAST_SCALE} to {_MOST_SCALE}; got {scale}. Call sliced_attention, which takes any."
         )
-    query, key, value = shapes
-    call = _Call(sizes=(ctypes.c_int64 * 6)(*query[:3], key[2], query[3], value[3]), scale=scale, threads=threads)
-    for name, stride in strides.items():
-        setattr(call, name, (ctypes.c_int64 * 4)(*stride))
+    shapes = query[2], key[2], value[2]
+    if not all(len(shape) == 4 and 0 not in shape for shape in shapes):
+        raise ValueError(
+            "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv), no size 0; got "
+            f"{', '.join(str(tuple(shape)) for shape in shapes)}. Call sliced_attention, which takes more."
+        )
+    (batch, heads, queries, width), keys, values = shapes[0], shapes[1][2], shapes[2][3]
+    if query[1] not in _ELEMENTS:
+        raise ValueError(
+            f"query: expected one of {', '.join(map(str, _ELEMENTS))}; got {query[1]}. Call sliced_attention, which "
+            "takes more."
+        )
+    expected = {
+        "query": (batch, heads, queries, width),
+        "key": (batch, heads, keys, width),
+        "value": (batch, heads, keys, values),
+        "output": (batch, heads, queries, values),
+        "row_sums": (2, batch, heads, queries),
+    }
+    call = _Call(sizes=(ctypes.c_int64 * 6)(batch, heads, queries, keys, width, values), scale=scale, threads=threads)
+    for name, dtype, shape, strides in (query, key, value, *others):
+        wanted = expected[name.removeprefix("grad_")], torch.float32 if name == "row_sums" else query[1]
+        if (tuple(shape), dtype) != wanted:
+            raise ValueError(
+                f"{name}: expected {wanted[0]} of {wanted[1]}; got {tuple(shape)} of {dtype}. "
+                "Call sliced_attention, which takes more."
+            )
+        if name != "row_sums":  # contiguous
+            setattr(call, name, (ctypes.c_int64 * 4)(*strides))
     return call
 
 

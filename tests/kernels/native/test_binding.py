@@ -58,7 +58,7 @@ def test_a_view_gives_what_its_numbers_give(kind: Callable[[tuple[int, ...]], Te
     inputs = layer_inputs()
     view = kind(tuple(getattr(inputs, which).shape))
     setattr(inputs, which, view)
-    same = Inputs(**{name: plain(getattr(inputs, name)) for name in ("query", "key", "value")})
+    same = Inputs(plain(inputs.query), plain(inputs.key), plain(inputs.value))
     grad = torch.randn(2, 3, 61, 11)
     ours, wanted = (results(native, each.leaves(), grad) for each in (inputs, same))
     for name, result in wanted.items():

@@ -3,7 +3,8 @@
 // The shift m of a row is the maximum of the first scores. Weights in bfloat16 are as exact above 1 as below it, so m is
 // raised to the maximum so far, and what was summed is scaled, only where weights have grown large.
 // The difference comes before the factor: a score that is the shift has the weight 1 however large it is, where
-// c S - m would be what the rounding of m leaves, thousands for scores of 2^40.
+// c S - c m would be what rounding leaves of it, thousands for scores of 2^40. Only where weights are rounded to bfloat16,
+// and near zero, is the latter as good; it takes an instruction less.
 
 #pragma once
 
@@ -54,7 +55,8 @@ struct Forward {
     }
 
     // Raises the shifts of some queries to the maxima of a chunk of scores, and scales what was summed by then to them.
-    void raise_shifts(const Space &space, Index width, Index start, Index rows, float c, float *sums,
+    // Returns whether a shift is far from zero.
+    bool raise_shifts(const Space &space, Index width, Index start, Index rows, float c, float *sums,
                       bool has_output) const {
         alignas(64) float maxima[round_up(most_strip<Mode>, kWidth)] = {};
         for (Index row = 0; row < rows; row++) {
@@ -74,7 +76,9 @@ struct Forward {
             store_first(space.shifts + start + row, rows - row, now);
             store(maxima + row, exp2_fine((old - now) * all(c)));
         }
+        bool far = false;
         for (Index row = 0; row < rows; row++) {
+            far |= !(std::abs(space.shifts[start + row]) * c <= Mode::near);
             if (maxima[row] == 1) continue;
             const Vector by = all(maxima[row]);
             store(sums + row * kWidth, load(sums + row * kWidth) * by);
@@ -82,29 +86,33 @@ struct Forward {
             for (Index j = 0; has_output && j < value_columns; j += kWidth)
                 store(output + j, load(output + j) * by);
         }
+        return far;
     }
 
     // Weights of a chunk of scores. `sums` and these weights become `new_sums`, the largest of which is returned.
-    template <class Width>
+    template <bool Far, class Width>
     float weigh(const Space &space, Width width, Index lane, Index lanes, Index start, Index rows, float c,
                 const float *sums, float *new_sums) const {
         const Vector factor = all(c);
         Vector most = zeros();
         for (Index row = 0; row < rows; row++) {
             const float *scores = space.scores + row * width;
-            const Vector shift = all(space.shifts[start + row]);
+            const Vector shift = all(Far ? space.shifts[start + row] : space.shifts[start + row] * c);
+            const auto exponent = [&](const float *score) {
+                return Far ? (load(score) - shift) * factor : fmsub(load(score), factor, shift);
+            };
             Vector sum = load(sums + row * kWidth);
             Lane *weights = space.weights + row * lanes + lane;
             if constexpr (Mode::per_lane == 1) {
                 for (Index j = 0; j < width; j += kWidth) {
-                    const Vector p = Mode::exp2((load(scores + j) - shift) * factor);
+                    const Vector p = Mode::exp2(exponent(scores + j));
                     sum = sum + p;
                     store(reinterpret_cast<float *>(weights) + j, p);
                 }
             } else {
                 for (Index j = 0; j < width; j += 2 * kWidth) {
-                    const Vector p = Mode::exp2((load(scores + j) - shift) * factor);
-                    const Vector q = Mode::exp2((load(scores + j + kWidth) - shift) * factor);
+                    const Vector p = Mode::exp2(exponent(scores + j));
+                    const Vector q = Mode::exp2(exponent(scores + j + kWidth));
                     const Lanes both = Mode::both(p, q);
                     sum = Mode::add_both(sum, both);
                     store(weights + j / 2, both);
@@ -125,6 +133,7 @@ struct Forward {
         pack_rows<Mode>(space.query, head_lanes, query, start, rows, padded_rows);
         std::fill(space.shifts, space.shifts + padded_rows, -std::numeric_limits<float>::max());
         std::fill(space.sums, space.sums + padded_rows * kWidth, 0.0f);
+        bool far = false;
         const Index keys_of_strip = ceil_div(keys, ceil_div(padded_rows, strip));
         for (Index from = 0; from < sizes.keys; from += keys) {
             const Index count = std::min(keys, sizes.keys - from);
@@ -155,10 +164,13 @@ struct Forward {
                         std::fill(space.scores + i * width + (count - j), space.scores + (i + 1) * width, -INFINITY);
                     const auto raise = [&] {
                         if (multiplied < j) multiply(j);
-                        raise_shifts(space, width, row, some, c, sums, from + multiplied > 0);
+                        far |= raise_shifts(space, width, row, some, c, sums, from + multiplied > 0);
                     };
                     const auto weigh_chunk = [&](auto columns) {
-                        return weigh(space, columns, j / Mode::per_lane, lanes, row, some, c, sums, new_sums);
+                        const Index lane = j / Mode::per_lane;
+                        if (Mode::near == 0 || far)
+                            return weigh<true>(space, columns, lane, lanes, row, some, c, sums, new_sums);
+                        return weigh<false>(space, columns, lane, lanes, row, some, c, sums, new_sums);
                     };
                     // A loop of a length that the compiler knows is unrolled.
                     const auto weigh_all = [&] {

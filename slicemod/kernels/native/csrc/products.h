@@ -31,6 +31,7 @@ inline Lane *panel(Lane *b, Index k, Index n, Index l, Index j) {
 struct FloatLanes {
     static constexpr Index per_lane = 1, step = kWidth;
     static constexpr float most_sum = 0;  // float32 is the more exact the nearer the exponents are to zero
+    static constexpr float near = 0;
     // kWidth lanes along the columns of a row.
     template <class Element>
     static Lanes along(const Matrix<Element> &from, Index row, Index lane) {
@@ -48,6 +49,7 @@ struct FloatLanes {
 struct BfloatLanes {
     static constexpr Index per_lane = 2, step = 32;
     static constexpr float most_sum = 65536;  // of weights, before shifts are raised
+    static constexpr float near = 1024;  // exponents of shifts whose rounding is nothing beside that of weights
     template <class Element>
     static Lanes along(const Matrix<Element> &from, Index row, Index lane) {
         return pairs(from, row, 2 * lane);
