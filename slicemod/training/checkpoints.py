@@ -94,7 +94,10 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if os.name == "nt":  # which replaces no file that is still mapped into memory
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}): expected a whole safetensors file, got"
@@ -162,11 +165,30 @@ def ensure_writable_folder(folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def require_finite(tensors: Mapping[str, object], path: str | os.PathLike[str]) -> None:
+    """Checks that every tensor of ``tensors``, read from ``path``, holds finite numbers.
+
+    Raises:
+        CheckpointError: one does not.
+    """
+    spoiled = [
+        name
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if spoiled:
+        raise CheckpointError(
+            f"{path} holds values that are no finite numbers (nan or inf) in {len(spoiled)} of {len(tensors)} tensors:"
+            f" {_shortened(spoiled)}. What it was trained to is lost: use an earlier checkpoint."
+        )
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Loads a state dict whose keys and shapes are exactly the module's.
 
     Raises:
-        CheckpointError: keys are missing, unexpected, or of another shape; nothing is loaded then.
+        CheckpointError: keys are missing, unexpected, or of another shape, or a value is no finite number; nothing is
+            loaded then.
     """
     require_matching(module.state_dict(), state, path, type(module).__name__)
     module.load_state_dict(state)
@@ -175,10 +197,10 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os
 def require_matching(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | os.PathLike[str], owner: str
 ) -> None:
-    """Checks that the keys and shapes of ``state``, read from ``path``, are exactly those of ``own``.
+    """Checks that the keys and shapes of ``state``, read from ``path``, are exactly those of ``own``, and its values finite.
 
     Raises:
-        CheckpointError: keys are missing, unexpected, or of another shape.
+        CheckpointError: keys are missing, unexpected, or of another shape, or a value is no finite number.
     """
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
@@ -201,6 +223,7 @@ def require_matching(
             f"{path} does not fit this {owner}: expected its {len(own)} tensors by name and shape, but"
             f" {'; '.join(problems)}. Use the configuration that the file was trained with, or another file."
         )
+    require_finite(state, path)
 
 
 def _shape(value: object) -> str:

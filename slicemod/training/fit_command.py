@@ -6,25 +6,52 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import yaml
-
-from slicemod.training.interruption import TrainingInterruptedError
-from slicemod.training.lightning_cli import SlicemodCLI, config_files
+from slicemod.training.stop_signals import TrainingInterruptedError, stop_at_once
+from slicemod.training.yaml_files import config_files, options, read_configs
 from slicemod.user_error import UserError
 
-# What the top-level key `task` of a configuration names; imported when asked for.
+if TYPE_CHECKING:
+    from slicemod.training.lightning_cli import SlicemodCLI
+
+
+
+class Task(NamedTuple):
+    """What the top-level key `task` of a configuration names; the module is imported when it is asked for."""
+
+    module: str
+    command_line: str
+    summary: str
+    example: str
+
+
 TASKS = {
-    "digits": ("slicemod.training.digits_cli", "DigitsCLI"),
-    "stable_diffusion": ("slicemod.training.stable_diffusion_cli", "StableDiffusionCLI"),
+    "stable_diffusion": Task(
+        "slicemod.training.stable_diffusion_cli",
+        "StableDiffusionCLI",
+        "fine-tune SD1.x, SD2.x or SDXL on a folder of captioned images",
+        "--config configs/sd15_lora.yaml --data.folder photos",
+    ),
+    "digits": Task(
+        "slicemod.training.digits_cli",
+        "DigitsCLI",
+        "train a small model on handwritten digits, which come with scikit-learn",
+        "--config configs/digits.yaml",
+    ),
 }
+BAD_INPUT = 2
+ANSWERED_BY_THE_PARSER = ("-h", "--help", "--print_config")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs `fit` or `validate`; ``arguments[0]`` says which."""
+    if not _says_what(arguments):
+        print(_overview(arguments[0]), file=sys.stderr)
+        return BAD_INPUT
     try:
-        fit(arguments)
+        with stop_at_once():
+            fit(arguments)
     except TrainingInterruptedError as stop:
         print(f"slicemod {arguments[0]}: {_how_to_continue(stop, arguments)}", file=sys.stderr)
         return 128 + stop.signum  # what a shell reports for a process that a signal ended
@@ -44,28 +71,37 @@ def fit(arguments: Sequence[str]) -> SlicemodCLI:
     task = _task(arguments)
     if task not in TASKS:
         raise UserError(f"task: expected one of {', '.join(TASKS)}, got {task!r}. Correct the name.")
-    module, name = TASKS[task]
-    cli: SlicemodCLI = getattr(import_module(module), name)(arguments)
+    cli: SlicemodCLI = getattr(import_module(TASKS[task].module), TASKS[task].command_line)(arguments)
     return cli
+
+
+def _says_what(arguments: Sequence[str]) -> bool:
+    named = config_files(arguments) or options(arguments, "--task")
+    return bool(named) or any(argument.partition("=")[0] in ANSWERED_BY_THE_PARSER for argument in arguments)
+
+
+def _overview(command: str) -> str:
+    lines = [
+        f"slicemod {command}: expected a configuration, which says what is trained. There are",
+        "",
+    ]
+    for name, task in TASKS.items():
+        lines += [f"  {name}: {task.summary}", f"    slicemod {command} {task.example}", ""]
+    return "\n".join([*lines, f"`slicemod {command} --config FILE --help` lists what a configuration may say."])
 
 
 def _task(arguments: Sequence[str]) -> str:
     """The task that the last configuration with one names: it decides which options there are to parse."""
-    task = "digits"
-    for file in config_files(arguments):
-        try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue  # the parser says what is wrong with it
-        if isinstance(content, dict):
-            task = str(content.get("task") or task)  # a saved configuration of the digits holds null
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    named = [after for option, after in pairs if option == "--task"]
-    named += [option.removeprefix("--task=") for option in arguments if option.startswith("--task=")]
-    return named[-1] if named else task
+    files = config_files(arguments)
+    named = [str(content.get("task") or "") for content in (read_configs([file]) for file in files)]
+    named += options(arguments, "--task")
+    return next((task for task in reversed(named) if task), "digits")  # a saved configuration of the digits holds null
 
 
 def _how_to_continue(stop: TrainingInterruptedError, arguments: Sequence[str]) -> str:
+    kept = f" {stop.kept}" if stop.kept else ""
+    if stop.checkpoint is None and stop.step == 0:
+        return f"{stop} before the first step.{kept} Start the same command again."
     if stop.checkpoint is None:
         return (
             f"{stop} after step {stop.step}; no checkpoint was written: the autoencoder keeps none while it trains, and"
@@ -73,7 +109,8 @@ def _how_to_continue(stop: TrainingInterruptedError, arguments: Sequence[str]) -
             " Start the same command again."
         )
     again = shlex.join([*_without_checkpoint(arguments), "--ckpt_path", "last"])
-    return f"{stop} after step {stop.step}. {stop.checkpoint} holds its state; continue with: slicemod {again}"
+    holds = "holds its state" if stop.between_steps else "is the last checkpoint"
+    return f"{stop} after step {stop.step}. {stop.checkpoint} {holds}; continue with: slicemod {again}"
 
 
 def _without_checkpoint(arguments: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,10 @@ class FullySharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads weights and the optimizers' state into what this process keeps of them."""
         checkpoint: dict[str, Any] = torch.load(
-            self.broadcast(checkpoint_path), map_location="cpu", mmap=True, weights_only=weights_only
+            self.broadcast(checkpoint_path),
+            map_location="cpu",
+            mmap=os.name != "nt",  # Windows replaces no file that is still mapped into memory
+            weights_only=weights_only,
         )
         module = self._module
         options = StateDictOptions(full_state_dict=True, strict=module.strict_loading)

@@ -10,18 +10,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from slicemod.training.stop_signals import SIGNALS, TrainingInterruptedError
 
-
-class TrainingInterruptedError(Exception):
-    """Training was stopped by a signal; ``signum`` is its number, ``checkpoint`` what the run continues from."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-        self.step = 0
-        self.checkpoint: str | None = None
-
+__all__ = ["StopBetweenSteps", "TrainingInterruptedError"]
 
 class StopBetweenSteps(pl.Callback):
     """Turns the first of these signals into a ``TrainingInterruptedError`` at the end of the running step.
@@ -50,7 +41,7 @@ class StopBetweenSteps(pl.Callback):
             return  # gradients are still accumulating, and no checkpoint holds them
         received = self._received
         if trainer.strategy.reduce_boolean_decision(received is not None, all=False):
-            raise TrainingInterruptedError(received or signal.SIGTERM)
+            raise TrainingInterruptedError(received or signal.SIGTERM, between_steps=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from slicemod.training.stop_signals import TrainingInterruptedError
 from slicemod.user_error import UserError
 
 
@@ -28,7 +29,9 @@ class LastCheckpoint(ModelCheckpoint):
             save_last=True,
             save_on_exception=True,
             every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,  # a run has one last.ckpt, whatever lies in its folder
         )
+        self._training = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Removes what a process that was killed while it wrote left behind."""
@@ -37,12 +40,20 @@ class LastCheckpoint(ModelCheckpoint):
             for left in Path(str(self.dirpath)).glob(".last*.ckpt"):
                 left.unlink()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._training = True
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Saves `last.ckpt` alone, where ``ModelCheckpoint`` leaves a second file of the step beside it.
 
-        Not where the loss or the disk failed: what there was before is better than what there is now.
+        Not where the loss or the disk failed, nor before the first step or in the middle of one: what there was before
+        is better than what there is now.
         """
-        if not isinstance(exception, UserError) and self._should_save_on_exception(trainer):
+        halfway = isinstance(exception, TrainingInterruptedError) and not exception.between_steps
+        if isinstance(exception, UserError) or halfway or not self._training:
+            return
+        if self._should_save_on_exception(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

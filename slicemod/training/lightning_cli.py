@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentError, Namespace
+import yaml
+from jsonargparse import ArgumentError, Namespace, get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,10 +24,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from slicemod import SliceConfig
 from slicemod.plan import POLICIES
 from slicemod.slice_config import KERNELS
-from slicemod.training.checkpoints import CheckpointError, ensure_writable_folder, read_checkpoint
-from slicemod.training.interruption import StopBetweenSteps, TrainingInterruptedError
+from slicemod.training.checkpoints import CheckpointError, ensure_writable_folder, read_checkpoint, require_finite
+from slicemod.training.config_errors import find_cause, named_numbers
+from slicemod.training.interruption import StopBetweenSteps
 from slicemod.training.last_checkpoint import last_checkpoint
+from slicemod.training.optimizers import try_optimizer
+from slicemod.training.stop_signals import TrainingInterruptedError
 from slicemod.training.whole_checkpoint_io import PREVIOUS, WholeCheckpointIO
+from slicemod.training.yaml_files import config_files, read_configs, require_plain_yaml
 from slicemod.user_error import UserError
 
 
@@ -59,6 +66,7 @@ class SlicemodCLI(LightningCLI):
         arguments: Sequence[str],
     ) -> None:
         _silence_known_warnings()
+        given = read_configs(config_files(arguments))
         try:
             super().__init__(
                 model_class,
@@ -71,9 +79,9 @@ class SlicemodCLI(LightningCLI):
             )
         except (ArgumentError, argparse.ArgumentError) as error:
             files = ", ".join(config_files(arguments)) or "no file"
-            raise UserError(
-                f"{self._readable(str(error))} (configuration from {files} and the command line)"
-            ) from error
+            groups = {"model": model_class, "data": datamodule_class, "trainer": pl.Trainer}
+            cause = self._readable(str(error), lambda: find_cause(str(error), given, arguments, groups))
+            raise UserError(f"{cause} (configuration from {files} and the command line)") from error
         except MisconfigurationException as error:
             raise UserError(f"Lightning cannot run this configuration: {error}") from error
 
@@ -107,13 +115,24 @@ class SlicemodCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses ``args`` alone: Lightning's own method warns where ``sys.argv`` holds anything besides."""
-        self.config = parser.parse_args(cast("Sequence[str]", args))
+        with _plain_yaml():
+            self.config = parser.parse_args(cast("Sequence[str]", args))
 
     def _parse_ckpt_path(self) -> None:
         """Replaces Lightning's, which reads hyperparameters that these checkpoints do not have, errors unhandled."""
 
     def before_instantiate_classes(self) -> None:
-        """Checks the attention block by itself: jsonargparse buries its error under the types it tried besides."""
+        """Checks the numbers, and the attention block: jsonargparse buries its error under the types it tried besides.
+
+        Raises:
+            UserError: a number is not finite, or the block cannot be used.
+        """
+        for name, number in named_numbers(self.config[self.subcommand], ""):
+            if not math.isfinite(number):
+                raise UserError(f"{name}: expected a finite number, got {number}. Correct the configuration.")
+        clip = self._get(self.config, "trainer").gradient_clip_val
+        if clip is not None and clip < 0:
+            raise UserError(f"trainer.gradient_clip_val: expected a number from 0 on, got {clip}. 1.0 is usual.")
         block = self._get(self.config, "attention")
         if block is not None:
             try:
@@ -134,6 +153,12 @@ class SlicemodCLI(LightningCLI):
             raise UserError(
                 f"The configuration cannot be built: {error}. Correct the init_args of model or trainer that this is"
                 f" about; {self.example} is an example that works."
+            ) from error
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            raise UserError(
+                f"trainer.callbacks: expected each callback that has a state once. {error} Remove all but one."
             ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -156,7 +181,8 @@ class SlicemodCLI(LightningCLI):
             raise UserError(f"seed_everything: expected a whole number from 0 to 4294967295; {error}.") from error
 
     def before_fit(self) -> None:
-        """Checks the checkpoint to continue from and the folders to write to."""
+        """Checks the optimizer, the checkpoint to continue from and the folders to write to."""
+        try_optimizer(self.model.make_optimizer, self.model.make_lr_scheduler)
         options: Namespace = self.config_init["fit"]
         if options.get("ckpt_path") is not None:
             options["ckpt_path"] = self._readable_checkpoint(options["ckpt_path"])
@@ -213,6 +239,7 @@ class SlicemodCLI(LightningCLI):
         for place, path in enumerate(files):
             try:
                 checkpoint = read_checkpoint(path)
+                require_finite(checkpoint["state_dict"], path)
             except CheckpointError as error:
                 if place + 1 == len(files):
                     raise
@@ -234,6 +261,16 @@ class SlicemodCLI(LightningCLI):
                 f"{path} is no checkpoint to continue from: expected Lightning's {', '.join(needed)}, it lacks"
                 f" {', '.join(missing)}. Name a whole checkpoint, or start a new run from its weights."
             )
+        if self.subcommand == "fit":
+            self._require_finite_optimizers(checkpoint, path)
+
+    @staticmethod
+    def _require_finite_optimizers(checkpoint: Mapping[str, Any], path: str) -> None:
+        for optimizer in checkpoint["optimizer_states"]:
+            require_finite(
+                {f"{name} of weight {n}": value for n, own in optimizer["state"].items() for name, value in own.items()},
+                path,
+            )
 
     def _last_checkpoints(self) -> list[str]:
         """Files that a run may continue from, the newest first."""
@@ -251,11 +288,11 @@ class SlicemodCLI(LightningCLI):
     def _model_checkpoints(self) -> list[ModelCheckpoint]:
         return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
-    def _readable(self, error: str) -> str:
+    def _readable(self, error: str, find: Callable[[], str]) -> str:
         """The parser's message in words of the configuration, with what to do."""
         advice = f"`slicemod fit --help` lists what is accepted; {self.example} is an example that works."
         if 'key "attention"' not in error:
-            return f"{error.rstrip('.')}. {advice}"
+            return f"{find().rstrip('.')}. {advice}"
         unknown = re.search(r"Option '([^']+)' is not accepted", error)
         given = re.search(r"Given value: (.+)", error)
         what = f"the unknown key {unknown[1]!r}" if unknown else (given[1].strip() if given else "something else")
@@ -266,11 +303,20 @@ class SlicemodCLI(LightningCLI):
         )
 
 
-def config_files(arguments: Sequence[str]) -> list[str]:
-    """The files that `--config` names, in order."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    named = [after for option, after in pairs if option in ("-c", "--config")]
-    return named + [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+@contextmanager
+def _plain_yaml() -> Iterator[None]:
+    """Has every YAML text that the parser meets checked before it is read."""
+    load = get_loader("yaml")
+
+    def checked(text: str) -> Any:
+        require_plain_yaml(text, "a YAML file or value")
+        return load(text)
+
+    set_loader("yaml", checked, (yaml.YAMLError,))
+    try:
+        yield
+    finally:
+        set_loader("yaml", load, (yaml.YAMLError,))
 
 
 def _silence_known_warnings() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import (
     LRSchedulerConfigType,
@@ -18,6 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from slicemod.user_error import UserError
+
+Made = TypeVar("Made")
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # what optimizers and schedules keep of a group
 
 
 class WarmUp(LambdaLR):
@@ -70,12 +74,14 @@ def build_optimizer(
     """What ``configure_optimizers`` returns.
 
     Raises:
-        UserError: the schedule ends before the run does.
+        UserError: one of them cannot be built, a rate is negative, or the schedule ends before the run does.
     """
-    built = optimizer(parameters)
+    built = _made("model.optimizer", optimizer, parameters)
+    require_rates(built)
     if lr_scheduler is None:
         return built
-    schedule = lr_scheduler(built)
+    schedule = _made("model.lr_scheduler", lr_scheduler, built)
+    require_rates(built)
     planned: Any = trainer.estimated_stepping_batches
     total = getattr(schedule, "total_steps", planned)
     if total < planned:
@@ -85,3 +91,39 @@ def build_optimizer(
         )
     stepped = LRSchedulerConfigType(scheduler=schedule, interval="step")
     return OptimizerLRSchedulerConfig(optimizer=built, lr_scheduler=stepped)
+
+
+def try_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    """Builds both for one number, to find what is wrong with their arguments before any work is done.
+
+    Raises:
+        UserError: they cannot be built, or a rate is negative.
+    """
+    built = _made("model.optimizer", optimizer, [nn.Parameter(torch.zeros(1))])
+    require_rates(built)
+    if lr_scheduler is not None:
+        _made("model.lr_scheduler", lr_scheduler, built)
+        require_rates(built)
+
+
+def _made(name: str, make: Callable[[Any], Made], given: Any) -> Made:
+    try:
+        return make(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be built: {error}. Correct its init_args.") from error
+
+
+def require_rates(optimizer: Optimizer) -> None:
+    """Checks the learning rates, which not every optimizer and schedule does.
+
+    Raises:
+        UserError: one is negative or no finite number.
+    """
+    for group in optimizer.param_groups:
+        for name in RATES:
+            rate = group.get(name, 0.0)
+            if not 0 <= float(rate) < math.inf:
+                raise UserError(
+                    f"model.optimizer: the learning rate must be a number from 0 on, got {name} {float(rate)} from the"
+                    " optimizer's lr or the schedule: 1e-4 is usual for adapters, 1e-5 for whole models."
+                )

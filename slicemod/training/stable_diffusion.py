@@ -34,6 +34,7 @@ from slicemod.training.nonfinite import NonFiniteError
 from slicemod.training.optimizers import build_optimizer
 from slicemod.training.pretrained import Pretrained
 from slicemod.training.samplers import build_sampler
+from slicemod.training.stop_signals import TrainingInterruptedError
 from slicemod.training.text_encoders import (
     CHUNK,
     TextEmbeddings,
@@ -299,12 +300,16 @@ class StableDiffusion(pl.LightningModule):
             told = tell_of_cut(self.stages.text_encoders, captions, "captions")
             if told and self.trainer.is_global_zero:
                 print(told, file=sys.stderr)
-            data.fill_cache(
-                self.stages,
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-                progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
-            )
+            try:
+                data.fill_cache(
+                    self.stages,
+                    rank=self.trainer.global_rank,
+                    world_size=self.trainer.world_size,
+                    progress=self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None,
+                )
+            except TrainingInterruptedError as stop:
+                stop.kept = f"Latents and embeddings cached so far are kept in {data.cache.folder} and not made again."
+                raise
             self.stages.to(torch.device("cpu"))
             self.trainer.strategy.barrier("cache")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from typing import Any
@@ -12,6 +11,11 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from slicemod import SlicePlan, SwapReport
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class StepMeter(pl.Callback):
@@ -35,8 +39,7 @@ class StepMeter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if pl_module.device.type == "cpu":
-            unit = 1 if sys.platform == "darwin" else 1024  # kibibytes on Linux
-            peak = {"memory/peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+            peak = _peak_resident()
         else:
             torch.accelerator.synchronize(pl_module.device)
             peak = {"memory/peak_bytes": torch.accelerator.max_memory_allocated(pl_module.device)}
@@ -60,6 +63,14 @@ class StepMeter(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("plan", f"```\n{text}\n```", trainer.global_step)
+
+
+def _peak_resident() -> dict[str, int]:
+    """The most that the process ever had resident; nothing where the system keeps no such count, on Windows."""
+    if resource is None:
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024  # kibibytes on Linux
+    return {"memory/peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def current_plans(report: SwapReport | None) -> dict[str, SlicePlan]:

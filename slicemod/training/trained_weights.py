@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"model.lora.rank must be at least 1, got {self.rank}: 4 to 64 are usual.")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise UserError(f"model.lora.alpha must be a number above 0, got {self.alpha}: the rank is usual.")
         if not self.targets:
             raise UserError("model.lora.targets must name a layer, got none: to_q, to_k, to_v, to_out.0 are usual.")
         if not 0 <= self.dropout < 1:

@@ -15,8 +15,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from slicemod.cli import main
 from slicemod.training.checkpoints import read_checkpoint
 from slicemod.training.fit_command import fit
+from slicemod.training.frozen_stages import FrozenStages
 from slicemod.training.nonfinite import NonFiniteError
 from slicemod.training.stable_diffusion import StableDiffusion
 from slicemod.user_error import UserError
@@ -197,6 +199,72 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_is_taken(
     assert "last.ckpt cannot be read as a checkpoint" in said.err
     assert f"previous.ckpt, the newest of its folder, after step {before}" in said.out
     assert read_checkpoint(last)["global_step"] == 5
+
+
+def spoil(path: Path) -> None:
+    """Makes one weight of a checkpoint no number."""
+    content = read_checkpoint(path)
+    first = next(iter(content["state_dict"].values()))
+    first.view(-1)[0] = float("nan")
+    torch.save(content, path)
+
+
+def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_taken(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(["fit", "--config", config, "--trainer.max_steps", "4"])
+    checkpoints = tmp_path / "checkpoints"
+    spoil(checkpoints / "last.ckpt")
+    fit(["fit", "--config", config, "--ckpt_path", "last"])
+    assert "last.ckpt holds values that are no finite numbers (nan or inf) in 1 of" in capsys.readouterr().err
+    assert read_checkpoint(checkpoints / "last.ckpt")["global_step"] == 5
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["fit --config {config} --ckpt_path", "sample --prompt cat --out cat.png --checkpoint", "export --out all --checkpoint"],
+)
+def test_a_checkpoint_that_holds_no_numbers_is_refused(
+    command: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(["fit", "--config", config, "--trainer.max_steps", "1"])
+    spoil(tmp_path / "checkpoints" / "last.ckpt")
+    assert main([*command.format(config=config).split(), "checkpoints/last.ckpt"]) == 2
+    assert "holds values that are no finite numbers" in capsys.readouterr().err
+
+
+def test_an_optimizer_that_holds_no_numbers_is_refused(config: str, tmp_path: Path) -> None:
+    fit(["fit", "--config", config, "--trainer.max_steps", "1"])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(last)
+    content["optimizer_states"][0]["state"][3]["exp_avg"].fill_(float("inf"))
+    torch.save(content, last)
+    with pytest.raises(UserError, match=r"no finite numbers .* exp_avg of weight 3"):
+        fit(["fit", "--config", config, "--ckpt_path", str(last)])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_latents_are_cached_says_that_they_are_kept(
+    signum: signal.Signals, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode, encoded = FrozenStages.encode_images, []
+
+    def stopped(self: FrozenStages, images: torch.Tensor) -> Any:
+        encoded.append(images)
+        if len(encoded) == 3:
+            os.kill(os.getpid(), signum)
+        return encode(self, images)
+
+    monkeypatch.setattr(FrozenStages, "encode_images", stopped)
+    assert main(["fit", "--config", config]) == 128 + signum
+    said = capsys.readouterr().err
+    assert f"slicemod fit: stopped by {signum.name} before the first step. Latents and embeddings cached so far" in said
+    assert "are kept in cache" in said
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    assert main(["fit", "--config", config]) == 0
+    captions = 5 + 1  # of the images, and the empty one
+    latents = len(list((tmp_path / "cache").rglob("*.safetensors"))) - captions
+    assert len(encoded) == latents + 1  # the third was begun twice, no other
 
 
 def test_a_full_disk_is_named_and_the_checkpoint_before_stays(

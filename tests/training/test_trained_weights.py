@@ -46,6 +46,9 @@ def test_a_package_that_is_missing_is_named(source: Pretrained, monkeypatch: pyt
     ("settings", "named"),
     [
         ({"rank": 0}, "model.lora.rank must be at least 1, got 0"),
+        ({"alpha": float("nan")}, "model.lora.alpha must be a number above 0, got nan"),
+        ({"alpha": float("inf")}, "model.lora.alpha must be a number above 0, got inf"),
+        ({"alpha": -2.0}, "model.lora.alpha must be a number above 0, got -2.0"),
         ({"targets": []}, "model.lora.targets must name a layer"),
         ({"dropout": 1.0}, "model.lora.dropout must be from 0 to below 1"),
     ],

@@ -1,0 +1,31 @@
+"""What Windows lacks is not needed to import slicemod."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import importlib, pkgutil, signal, sys
+del signal.SIGUSR1
+sys.modules["resource"] = None  # an import of it is an ImportError
+import slicemod
+names = [module.name for module in pkgutil.walk_packages(slicemod.__path__, "slicemod.")]
+names.remove("slicemod.adapters.sgm")  # needs Stability's package, which is on no registry
+for name in names:
+    importlib.import_module(name)
+from slicemod.training import step_meter, stop_signals
+assert step_meter._peak_resident() == {}
+assert [number.name for number in stop_signals.SIGNALS] == ["SIGINT", "SIGTERM"]
+print(len(names))
+"""
+
+
+def test_every_module_can_be_imported_without_the_names_that_only_unix_has() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 80
