@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import lightning.pytorch as pl
 import torch
@@ -24,13 +24,14 @@ from slicemod.training.captioned_images import (
 )
 from slicemod.training.content_hash import text_digest
 from slicemod.training.frozen_stages import FrozenStages
-from slicemod.training.resumable_batches import ResumableBatches
+from slicemod.training.resumable_batches import PlannedBatch, ResumableBatches
 from slicemod.training.tensor_cache import TensorCache
 from slicemod.user_error import UserError
 
 MOST_CROPS = 1000  # each of them is encoded and kept
 ENLARGED = 2.0  # images that are enlarged by more than this look blurred, and are named
 NAMES_SHOWN = 3  # of the images that are enlarged
+VARIANTS_SEED = 500_009  # apart from the seed of the order, so that the two have nothing to do with each other
 
 
 class LatentBatch(TypedDict):
@@ -38,8 +39,8 @@ class LatentBatch(TypedDict):
 
     ``mean`` and ``std`` (B, c, h, w) of the latents; ``context`` (B, tokens, d), ``pooled`` (B, p) or None, the same
     of the empty caption, ``empty_context`` (1, tokens, d) and ``empty_pooled``; ``time_ids`` (B, 6): height and width
-    of the image, top and left of the crop, height and width of the bucket; ``files``; ``number`` of the batch from
-    the first epoch on; ``first``, the place of the first image in the shared batch, and ``total``, its images.
+    of the image, top and left of the crop, height and width of the bucket; ``files``; ``numbers``, of each image one
+    that no other has, from the first epoch on; ``total``, the images of the shared batch.
     """
 
     mean: Tensor
@@ -50,19 +51,11 @@ class LatentBatch(TypedDict):
     empty_pooled: Tensor | None
     time_ids: Tensor
     files: list[str]
-    number: int
-    first: int
+    numbers: list[int]
     total: int
 
 
-class PlannedBatch(NamedTuple):
-    """The images of a shared batch by their places, and the variant of each."""
-
-    images: list[int]
-    variants: list[int]
-
-
-class BucketBatches(ResumableBatches[PlannedBatch, LatentBatch]):
+class BucketBatches(ResumableBatches[LatentBatch]):
     """Batches of one bucket each; every process takes its own part of the same batch.
 
     Where images are left over, a bucket's last batch is smaller; fewer images than processes wait for the next epoch.
@@ -72,7 +65,7 @@ class BucketBatches(ResumableBatches[PlannedBatch, LatentBatch]):
         batch_size: images of one process.
         variants: crops and flips of each image to draw from; each epoch draws one.
         seed: of order and variants; None keeps the order and takes the first variant.
-        load_part: given this process's images and variants, the batch without number, first and total.
+        load_part: given this process's images and variants, the batch without numbers and total.
         rank: number of this process.
         world_size: number of processes.
     """
@@ -88,47 +81,32 @@ class BucketBatches(ResumableBatches[PlannedBatch, LatentBatch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__()
-        self.buckets = list(buckets)
-        self.batch_size = batch_size
+        groups: dict[Bucket, list[int]] = {bucket: [] for bucket in sorted(set(buckets))}
+        for place, bucket in enumerate(buckets):
+            groups[bucket].append(place)
+        super().__init__(list(groups.values()), batch_size * world_size, seed, multiple=world_size)
         self.variants = variants
-        self.seed = seed
         self.load_part = load_part
         self.rank = rank
         self.world_size = world_size
-        self._length = len(self.plan_epoch(0))
+        self._drawn: tuple[int, list[int]] = (-1, [])
 
-    def __len__(self) -> int:
-        return self._length
-
-    def plan_epoch(self, epoch: int) -> Sequence[PlannedBatch]:
-        """The shared batches of an epoch, the same on every process."""
-        draw = torch.Generator().manual_seed((self.seed or 0) * 1_000_003 + epoch)
-        shared = self.batch_size * self.world_size
-        batches = []
-        for bucket in sorted(set(self.buckets)):
-            members = torch.tensor([place for place, own in enumerate(self.buckets) if own == bucket])
-            variants = torch.zeros_like(members)
-            if self.seed is not None:
-                members = members[torch.randperm(len(members), generator=draw)]
-                variants = torch.randint(self.variants, members.shape, generator=draw)
-            usable = len(members) - len(members) % self.world_size
-            for images, chosen in zip(
-                *(torch.split(part[:usable], shared) for part in (members, variants)), strict=True
-            ):
-                if len(images):
-                    batches.append(PlannedBatch(images.tolist(), chosen.tolist()))
-        if self.seed is None:
-            return batches
-        return [batches[place] for place in torch.randperm(len(batches), generator=draw).tolist()]
-
-    def load(self, planned: PlannedBatch, number: int) -> LatentBatch:
+    def load(self, planned: PlannedBatch) -> LatentBatch:
         """This process's part."""
         share = len(planned.images) // self.world_size
-        first = self.rank * share
-        own = slice(first, first + share)
-        part = self.load_part(planned.images[own], planned.variants[own])
-        return cast(LatentBatch, {**part, "number": number, "first": first, "total": len(planned.images)})
+        own = slice(self.rank * share, (self.rank + 1) * share)
+        numbers = planned.numbers[own]
+        part = self.load_part(planned.images[own], [self._variant(number) for number in numbers])
+        return cast(LatentBatch, {**part, "numbers": numbers, "total": len(planned.images)})
+
+    def _variant(self, number: int) -> int:
+        if self.seed is None:
+            return 0
+        epoch, place = divmod(number, self.images)
+        if self._drawn[0] != epoch:
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + VARIANTS_SEED)
+            self._drawn = epoch, torch.randint(self.variants, (self.images,), generator=draw).tolist()
+        return self._drawn[1][place]
 
 
 class CaptionedFolder(pl.LightningDataModule):

@@ -115,7 +115,7 @@ def _compare_first_losses(tuned: SlicemodCLI, base_file: str) -> str:
     batch = next(iter(data.train_dataloader()))
     with torch.no_grad():
         latents = model.encode(data.split("train").images)[batch["index"]]
-        base = float(model.diffusion_loss(latents, batch["label"], tuned.model.step_seed(0)))
+        base = float(model.diffusion_loss(latents, batch["label"], tuned.model.batch_seed(batch)))
     swapped = read_metric(_log(tuned), "train/loss")[0][1]
     difference = abs(swapped - base)
     found = f"base {base:.8f}, swapped {swapped:.8f}, difference {difference:.1e}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypedDict
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from slicemod.training.resumable_batches import ResumableBatches
+from slicemod.training.resumable_batches import PlannedBatch, ResumableBatches
 from slicemod.user_error import UserError
 
 SplitName = Literal["train", "val", "test"]
@@ -28,11 +27,15 @@ class DigitSplit(NamedTuple):
 
 
 class DigitBatch(TypedDict):
-    """``image`` (B, 1, S, S), ``label`` (B,) and ``index`` (B,): the images' places in their split."""
+    """``image`` (B, 1, S, S), ``label`` (B,) and ``index`` (B,): the images' places in their split.
+
+    ``number`` is the first image's, from the first epoch on, and no other batch's.
+    """
 
     image: Tensor
     label: Tensor
     index: Tensor
+    number: int
 
 
 def digit_splits(
@@ -61,7 +64,7 @@ def digit_splits(
     return {name: DigitSplit(images[rows], targets[rows]) for name, rows in chosen.items()}
 
 
-class DigitBatches(ResumableBatches[Tensor, DigitBatch]):
+class DigitBatches(ResumableBatches[DigitBatch]):
     """Iterates over a split in batches.
 
     Args:
@@ -71,29 +74,15 @@ class DigitBatches(ResumableBatches[Tensor, DigitBatch]):
     """
 
     def __init__(self, split: DigitSplit, batch_size: int, shuffle_seed: int | None = None) -> None:
-        super().__init__()
         self.split = split
-        self.batch_size = batch_size
-        self.shuffle_seed = shuffle_seed
+        whole = batch_size if shuffle_seed is not None else 1
+        super().__init__([range(len(split.labels))], batch_size, shuffle_seed, multiple=whole)
 
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.split.labels), self.batch_size)
-        return full if self.shuffle_seed is not None or rest == 0 else full + 1
-
-    def plan_epoch(self, epoch: int) -> Sequence[Tensor]:
-        """Places in the split, a tensor (B,) for each batch."""
-        count = len(self.split.labels)
-        if self.shuffle_seed is None:
-            order = torch.arange(count)
-        else:
-            order = torch.randperm(
-                count, generator=torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + epoch)
-            )
-        return torch.split(order, self.batch_size)[: len(self)]
-
-    def load(self, planned: Tensor, number: int) -> DigitBatch:
+    def load(self, planned: PlannedBatch) -> DigitBatch:
         """The images and labels at these places."""
-        return {"image": self.split.images[planned], "label": self.split.labels[planned], "index": planned}
+        index = torch.tensor(planned.images)
+        images, labels = self.split
+        return {"image": images[index], "label": labels[index], "index": index, "number": planned.numbers[0]}
 
 
 class DigitsDataModule(pl.LightningDataModule):

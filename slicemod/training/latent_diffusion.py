@@ -26,6 +26,7 @@ from slicemod.training.autoencoder import decode_all, encode_all, load_autoencod
 from slicemod.training.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from slicemod.training.class_embedder import ClassEmbedder
 from slicemod.training.digits import DigitBatch
+from slicemod.training.mean_over_images import MeanOverImages
 from slicemod.training.optimizers import build_optimizer
 from slicemod.training.trained_weights import LoraSettings, Trained, choose_trained
 from slicemod.user_error import UserError
@@ -39,7 +40,7 @@ class LatentDiffusion(pl.LightningModule):
 
     The loss is the squared error of what ``scheduler.config.prediction_type`` names: the noise (Ho et al. 2020,
     arXiv:2006.11239, eq. 14), the velocity (Salimans and Ho 2022, arXiv:2202.00512, D) or the clean latents. Noise,
-    timesteps and dropped labels depend on ``seed`` and the step's number alone, so a continued run draws what an
+    timesteps and dropped labels depend on ``seed`` and the number of the batch's first image alone, so a continued run draws what an
     uninterrupted one draws.
 
     Logs ``train/loss``, and in validation ``val/loss`` and ``val/psnr`` (dB), ``val/ssim`` of images denoised in one
@@ -108,6 +109,7 @@ class LatentDiffusion(pl.LightningModule):
         self.val_psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
         self.val_ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
         self._train_latents: Tensor | None = None
+        self._mean = MeanOverImages()
 
     # Sizes
 
@@ -150,16 +152,19 @@ class LatentDiffusion(pl.LightningModule):
         predicted = self.unet(noisy, timesteps, self.class_embedder(labels, drop)).sample
         return F.mse_loss(predicted, self._target(latents, noise, timesteps))
 
-    def step_seed(self, step: int) -> int:
-        """The ``noise_seed`` of a training step."""
-        return self.seed * 1_000_003 + step
+    def batch_seed(self, batch: DigitBatch) -> int:
+        """The ``noise_seed`` of a batch in training."""
+        return self.seed * 1_000_003 + batch["number"]
 
     def training_step(self, batch: DigitBatch, batch_idx: int) -> Tensor:
         assert self._train_latents is not None  # on_fit_start made them
         latents = self._train_latents[batch["index"]]
-        loss = self.diffusion_loss(latents, batch["label"], self.step_seed(self.global_step))
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        loss = self.diffusion_loss(latents, batch["label"], self.batch_seed(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(latents))
+        return self._mean.weigh(loss, len(latents))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._mean.settle(self.parameters(), self.trainer.accumulate_grad_batches)
 
     def validation_step(self, batch: DigitBatch, batch_idx: int) -> None:
         latents, labels = self.encode(batch["image"]), batch["label"]

@@ -29,6 +29,7 @@ from slicemod.training.config_errors import find_cause, named_numbers
 from slicemod.training.interruption import StopBetweenSteps
 from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.optimizers import try_optimizer
+from slicemod.training.resumable_batches import SettlesSteps
 from slicemod.training.stop_signals import TrainingInterruptedError
 from slicemod.training.whole_checkpoint_io import PREVIOUS, WholeCheckpointIO
 from slicemod.training.yaml_files import config_files, read_configs, require_plain_yaml
@@ -71,7 +72,7 @@ class SlicemodCLI(LightningCLI):
             super().__init__(
                 model_class,
                 datamodule_class,
-                trainer_defaults={"callbacks": [StopBetweenSteps()]},
+                trainer_defaults={"callbacks": [SettlesSteps(), StopBetweenSteps()]},
                 save_config_callback=SaveConfigBesideLogs,
                 auto_configure_optimizers=False,  # they are arguments of the model, whose schedule steps every step
                 load_from_checkpoint_support=False,  # the models store what rebuilds them themselves

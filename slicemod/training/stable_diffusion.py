@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -30,6 +30,7 @@ from slicemod.training.denoising_objective import Objective
 from slicemod.training.frozen_stages import FrozenStages, pixels_per_latent
 from slicemod.training.fully_sharded import shard
 from slicemod.training.last_checkpoint import last_checkpoint
+from slicemod.training.mean_over_images import MeanOverImages
 from slicemod.training.nonfinite import NonFiniteError
 from slicemod.training.optimizers import build_optimizer
 from slicemod.training.pretrained import Pretrained
@@ -51,12 +52,21 @@ WEIGHTS = ("state_dict", "current_model_state")  # the second is Lightning's, be
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Draw(NamedTuple):
+    """What is random about one image: ``noise`` and ``posterior`` (1, c, h, w), ``timestep`` and ``dropped`` (1,)."""
+
+    noise: Tensor
+    posterior: Tensor
+    timestep: Tensor
+    dropped: Tensor
+
+
 class StableDiffusion(pl.LightningModule):
     """Trains the UNet of a Stable Diffusion model; autoencoder and text encoders stay as they are.
 
-    Checkpoints hold the trained weights alone. Noise, timesteps, dropped captions and dropout depend on ``seed`` and
-    the batch's number alone, so that a continued run draws what an uninterrupted one draws, and several processes
-    together draw what one draws.
+    Checkpoints hold the trained weights alone. Noise, timesteps and dropped captions depend on ``seed`` and the image's
+    number alone, so that a continued run draws what an uninterrupted one draws, with any size of batches, and several
+    processes together draw what one draws. Dropout depends on the batch's first image.
 
     Logs ``train/loss``, and in validation ``val/loss``, the mean over fixed timesteps and noise, and ``val/loss_t<T>``
     for each of these timesteps.
@@ -144,6 +154,7 @@ class StableDiffusion(pl.LightningModule):
         self.stages = FrozenStages(self._load_autoencoder, lambda: load_text_encoders(self.pretrained, max_tokens))
         self.val_losses = torch.nn.ModuleDict({str(timestep): MeanMetric() for timestep in self.val_timesteps})
         self._files: list[str] = []
+        self._mean = MeanOverImages()
 
     def _load_autoencoder(self) -> Any:
         autoencoder = self.pretrained.load_autoencoder()
@@ -226,13 +237,9 @@ class StableDiffusion(pl.LightningModule):
             batch: from ``CaptionedFolder``.
             timesteps: (B,), with every caption kept; None draws them.
         """
-        part = slice(batch["first"], batch["first"] + len(batch["mean"]))
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + batch["number"])
-        shape = torch.Size([batch["total"], *batch["mean"].shape[1:]])  # of all processes together
-        noise = self.objective.noise(shape, draw)[part].to(self.device)
-        posterior = torch.randn(shape, generator=draw)[part].to(self.device)
-        drawn = torch.randint(self.scheduler.config.num_train_timesteps, shape[:1], generator=draw)[part]
-        drop = (torch.rand(shape[:1], generator=draw) < self.objective.caption_dropout)[part].to(self.device)
+        draws = [self._draw(number, batch["mean"].shape[1:]) for number in batch["numbers"]]
+        noise, posterior = (torch.cat([getattr(draw, n) for draw in draws]).to(self.device) for n in ("noise", "posterior"))
+        drawn, drop = (torch.cat([getattr(draw, n) for draw in draws]).to(self.device) for n in ("timestep", "dropped"))
         if timesteps is not None:
             drawn, drop = timesteps, torch.zeros_like(drop)
         drawn = drawn.to(self.device)
@@ -253,13 +260,23 @@ class StableDiffusion(pl.LightningModule):
             return TextEmbeddings(context, None)
         return TextEmbeddings(context, torch.where(drop[:, None], nothing.pooled, batch["pooled"]))
 
+    def _draw(self, number: int, shape: torch.Size) -> Draw:
+        """All that is random about an image, by its number: whatever other images come in its batch."""
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return Draw(
+            self.objective.noise(torch.Size([1, *shape]), draw),
+            torch.randn(1, *shape, generator=draw),
+            torch.randint(self.scheduler.config.num_train_timesteps, (1,), generator=draw),
+            torch.rand(1, generator=draw) < self.objective.caption_dropout,
+        )
+
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         self._files = batch["files"]
-        torch.manual_seed(self.seed * 1_000_003 + batch["number"] * 1_009 + batch["first"])  # of dropout
+        torch.manual_seed(self.seed * 1_000_003 + batch["numbers"][0])  # of dropout
         loss = self.denoising_losses(batch).mean()
         self._require_finite(loss.detach(), "loss")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["mean"]), sync_dist=True)
-        return loss
+        return self._mean.weigh(loss, len(batch["mean"]))
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
         count = len(batch["mean"])
@@ -273,6 +290,7 @@ class StableDiffusion(pl.LightningModule):
         self.log("val/loss", torch.stack(means).mean(), prog_bar=True, sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._mean.settle(self.parameters(), self.trainer.accumulate_grad_batches)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # fp16's loss scaling skips the steps whose gradients overflow
         gradients = [p.grad for p in self.unet.parameters() if p.grad is not None]

@@ -1,6 +1,6 @@
 """`slicemod` with the letter encoders, as a process of its own that may kill itself: python -m ... fit --config ...
 
-KILL_AT=<n> ends it by SIGKILL in the n-th batch, KILL_WHILE_SAVING=<n> halfway through writing the n-th checkpoint.
+KILL_AT=<n> ends it by SIGKILL in batch n, from 0 on, KILL_WHILE_SAVING=<n> halfway through writing the n-th checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ def _die() -> None:
 
 
 def _kill_in_batch(number: int) -> None:
-    step = stable_diffusion.StableDiffusion.training_step
+    step, seen = stable_diffusion.StableDiffusion.training_step, []
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
-        if batch["number"] == number:
+        if len(seen) == number:
             _die()
+        seen.append(batch_idx)
         return step(self, batch, batch_idx)
 
     vars(stable_diffusion)["StableDiffusion"].training_step = training_step

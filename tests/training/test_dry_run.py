@@ -43,7 +43,7 @@ def test_a_dry_run_tells_the_plans_that_training_takes_and_trains_nothing(
     assert "Nothing was trained" in told
 
     run = fit(["fit", "--config", config])
-    (batch,) = [batch for batch in run.datamodule.train_dataloader() if batch["number"] == 0]
+    (batch,) = [batch for batch in run.datamodule.train_dataloader() if 0 in batch["numbers"]]
     latents = batch["mean"].shape[2:]
     forecasts = forecast(run.model, run.datamodule, run.trainer)
     assert all(str(row.bucket) in told for row in forecasts)

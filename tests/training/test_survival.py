@@ -123,6 +123,33 @@ def test_a_killed_run_continues_to_bit_identical_weights(
     ]
 
 
+class FailOnce(Callback):
+    """Raises an exception in the n-th batch, from 0 on."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.seen = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.seen == self.at:
+            raise RuntimeError("out of luck")
+        self.seen += 1
+
+
+@pytest.mark.parametrize("at", [4, 5, 6])  # at the start of an epoch, halfway through a step, between two steps
+def test_a_run_that_failed_repeats_the_batches_of_the_step_that_was_not_done(
+    at: int, config: str, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failed").mkdir()
+    monkeypatch.chdir(tmp_path / "failed")
+    fail = f'{{"class_path": "{__name__}.FailOnce", "init_args": {{"at": {at}}}}}'
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(["fit", "--config", config, "--trainer.callbacks+", fail])
+    assert read_checkpoint(tmp_path / "failed" / "checkpoints" / "last.ckpt")["global_step"] == at // 2
+    fit(["fit", "--config", config, "--ckpt_path", "last"])
+    assert_identical(final_state(tmp_path / "failed"), uninterrupted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops_and_the_run_continues_to_bit_identical_weights(
