@@ -79,7 +79,8 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
         tiny_stable_diffusion.write_images(tmp_path / "photos"),
         trainer={"max_steps": 2},
     )
-    content["trainer"]["callbacks"][0]["init_args"]["dirpath"] = "runs/sd15_lora/checkpoints"
+    del content["trainer"]["callbacks"][0]["init_args"]["dirpath"]  # the run's own
+    content["run"] = "sd15_lora"
     (tmp_path / "configs" / "sd15_lora.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
     for command in here(page)["slicemod"]:

@@ -197,7 +197,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: str | os
 def require_matching(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | os.PathLike[str], owner: str
 ) -> None:
-    """Checks that the keys and shapes of ``state``, read from ``path``, are exactly those of ``own``, and its values finite.
+    """Checks that ``state``, read from ``path``, has exactly the keys and shapes of ``own``, and finite values.
 
     Raises:
         CheckpointError: keys are missing, unexpected, or of another shape, or a value is no finite number.

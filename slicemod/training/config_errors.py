@@ -20,9 +20,7 @@ BLOCK = ("class_path", "init_args", "dict_kwargs")
 FIRST = ((Optimizer, "params"), (LRScheduler, "optimizer"))  # arguments that the program gives
 
 
-def find_cause(
-    error: str, given: Mapping[str, Any], arguments: Sequence[str], groups: Mapping[str, type]
-) -> str:
+def find_cause(error: str, given: Mapping[str, Any], arguments: Sequence[str], groups: Mapping[str, type]) -> str:
     """The part of the parser's message that a reader can act on, or all of it.
 
     Args:

@@ -25,6 +25,7 @@ from slicemod.training.last_checkpoint import last_checkpoint
 from slicemod.training.latent_diffusion import LatentDiffusion, load_latent_diffusion
 from slicemod.training.lightning_cli import SlicemodCLI
 from slicemod.training.pictures import read_metric, save_digit_grid, save_loss_curve
+from slicemod.training.run_folder import unused_name
 from slicemod.training.sampling import Sampling, sample_images
 from slicemod.training.step_memory import StepMemory, measure_training_steps
 from slicemod.user_error import UserError
@@ -68,11 +69,12 @@ def _run() -> None:
         stages[name] = time.perf_counter() - start
         return result
 
-    base = timed("autoencoder and base training, the UNet's own attention", lambda: fit(BASE))
-    base_file = _finished(base)
-    tuned = timed(
-        "fine-tuning, attention swapped by the config", lambda: fit([*FINETUNE, "--model.init_from", base_file])
+    base = timed(
+        "autoencoder and base training, the UNet's own attention", lambda: fit([*BASE, "--run", unused_name("digits")])
     )
+    base_file = _finished(base)
+    tuning = [*FINETUNE, "--model.init_from", base_file, "--run", unused_name("digits_finetune")]
+    tuned = timed("fine-tuning, attention swapped by the config", lambda: fit(tuning))
     tuned_file = _finished(tuned)
     console.print(f"first loss: {_compare_first_losses(tuned, base_file)}")
     slicing = tuned.model.attention

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from slicemod.training.lightning_cli import SlicemodCLI
 
 
-
 class Task(NamedTuple):
     """What the top-level key `task` of a configuration names; the module is imported when it is asked for."""
 

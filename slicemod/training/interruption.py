@@ -14,6 +14,7 @@ from slicemod.training.stop_signals import SIGNALS, TrainingInterruptedError
 
 __all__ = ["StopBetweenSteps", "TrainingInterruptedError"]
 
+
 class StopBetweenSteps(pl.Callback):
     """Turns the first of these signals into a ``TrainingInterruptedError`` at the end of the running step.
 

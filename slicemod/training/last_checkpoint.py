@@ -17,11 +17,11 @@ class LastCheckpoint(ModelCheckpoint):
     ``ModelCheckpoint(save_last=True)`` by itself leaves out the steps after its last regular save.
 
     Args:
-        dirpath: folder of the checkpoints; a new run beside an old one writes ``last-v1.ckpt`` and so on.
+        dirpath: folder of the checkpoints; None is `checkpoints` in the run's folder, ``trainer.default_root_dir``.
         every_n_train_steps: steps between two saves.
     """
 
-    def __init__(self, dirpath: str, every_n_train_steps: int = 100) -> None:
+    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 100) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="{step}",
@@ -35,10 +35,15 @@ class LastCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Removes what a process that was killed while it wrote left behind."""
+        self.dirpath = str(self.folder(trainer))
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
             for left in Path(str(self.dirpath)).glob(".last*.ckpt"):
                 left.unlink()
+
+    def folder(self, trainer: pl.Trainer) -> Path:
+        """Where the checkpoints are kept."""
+        return Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -40,8 +40,8 @@ class LatentDiffusion(pl.LightningModule):
 
     The loss is the squared error of what ``scheduler.config.prediction_type`` names: the noise (Ho et al. 2020,
     arXiv:2006.11239, eq. 14), the velocity (Salimans and Ho 2022, arXiv:2202.00512, D) or the clean latents. Noise,
-    timesteps and dropped labels depend on ``seed`` and the number of the batch's first image alone, so a continued run draws what an
-    uninterrupted one draws.
+    timesteps and dropped labels depend on ``seed`` and the number of the batch's first image alone, so a continued run
+    draws what an uninterrupted one draws.
 
     Logs ``train/loss``, and in validation ``val/loss`` and ``val/psnr`` (dB), ``val/ssim`` of images denoised in one
     step from a quarter of the way to noise.

@@ -20,6 +20,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from slicemod import SliceConfig
 from slicemod.plan import POLICIES
@@ -27,9 +28,10 @@ from slicemod.slice_config import KERNELS
 from slicemod.training.checkpoints import CheckpointError, ensure_writable_folder, read_checkpoint, require_finite
 from slicemod.training.config_errors import find_cause, named_numbers
 from slicemod.training.interruption import StopBetweenSteps
-from slicemod.training.last_checkpoint import last_checkpoint
+from slicemod.training.last_checkpoint import LastCheckpoint, last_checkpoint
 from slicemod.training.optimizers import try_optimizer
 from slicemod.training.resumable_batches import SettlesSteps
+from slicemod.training.run_folder import RunLock, require_own, run_folder
 from slicemod.training.stop_signals import TrainingInterruptedError
 from slicemod.training.whole_checkpoint_io import PREVIOUS, WholeCheckpointIO
 from slicemod.training.yaml_files import config_files, read_configs, require_plain_yaml
@@ -67,6 +69,7 @@ class SlicemodCLI(LightningCLI):
         arguments: Sequence[str],
     ) -> None:
         _silence_known_warnings()
+        self._lock = RunLock([])
         given = read_configs(config_files(arguments))
         try:
             super().__init__(
@@ -81,7 +84,8 @@ class SlicemodCLI(LightningCLI):
         except (ArgumentError, argparse.ArgumentError) as error:
             files = ", ".join(config_files(arguments)) or "no file"
             groups = {"model": model_class, "data": datamodule_class, "trainer": pl.Trainer}
-            cause = self._readable(str(error), lambda: find_cause(str(error), given, arguments, groups))
+            said = str(error)
+            cause = self._readable(said, lambda: find_cause(said, given, arguments, groups))
             raise UserError(f"{cause} (configuration from {files} and the command line)") from error
         except MisconfigurationException as error:
             raise UserError(f"Lightning cannot run this configuration: {error}") from error
@@ -107,6 +111,13 @@ class SlicemodCLI(LightningCLI):
         """Adds the kind of model and the block ``attention``, which the model gets."""
         parser.add_argument("--task", type=str, help="What is trained: digits or stable_diffusion.")
         parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="The run's name: logs, checkpoints and samples go to runs/NAME, unless the trainer's blocks name other"
+            " folders. Null is the name of the last configuration file.",
+        )
+        parser.add_argument(
             "--attention",
             type=SliceConfig | None,
             default=None,
@@ -116,8 +127,12 @@ class SlicemodCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses ``args`` alone: Lightning's own method warns where ``sys.argv`` holds anything besides."""
+        arguments = cast("Sequence[str]", args)
         with _plain_yaml():
-            self.config = parser.parse_args(cast("Sequence[str]", args))
+            self.config = parser.parse_args(arguments)
+        options = self.config[self.config["subcommand"]]
+        if options["run"] is None:  # said here, so that the configuration that is saved says it too
+            options["run"] = Path([options["task"] or "digits", *config_files(arguments)][-1]).stem
 
     def _parse_ckpt_path(self) -> None:
         """Replaces Lightning's, which reads hyperparameters that these checkpoints do not have, errors unhandled."""
@@ -162,8 +177,19 @@ class SlicemodCLI(LightningCLI):
                 f"trainer.callbacks: expected each callback that has a state once. {error} Remove all but one."
             ) from error
 
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps what it writes."""
+        return run_folder(self.config[self.subcommand]["run"])
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Builds the trainer, which writes checkpoints whole or not at all."""
+        """Builds the trainer, which writes to the run's folder, and checkpoints whole or not at all."""
+        settings = self._get(self.config_init, "trainer")
+        folder = str(self.run_folder)
+        if settings.default_root_dir is None:
+            kwargs["default_root_dir"] = folder
+        if settings.logger in (None, True):
+            kwargs["logger"] = [CSVLogger(folder, name="csv"), TensorBoardLogger(folder, name="tensorboard")]
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -181,13 +207,23 @@ class SlicemodCLI(LightningCLI):
         except ValueError as error:
             raise UserError(f"seed_everything: expected a whole number from 0 to 4294967295; {error}.") from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            self._lock.release()
+
     def before_fit(self) -> None:
         """Checks the optimizer, the checkpoint to continue from and the folders to write to."""
         try_optimizer(self.model.make_optimizer, self.model.make_lr_scheduler)
+        if self.trainer.is_global_zero:
+            self._lock = RunLock(self._checkpoint_folders())
         options: Namespace = self.config_init["fit"]
         if options.get("ckpt_path") is not None:
             options["ckpt_path"] = self._readable_checkpoint(options["ckpt_path"])
         self.require_writable_folders()
+        if self.trainer.is_global_zero:
+            require_own(self._checkpoint_folders(), options.get("ckpt_path"))
 
     def before_validate(self) -> None:
         """Checks the checkpoint, without which there is nothing to measure."""
@@ -206,15 +242,31 @@ class SlicemodCLI(LightningCLI):
         except TrainingInterruptedError as stop:
             stop.checkpoint = last_checkpoint(self.trainer)
             raise
+        if self.trainer.is_global_zero:
+            print("\n".join(self.written()))
 
     def validate(self, **kwargs: Any) -> None:
         """``Trainer.validate`` that unpickles no code."""
         self.trainer.validate(**kwargs, weights_only=True)
 
+    def written(self) -> list[str]:
+        """What the run wrote and where, a line each."""
+        lines = [f"run {self.config[self.subcommand]['run']}: {self.trainer.global_step} steps done; it wrote"]
+        if (path := last_checkpoint(self.trainer)) is not None:
+            lines.append(f"  checkpoint  {_shown(path)}")
+        logs = [getattr(logger, "log_dir", None) or logger.save_dir for logger in self.trainer.loggers]
+        lines += [f"  logs        {_shown(log)}" for log in logs if log]
+        lines += [
+            f"  samples     {_shown(callback.folder)}"
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(getattr(callback, "folder", None), Path) and callback.folder.is_dir()
+        ]
+        return lines
+
     def folders(self) -> list[str | Path | None]:
         """Folders that the run writes to."""
         folders: list[str | Path | None] = [logger.save_dir for logger in self.trainer.loggers]
-        return folders + [callback.dirpath for callback in self._model_checkpoints()]
+        return [*folders, *self._checkpoint_folders()]
 
     def require_writable_folders(self) -> None:
         """Checks them.
@@ -269,13 +321,17 @@ class SlicemodCLI(LightningCLI):
     def _require_finite_optimizers(checkpoint: Mapping[str, Any], path: str) -> None:
         for optimizer in checkpoint["optimizer_states"]:
             require_finite(
-                {f"{name} of weight {n}": value for n, own in optimizer["state"].items() for name, value in own.items()},
+                {
+                    f"{name} of weight {n}": value
+                    for n, own in optimizer["state"].items()
+                    for name, value in own.items()
+                },
                 path,
             )
 
     def _last_checkpoints(self) -> list[str]:
         """Files that a run may continue from, the newest first."""
-        folders = [Path(callback.dirpath) for callback in self._model_checkpoints() if callback.dirpath is not None]
+        folders = self._checkpoint_folders()
         names = (ModelCheckpoint.CHECKPOINT_NAME_LAST, PREVIOUS)
         files = [file for folder in folders for name in names for file in folder.glob(f"{name}*.ckpt")]
         if not files:
@@ -286,8 +342,14 @@ class SlicemodCLI(LightningCLI):
             )
         return [str(file) for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
 
-    def _model_checkpoints(self) -> list[ModelCheckpoint]:
-        return [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    def _checkpoint_folders(self) -> list[Path]:
+        folders = []
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                folders.append(callback.folder(self.trainer))
+            elif isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                folders.append(Path(callback.dirpath))
+        return list(dict.fromkeys(folders))
 
     def _readable(self, error: str, find: Callable[[], str]) -> str:
         """The parser's message in words of the configuration, with what to do."""
@@ -302,6 +364,12 @@ class SlicemodCLI(LightningCLI):
             f" ({', '.join(POLICIES)}), kernel ({', '.join(KERNELS)}), steps, checkpoint and upcast; got {what}."
             f" {advice}"
         )
+
+
+def _shown(path: Any) -> str:
+    """A path as one would type it here."""
+    full = Path(str(path)).resolve()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
 
 
 @contextmanager

@@ -85,8 +85,9 @@ def _trained(name: str, command: Sequence[str]) -> str:
     folder = OUT / name / "checkpoints"
     finished = folder / "finished.ckpt"
     if not finished.exists():
+        begun = ["--ckpt_path", "last"] if (folder / "last.ckpt").exists() else []
         callback = "slicemod.training.last_checkpoint.LastCheckpoint"
-        ran = fit([*command, "--trainer.logger", "false", "--trainer.callbacks", callback,
-                   "--trainer.callbacks.dirpath", str(folder)])  # fmt: skip
+        ran = fit([*command, "--run", f"{OUT.name}/{name}", "--trainer.logger", "false",
+                   "--trainer.callbacks", callback, *begun])  # fmt: skip
         Path(str(last_checkpoint(ran.trainer))).rename(finished)
     return os.path.relpath(finished)

@@ -161,13 +161,15 @@ class SettlesSteps(pl.Callback):
         self._step = 0
         self._position: dict[str, Any] | None = None
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Counts the batches and epochs that are done as they are now.
 
         Lightning ends an epoch after so many batches, which with another batch size are not as many as before, and
         takes an epoch that ``max_steps`` ended for a whole one.
         """
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule
         stored = checkpoint["loops"].get("fit_loop", {})
         positions = stored.get("state_dict", {}).get("combined_loader", [])
         if data is None or not positions:

@@ -26,7 +26,7 @@ class SampleImages(pl.Callback):
 
     Args:
         prompts: one image each.
-        folder: of the PNG files.
+        folder: of the PNG files; None is `samples` in the run's folder, ``trainer.default_root_dir``.
         seed: of the noise, one more for each prompt.
         steps: of denoising.
         guidance: weight of the prompt; 1 is no guidance.
@@ -38,7 +38,7 @@ class SampleImages(pl.Callback):
     def __init__(
         self,
         prompts: list[str],
-        folder: str,
+        folder: str | None = None,
         seed: int = 0,
         steps: int = 30,
         guidance: float = 7.0,
@@ -49,7 +49,7 @@ class SampleImages(pl.Callback):
         if not prompts:
             raise UserError("SampleImages.prompts must hold a prompt, got none: name one, or leave SampleImages out.")
         self.prompts = prompts
-        self.folder = Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self.seed = seed
         self.steps = steps
         self.guidance = guidance
@@ -60,6 +60,7 @@ class SampleImages(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Encodes the prompts once."""
+        self.folder = self.folder or Path(trainer.default_root_dir) / "samples"
         model, data = require_stable_diffusion(trainer, pl_module, "SampleImages")
         self.height, self.width = self.height or data.resolution, self.width or data.resolution
         require_size(model, self.height, self.width)

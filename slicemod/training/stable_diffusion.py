@@ -238,7 +238,9 @@ class StableDiffusion(pl.LightningModule):
             timesteps: (B,), with every caption kept; None draws them.
         """
         draws = [self._draw(number, batch["mean"].shape[1:]) for number in batch["numbers"]]
-        noise, posterior = (torch.cat([getattr(draw, n) for draw in draws]).to(self.device) for n in ("noise", "posterior"))
+        noise, posterior = (
+            torch.cat([getattr(draw, n) for draw in draws]).to(self.device) for n in ("noise", "posterior")
+        )
         drawn, drop = (torch.cat([getattr(draw, n) for draw in draws]).to(self.device) for n in ("timestep", "dropped"))
         if timesteps is not None:
             drawn, drop = timesteps, torch.zeros_like(drop)

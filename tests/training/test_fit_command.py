@@ -74,9 +74,15 @@ def test_later_fits_reuse_the_autoencoder_and_overwrite_nothing(
     first = train_tiny(tmp_path)
     files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     capsys.readouterr()
-    second = train_tiny(tmp_path)
-    assert "training the autoencoder first" not in capsys.readouterr().out
-    assert first != second
+    with pytest.raises(UserError, match=r"last\.ckpt of an earlier run.*--ckpt_path last.*--run NAME"):
+        train_tiny(tmp_path)
+    train_tiny(tmp_path, "--run", "second")
+    said = capsys.readouterr().out
+    assert "training the autoencoder first" not in said
+    second = tmp_path / "runs" / "second" / "checkpoints" / "last.ckpt"
+    assert f"run second: {STEPS} steps done" in said
+    for written in ("checkpoints/last.ckpt", "csv/version_0", "tensorboard/version_0"):
+        assert f" runs/second/{written}\n" in said
     assert all(file.read_bytes() == content for file, content in files.items())
     assert_same(weights(first), weights(second))
 

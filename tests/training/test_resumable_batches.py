@@ -103,7 +103,7 @@ def test_a_position_in_batches_is_refused() -> None:
 class Witness(Callback):
     """Keeps the images and numbers of each batch."""
 
-    seen: list[tuple[list[str], list[int]]] = []  # noqa: RUF012 - Lightning makes the callback from its class path
+    seen: list[tuple[list[str], list[int]]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append(([Path(file).name for file in batch["files"]], batch["numbers"]))
@@ -165,7 +165,8 @@ def test_images_that_were_added_begin_a_new_epoch_and_that_is_said(config: str, 
 
 def weights_after(config: str, folder: str, *options: str) -> dict[str, torch.Tensor]:
     """After one step; the checkpoints lie in ``folder``."""
-    last = f'[{{"class_path": "slicemod.training.last_checkpoint.LastCheckpoint", "init_args": {{"dirpath": "{folder}"}}}}]'
+    kind = "slicemod.training.last_checkpoint.LastCheckpoint"
+    last = f'[{{"class_path": "{kind}", "init_args": {{"dirpath": "{folder}"}}}}]'
     fit(["fit", "--config", config, "--trainer.max_steps", "1", "--trainer.callbacks", last, *options])
     return dict(read_checkpoint(Path(folder) / "last.ckpt")["state_dict"])
 

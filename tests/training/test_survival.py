@@ -249,7 +249,11 @@ def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_
 
 @pytest.mark.parametrize(
     "command",
-    ["fit --config {config} --ckpt_path", "sample --prompt cat --out cat.png --checkpoint", "export --out all --checkpoint"],
+    [
+        "fit --config {config} --ckpt_path",
+        "sample --prompt cat --out cat.png --checkpoint",
+        "export --out all --checkpoint",
+    ],
 )
 def test_a_checkpoint_that_holds_no_numbers_is_refused(
     command: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -272,7 +276,11 @@ def test_an_optimizer_that_holds_no_numbers_is_refused(config: str, tmp_path: Pa
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_latents_are_cached_says_that_they_are_kept(
-    signum: signal.Signals, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    signum: signal.Signals,
+    config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     encode, encoded = FrozenStages.encode_images, []
 

@@ -227,8 +227,10 @@ def tiny_config(name: str, source: Path, images: Path, **changes: Any) -> dict[s
             settings.update(prompts=["a photo of a cat", "the sea"], folder="samples", steps=2)
         elif kind.endswith("ProgressBar"):
             config["trainer"]["callbacks"].remove(callback)
-    for logger in config["trainer"]["logger"]:
-        logger["init_args"]["save_dir"] = "logs"
+    config["trainer"]["logger"] = [
+        {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": {"save_dir": "logs", "name": name}}
+        for kind, name in (("CSVLogger", "csv"), ("TensorBoardLogger", "tensorboard"))
+    ]
     return config | changes
 
 
