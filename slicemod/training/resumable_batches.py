@@ -138,8 +138,8 @@ class ResumableBatches(ABC, Generic[Batch]):
         """
         if "seen" not in state:
             raise UserError(
-                "The checkpoint's position counts batches and not images: an earlier version of slicemod wrote it. Start"
-                " a new run; a digits model can start from its weights, --model.init_from."
+                "The checkpoint's position counts batches and not images: an earlier version of slicemod wrote it."
+                " Start a new run; a digits model can start from its weights, --model.init_from."
             )
         self._epoch, self._seen = state["epoch"], list(state["seen"])
         self._settled = None
