@@ -69,7 +69,7 @@ def fit(arguments: Sequence[str]) -> SlicemodCLI:
     """
     task = _task(arguments)
     if task not in TASKS:
-        raise UserError(f"task: expected one of {', '.join(TASKS)}, got {task!r}. Correct the name.")
+        raise UserError(f"task: expected one of {', '.join(sorted(TASKS))}, got {task!r}. Correct the name.")
     cli: SlicemodCLI = getattr(import_module(TASKS[task].module), TASKS[task].command_line)(arguments)
     return cli
 

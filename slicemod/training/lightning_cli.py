@@ -216,13 +216,12 @@ class SlicemodCLI(LightningCLI):
     def before_fit(self) -> None:
         """Checks the optimizer, the checkpoint to continue from and the folders to write to."""
         try_optimizer(self.model.make_optimizer, self.model.make_lr_scheduler)
-        if self.trainer.is_global_zero:
-            self._lock = RunLock(self._checkpoint_folders())
         options: Namespace = self.config_init["fit"]
         if options.get("ckpt_path") is not None:
             options["ckpt_path"] = self._readable_checkpoint(options["ckpt_path"])
         self.require_writable_folders()
         if self.trainer.is_global_zero:
+            self._lock = RunLock(self._checkpoint_folders())
             require_own(self._checkpoint_folders(), options.get("ckpt_path"))
 
     def before_validate(self) -> None:
