@@ -6,8 +6,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from slicemod.training.fit_options import nothing_named
 from slicemod.training.stop_signals import TrainingInterruptedError, stop_at_once
 from slicemod.training.yaml_files import config_files, options, read_configs
 from slicemod.user_error import UserError
@@ -16,38 +17,22 @@ if TYPE_CHECKING:
     from slicemod.training.lightning_cli import SlicemodCLI
 
 
-class Task(NamedTuple):
-    """What the top-level key `task` of a configuration names; the module is imported when it is asked for."""
-
-    module: str
-    command_line: str
-    summary: str
-    example: str
-
-
+# What the top-level key `task` of a configuration names; imported when asked for.
 TASKS = {
-    "stable_diffusion": Task(
-        "slicemod.training.stable_diffusion_cli",
-        "StableDiffusionCLI",
-        "fine-tune SD1.x, SD2.x or SDXL on a folder of captioned images",
-        "--config configs/sd15_lora.yaml --data.folder photos",
-    ),
-    "digits": Task(
-        "slicemod.training.digits_cli",
-        "DigitsCLI",
-        "train a small model on handwritten digits, which come with scikit-learn",
-        "--config configs/digits.yaml",
-    ),
+    "digits": ("slicemod.training.digits_cli", "DigitsCLI"),
+    "stable_diffusion": ("slicemod.training.stable_diffusion_cli", "StableDiffusionCLI"),
 }
-BAD_INPUT = 2
 ANSWERED_BY_THE_PARSER = ("-h", "--help", "--print_config")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs `fit` or `validate`; ``arguments[0]`` says which."""
+    """Runs `fit` or `validate`; ``arguments[0]`` says which.
+
+    Raises:
+        UserError: nothing says what to train, or what was given cannot be used.
+    """
     if not _says_what(arguments):
-        print(_overview(arguments[0]), file=sys.stderr)
-        return BAD_INPUT
+        raise UserError(nothing_named(arguments[0]))
     try:
         with stop_at_once():
             fit(arguments)
@@ -69,24 +54,15 @@ def fit(arguments: Sequence[str]) -> SlicemodCLI:
     """
     task = _task(arguments)
     if task not in TASKS:
-        raise UserError(f"task: expected one of {', '.join(sorted(TASKS))}, got {task!r}. Correct the name.")
-    cli: SlicemodCLI = getattr(import_module(TASKS[task].module), TASKS[task].command_line)(arguments)
+        raise UserError(f"task: expected one of {', '.join(TASKS)}, got {task!r}. Correct the name.")
+    module, name = TASKS[task]
+    cli: SlicemodCLI = getattr(import_module(module), name)(arguments)
     return cli
 
 
 def _says_what(arguments: Sequence[str]) -> bool:
     named = config_files(arguments) or options(arguments, "--task")
     return bool(named) or any(argument.partition("=")[0] in ANSWERED_BY_THE_PARSER for argument in arguments)
-
-
-def _overview(command: str) -> str:
-    lines = [
-        f"slicemod {command}: expected a configuration, which says what is trained. There are",
-        "",
-    ]
-    for name, task in TASKS.items():
-        lines += [f"  {name}: {task.summary}", f"    slicemod {command} {task.example}", ""]
-    return "\n".join([*lines, f"`slicemod {command} --config FILE --help` lists what a configuration may say."])
 
 
 def _task(arguments: Sequence[str]) -> str:

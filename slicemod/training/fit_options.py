@@ -7,6 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from slicemod.arguments import ArgumentParser
+from slicemod.user_error import UserError
+
+EXAMPLES = {
+    "stable_diffusion": "--config configs/sd15_lora.yaml --data.folder photos",
+    "digits": "--config configs/digits.yaml",
+}
+
+
+def nothing_named(command: str) -> str:
+    """What to say where neither a file nor a task is named."""
+    ways = " or ".join(f"`slicemod {command} {example}` ({task})" for task, example in EXAMPLES.items())
+    return (
+        f"expected a configuration, which says what is trained, such as {ways}. `slicemod {command} --help` says more."
+    )
 
 
 class _UntilATaskIsNamed(ArgumentParser):
@@ -19,7 +33,7 @@ class _UntilATaskIsNamed(ArgumentParser):
             UserError: there are no arguments.
         """
         if not args:
-            self.error("expected --config FILE.yaml, or --task digits or stable_diffusion with options; got nothing")
+            raise UserError(nothing_named(self.prog.rpartition(" ")[2]))
         named = {option.partition("=")[0] for option in args} & {"-c", "--config", "--task"}
         if not named and not {"-h", "--help"}.isdisjoint(args):
             self.print_help()
