@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from slicemod.user_error import UserError
 
@@ -169,7 +169,7 @@ class SettlesSteps(pl.Callback):
         Lightning ends an epoch after so many batches, which with another batch size are not as many as before, and
         takes an epoch that ``max_steps`` ended for a whole one.
         """
-        data = trainer.datamodule
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         stored = checkpoint["loops"].get("fit_loop", {})
         positions = stored.get("state_dict", {}).get("combined_loader", [])
         if data is None or not positions:
@@ -179,10 +179,11 @@ class SettlesSteps(pl.Callback):
             return
         self._position = positions[0]
         batches.load_state_dict(positions[0])
-        if batches.has_other_images(positions[0]):
-            rank_zero_warn(
+        if batches.has_other_images(positions[0]) and trainer.is_global_zero:
+            warnings.warn(
                 f"The data has {batches.images} images where the checkpoint's had {sum(positions[0]['groups'])}, or"
-                " other sizes of them: a new epoch begins, and what was left of the last one is not trained on."
+                " other sizes of them: a new epoch begins, and what was left of the last one is not trained on.",
+                stacklevel=2,
             )
         if trainer.limit_train_batches == 1.0:  # else epochs end where the option says
             _count_as_done(stored, len(batches) - batches.left, batches.left)

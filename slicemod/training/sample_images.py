@@ -90,6 +90,7 @@ class SampleImages(pl.Callback):
             self._log(trainer, images)
 
     def _log(self, trainer: pl.Trainer, images: Tensor) -> None:
+        assert self.folder is not None  # setup chose it
         save_tiles(images, self.folder / f"step{trainer.global_step}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -12,11 +12,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from slicemod import SlicePlan, SwapReport
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 
 class StepMeter(pl.Callback):
     """Logs ``speed/images_per_s``, ``memory/peak_bytes``, ``plan/peak_bytes`` and ``plan/steps``.
@@ -67,7 +62,9 @@ class StepMeter(pl.Callback):
 
 def _peak_resident() -> dict[str, int]:
     """The most that the process ever had resident; nothing where the system keeps no such count, on Windows."""
-    if resource is None:
+    try:
+        import resource
+    except ImportError:
         return {}
     unit = 1 if sys.platform == "darwin" else 1024  # kibibytes on Linux
     return {"memory/peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

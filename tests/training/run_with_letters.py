@@ -22,7 +22,8 @@ def _die() -> None:
 
 
 def _kill_in_batch(number: int) -> None:
-    step, seen = stable_diffusion.StableDiffusion.training_step, []
+    step = stable_diffusion.StableDiffusion.training_step
+    seen: list[int] = []
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         if len(seen) == number:
@@ -34,7 +35,8 @@ def _kill_in_batch(number: int) -> None:
 
 
 def _kill_while_saving(number: int) -> None:
-    save, seen = torch.save, []
+    save = torch.save
+    seen: list[Any] = []
 
     def half(content: Any, path: Any) -> None:
         seen.append(path)

@@ -13,14 +13,14 @@ def test_the_gradient_is_the_mean_over_all_images(sizes: list[int], accumulated:
     images = torch.randn(sum(sizes), 7, dtype=torch.float64)
     layer = nn.Linear(7, 3, dtype=torch.float64)
     unused = nn.Parameter(torch.ones(2))
-    layer(images).square().sum(dim=1).mean().backward()
+    torch.autograd.backward(layer(images).square().sum(dim=1).mean())
     expected = {name: parameter.grad for name, parameter in layer.named_parameters()}
     mean = MeanOverImages()
     for _ in range(2):  # the second step starts from nothing
         layer.zero_grad()
-        for batch in images.split(sizes):
+        for batch in torch.split(images, sizes):
             loss = mean.weigh(layer(batch).square().sum(dim=1).mean(), len(batch))
-            (loss / accumulated).backward()  # as Lightning does
+            torch.autograd.backward(loss / accumulated)  # as Lightning does
         mean.settle([*layer.parameters(), unused], accumulated)
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=0)

@@ -9,6 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import importlib, pkgutil, signal, sys
+import lightning.pytorch, peft, torch  # others, which know another system by other signs than these names
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import AutoModel, CLIPTextModel, CLIPTokenizer
 del signal.SIGUSR1
 sys.modules["resource"] = None  # an import of it is an ImportError
 import slicemod
