@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slicemod.attention import MemoryAwareCrossAttention
+    from slicemod.call import AttentionShape
+    from slicemod.choose import plan_slices
+    from slicemod.config import SliceConfig
+    from slicemod.functional import planned_attention, sliced_attention
     from slicemod.memory.free_memory import free_memory
-    from slicemod.plan import NotEnoughMemoryError, SlicePlan, plan_slices
-    from slicemod.shapes import AttentionShape
-    from slicemod.slice_config import SliceConfig
-    from slicemod.sliced import sliced_attention
+    from slicemod.plan import NotEnoughMemoryError, SlicePlan
     from slicemod.swap import SwapReport, restore_attention, swap_attention
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "SwapReport",
     "free_memory",
     "plan_slices",
+    "planned_attention",
     "restore_attention",
     "sliced_attention",
     "swap_attention",
@@ -33,12 +35,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a module of those that have one."""
-    if not name.startswith("_"):
+    """A public name, or a module of this package."""
+    if name in __all__:
         public = import_module("slicemod.public")
         globals().update({public_name: getattr(public, public_name) for public_name in __all__})
-        if name in globals():
-            return globals()[name]
+        return globals()[name]
+    if not name.startswith("_"):
+        try:
+            return import_module(f"slicemod.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"slicemod.{name}":
+                raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,11 +9,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from slicemod.heads import merge_heads, split_heads
+from slicemod.config import SliceConfig
+from slicemod.functional import planned_attention
+from slicemod.layers.heads import merge_heads, split_heads
+from slicemod.layers.projection import project
 from slicemod.plan import SlicePlan
-from slicemod.projection import project
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import planned_attention
 
 
 class MemoryAwareCrossAttention(nn.Module):

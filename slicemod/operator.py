@@ -26,6 +26,10 @@ class Operator:
         """`torch.library.register_fake` for this operator; may be used as a decorator."""
         self._operator.register_fake(fake)
 
+    def register_vmap(self, batched: Callable[..., Any]) -> None:
+        """`torch.library.register_vmap` for this operator."""
+        self._operator.register_vmap(batched)
+
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """`torch.library.register_autograd` for this operator."""
         self._operator.register_autograd(backward, setup_context=setup_context)

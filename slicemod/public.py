@@ -2,11 +2,12 @@
 
 from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes  # noqa: F401 - slicemod.adapters.compvis
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.call import AttentionShape
+from slicemod.choose import plan_slices
+from slicemod.config import SliceConfig
+from slicemod.functional import planned_attention, sliced_attention
 from slicemod.memory.free_memory import free_memory
-from slicemod.plan import NotEnoughMemoryError, SlicePlan, plan_slices
-from slicemod.shapes import AttentionShape
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import sliced_attention
+from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.swap import SwapReport, restore_attention, swap_attention
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SwapReport",
     "free_memory",
     "plan_slices",
+    "planned_attention",
     "restore_attention",
     "sliced_attention",
     "swap_attention",

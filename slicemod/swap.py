@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from slicemod.config import SliceConfig
 from slicemod.plan import SlicePlan
-from slicemod.slice_config import SliceConfig
 
 
 class Host(Protocol):

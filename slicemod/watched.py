@@ -1,4 +1,4 @@
-"""Whether something looks on at the operators that are called."""
+"""Whether something looks on at the operators that are called, and what then is asked outside of a traced graph."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -6,10 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Taken from PyTorch's dictionaries once: between large products, looking through them takes longer than the questions.
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._C._functorch import peek_interpreter_stack
+from slicemod.torch_internals import compiling_frames, dispatch_modes, innermost_transformation, tracing_state
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +21,11 @@ def constant_in_graph(function: Function) -> Function:
     return function
 
 
+def is_transformed() -> bool:
+    """A function of `torch.func` differentiates or maps what is called, and no graph is traced."""
+    return not torch.compiler.is_compiling() and innermost_transformation() is not None
+
+
 def is_watched(*tensors: Tensor) -> bool:
     """Something traces, transforms or counts operators, or stands in for these tensors.
 
@@ -34,8 +36,8 @@ def is_watched(*tensors: Tensor) -> bool:
             return True
     return (
         torch.compiler.is_compiling()
-        or get_eval_frame_callback() is not None  # the compiler would trace the functions called from here
-        or _get_tracing_state() is not None
-        or _len_torch_dispatch_stack() > 0
-        or peek_interpreter_stack() is not None
+        or compiling_frames() is not None  # the compiler would trace the functions called from here
+        or tracing_state() is not None
+        or dispatch_modes() > 0
+        or innermost_transformation() is not None
     )

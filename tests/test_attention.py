@@ -13,10 +13,10 @@ from ldm.modules.attention import CrossAttention
 from torch import Tensor
 
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.config import SliceConfig
+from slicemod.functional import sliced_attention
 from slicemod.memory.free_memory import PROBES, MemoryProbe
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import sliced_attention
 
 SLICINGS: dict[str, dict[str, Any]] = {
     "auto": {"budget": "1GiB"},
@@ -156,7 +156,7 @@ def test_crossframe_of_a_batch_that_does_not_divide_is_an_error() -> None:
 
 def test_repr_shows_settings_and_once_called_the_plan() -> None:
     layer = MemoryAwareCrossAttention(29, heads=3, dim_head=11, slicing={"kernel": "math", "steps": 7})
-    assert "heads=3, dim_head=11, budget='auto', policy='heuristic', kernel='math', steps=7" in repr(layer)
+    assert "heads=3, dim_head=11, budget='auto', policy='exact', kernel='math', steps=7" in repr(layer)
     assert "plan:" not in repr(layer)
     layer(torch.randn(2, 61, 29))
     assert "plan: 7 x 9 rows," in repr(layer)
@@ -190,7 +190,7 @@ def test_the_layer_asks_for_free_memory_at_each_call(monkeypatch: pytest.MonkeyP
 
 def test_a_budget_that_is_too_small_is_an_error() -> None:
     layer = MemoryAwareCrossAttention(29, heads=3, dim_head=11, slicing={"budget": 100, "policy": "exact"})
-    with pytest.raises(NotEnoughMemoryError, match="has 100, for"):
+    with pytest.raises(NotEnoughMemoryError, match="has 100 bytes, for"):
         layer(torch.randn(2, 61, 29))
 
 

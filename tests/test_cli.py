@@ -17,10 +17,9 @@ from PIL import Image
 
 from slicemod import NotEnoughMemoryError
 from slicemod.cli import BAD_INPUT, COMMANDS, main
-from slicemod.plan import POLICIES
+from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.planning import plan_options
 from slicemod.planning.unets import NAMED_UNETS
-from slicemod.slice_config import KERNELS
 from slicemod.training import sample_options
 from slicemod.training.fit_command import TASKS
 from slicemod.training.samplers import SAMPLERS
@@ -149,7 +148,6 @@ def test_a_terminal_is_told_that_pytorch_is_loading(
 def test_the_names_that_options_list_are_those_there_are() -> None:
     assert set(plan_options.MODELS) == set(NAMED_UNETS)
     assert set(plan_options.POLICIES) == set(POLICIES)
-    assert plan_options.KERNELS == KERNELS
     assert set(sample_options.SAMPLERS) == set(SAMPLERS)
 
 

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from slicemod.attention import MemoryAwareCrossAttention
+from slicemod.config import SliceConfig
+from slicemod.functional import sliced_attention
 from slicemod.memory.free_memory import PROBES, MemoryProbe
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import sliced_attention
 from tests.oracle import layer_inputs, layer_like
 
 SLICINGS: dict[str, dict[str, Any]] = {

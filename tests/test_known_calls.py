@@ -12,26 +12,26 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slicemod import out_of_memory
-from slicemod import sliced as module
+from slicemod import functional as module
+from slicemod.config import SliceConfig
+from slicemod.functional import planned_attention, sliced_attention
+from slicemod.kernels import retry
 from slicemod.kernels.native import binding
 from slicemod.kernels.native.build import native_library, native_obstacle
+from slicemod.kernels.retry import SmallerSlicesWarning
+from slicemod.known_calls import KNOWN_CALLS, KnownCalls
 from slicemod.memory.free_memory import PROBES, MemoryProbe
-from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import Inputs, layer_inputs, layer_like
 
 needs_native = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+def known() -> KnownCalls:
     """The calls that are known: none at first."""
-    calls: dict[Any, Any] = {}
-    monkeypatch.setattr(module, "_known_calls", calls)
-    return calls
+    KNOWN_CALLS.clear()
+    return KNOWN_CALLS
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ LARGE: dict[str, Any] = {"queries": 521, "keys": 521, "width": 40}  # the native
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_call_is_checked_and_planned_once(
-    sizes: dict[str, Any], masked: bool, training: bool, monkeypatch: pytest.MonkeyPatch, known: dict[Any, Any]
+    sizes: dict[str, Any], masked: bool, training: bool, monkeypatch: pytest.MonkeyPatch, known: KnownCalls
 ) -> None:
     inputs = layer_inputs(**sizes)
     inputs = inputs.leaves() if training else inputs
@@ -105,14 +105,14 @@ def test_a_budget_that_no_plan_keeps_is_an_error_at_every_call(free_bytes: list[
     plan_of(inputs, slicing=slicing)
     free_bytes.append(100)
     for _ in range(2):
-        with pytest.raises(NotEnoughMemoryError, match="allows 50 bytes"):
+        with pytest.raises(NotEnoughMemoryError, match="has 50 bytes"):
             plan_of(inputs, slicing=slicing)
 
 
 def test_a_budget_of_one_byte_is_not_one_of_all_there_is() -> None:
     inputs = layer_inputs()
     plan_of(inputs, slicing=SliceConfig(budget=1.0, kernel="fused"))
-    with pytest.raises(NotEnoughMemoryError, match="allows 1 bytes"):
+    with pytest.raises(NotEnoughMemoryError, match="has 1 bytes"):
         plan_of(inputs, slicing=SliceConfig(budget=1, kernel="fused"))
 
 
@@ -175,7 +175,7 @@ def test_a_scale_that_is_not_positive_is_seen_at_the_next_call() -> None:
 
 @needs_native
 def test_out_of_memory_a_known_call_goes_on_with_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(out_of_memory, "_said", set())
+    monkeypatch.setattr(retry, "_said", set())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     inputs = layer_inputs(**LARGE)
     expected = inputs.run(sliced_attention)
@@ -321,9 +321,9 @@ def test_who_looks_on_sees_operators_and_the_same_results(training: bool) -> Non
 
 
 def test_not_more_calls_are_remembered_than_there_is_room_for(
-    known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+    known: KnownCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MOST_KNOWN_CALLS", 3)
+    monkeypatch.setattr(known, "most", 3)
     for tokens in range(1, 12):
         layer_inputs(queries=tokens).run(sliced_attention)
         assert 1 <= len(known) <= 3

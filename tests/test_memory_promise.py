@@ -14,11 +14,11 @@ from torch import Tensor
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
-from slicemod.math_kernel import attention_shape, attention_sizes
+from slicemod.call import Tiles
+from slicemod.config import SliceConfig
+from slicemod.functional import planned_attention, sliced_attention
+from slicemod.kernels.sliced.loop import attention_shape, attention_sizes
 from slicemod.plan import SlicePlan
-from slicemod.shapes import Tiles
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import planned_attention, sliced_attention
 from tests.oracle import Inputs, layer_inputs
 
 SLICINGS: dict[str, SliceConfig] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ("test_projection.py", "planning/test_cpu_temporaries.py", "planning/test_attention_costs.py")
+FILES = ("layers/test_projection.py", "planning/test_cpu_temporaries.py", "planning/test_attention_costs.py")
 
 
 @pytest.mark.slow

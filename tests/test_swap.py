@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import slicemod
 from slicemod import swap
 from slicemod.attention import MemoryAwareCrossAttention
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
 
 MATH = {"kernel": "math", "steps": 3}
@@ -131,7 +131,7 @@ def test_the_report_reads_as_a_list_with_the_plans_of_the_last_calls() -> None:
     model = blocks()
     report = swap_attention(model, MATH, filter_fn=lambda name, module: name != "1.attn2")
     assert str(report) == (
-        "swapped 3 attention layers (budget='auto', policy='heuristic', kernel='math', steps=3), skipped 1\n"
+        "swapped 3 attention layers (budget='auto', policy='exact', kernel='math', steps=3), skipped 1\n"
         "  0.attn1 (CompVis LDM): CrossAttention -> MemoryAwareCrossAttention\n"
         "  0.attn2 (CompVis LDM): CrossAttention -> MemoryAwareCrossAttention\n"
         "  1.attn1 (CompVis LDM): CrossAttention -> MemoryAwareCrossAttention\n"

@@ -13,8 +13,8 @@ from slicemod.adapters.known_code import forward_methods
 from slicemod.adapters.own_code import names_in
 from slicemod.adapters.replacement import ReplacingHost
 from slicemod.attention import attend
+from slicemod.config import SliceConfig
 from slicemod.plan import SlicePlan
-from slicemod.slice_config import SliceConfig
 from slicemod.swap import HOSTS
 
 _CLASSES = ("AttnBlock", "MemoryEfficientAttnBlock", "SpatialSelfAttention")

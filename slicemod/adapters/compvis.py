@@ -11,7 +11,7 @@ from torch import nn
 
 from slicemod.adapters.replacement import ReplacingHost
 from slicemod.attention import MemoryAwareCrossAttention
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 from slicemod.swap import HOSTS, swap_attention
 
 _CLASSES = ("CrossAttention", "MemoryEfficientCrossAttention")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from slicemod.attention import attend
-from slicemod.heads import merge_heads, split_heads
+from slicemod.config import SliceConfig
+from slicemod.layers.heads import merge_heads, split_heads
+from slicemod.layers.projection import project
 from slicemod.plan import SlicePlan
-from slicemod.projection import project
-from slicemod.slice_config import SliceConfig
 
 
 class SlicemodAttnProcessor:

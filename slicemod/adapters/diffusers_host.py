@@ -8,7 +8,7 @@ from torch import nn
 
 from slicemod.adapters.diffusers import SlicemodAttnProcessor
 from slicemod.adapters.own_code import altered, methods_from, owner_of, replaced_method
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 from slicemod.swap import HOSTS
 
 # The processors whose attention SlicemodAttnProcessor computes: plain, of a layer with added projections, of one with

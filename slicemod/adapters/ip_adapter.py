@@ -14,9 +14,9 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import Tensor
 
 from slicemod.adapters.diffusers import SlicemodAttnProcessor, keep_signature
-from slicemod.heads import merge_heads, split_heads
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import sliced_attention
+from slicemod.config import SliceConfig
+from slicemod.functional import sliced_attention
+from slicemod.layers.heads import merge_heads, split_heads
 
 
 class SlicemodIPAdapterAttnProcessor(SlicemodAttnProcessor, IPAdapterAttnProcessor2_0):  # type: ignore[misc]

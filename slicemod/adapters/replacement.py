@@ -11,7 +11,7 @@ from torch import nn
 
 from slicemod.adapters.known_code import forward_methods, is_known
 from slicemod.adapters.own_code import ACCELERATE, altered, copy_accelerate_hook, replaced_function
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 
 _ORIGINAL = "_slicemod_original"
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from slicemod.attention import MemoryAwareCrossAttention
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 
 try:
     from sgm.modules import attention as sgm_attention

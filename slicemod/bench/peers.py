@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.attention import MemoryAwareCrossAttention
-from slicemod.plan import POLICIES
+from slicemod.config import SliceConfig
+from slicemod.functional import sliced_attention
+from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.reference import reference_attention
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import sliced_attention
 from slicemod.swap import swap_attention
 from slicemod.user_error import UserError
 

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.bench_options import WORK_NAMES
 from slicemod.bench.peers import FULL, REFERENCE, Peer
+from slicemod.call import AttentionShape
 from slicemod.planning.attention_calls import LayersAlike, at_resolution, record_attention_calls
 from slicemod.planning.unets import find_unet, meta_inputs
-from slicemod.shapes import AttentionShape
 from slicemod.user_error import UserError
 
 _CHECKED_ROWS = 64  # of queries, compared with float64; the scores of all rows of a large image would not fit

@@ -12,3 +12,12 @@ def size_text(size: int) -> str:
     if size < 2**20:
         return f"{size / 2**10:,.1f} KiB"
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
+def exact_size_text(size: int) -> str:
+    """`size_text`, and every byte of it.
+
+    >>> exact_size_text(613), exact_size_text(8_388_608)
+    ('613 bytes', '8.0 MiB (8,388,608 bytes)')
+    """
+    return f"{size:,} bytes" if size < 2**10 else f"{size_text(size)} ({size:,} bytes)"

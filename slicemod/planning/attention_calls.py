@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from slicemod.call import AttentionShape
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import find_unet
-from slicemod.shapes import AttentionShape
 
 _BASE_LATENTS = 64  # what is recorded; other resolutions are scaled from it
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}

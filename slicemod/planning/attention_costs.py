@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-from slicemod.onednn_scratch import Products
-from slicemod.plan import SlicePlan, fused_peak
+from slicemod.call import CallSpec
+from slicemod.half_precision import cpu_products
+from slicemod.kernels import kernel_named
+from slicemod.kernels.fused.kernel import fused_peak
+from slicemod.plan import SlicePlan
 from slicemod.planning.memory_timeline import AttentionCost
-from slicemod.shapes import AttentionShape
-
-_LOGSUMEXP_BYTES = 4  # a row's log-sum-exp, in float32
 
 
-def full_attention_cost(
-    shape: AttentionShape, *, training: bool, upcast: bool, products: Products | None = None
-) -> AttentionCost:
+def full_attention_cost(call: CallSpec, *, upcast: bool) -> AttentionCost:
     """Scores of every pair, as diffusers' AttnProcessor has them: two such tensors at a time.
 
     In training the weights are kept, and the two are gradients. With `upcast`, diffusers' `upcast_attention`, scores
     are float32; weights in the inputs' dtype are kept besides, and freed before the second gradient is made. A CPU
-    whose `products` are "widened" has those of a head in float32 besides.
+    whose products are "widened" has those of a head in float32 besides.
     """
+    shape = call.shape
     pairs = shape.batch_heads * shape.queries * shape.keys
     upcast = upcast and shape.itemsize < 4
     scores = pairs * (4 if upcast else shape.itemsize)
     copied = pairs * shape.itemsize if upcast else 0
-    if training:
+    if call.training:
         return AttentionCost(scores + copied, 2 * scores - copied)
-    of_a_head = 4 * shape.queries * shape.keys if products == "widened" and not upcast else 0
-    return AttentionCost(0, 2 * scores + of_a_head)
+    widened = call.device.type == "cpu" and cpu_products(call.dtype) == "widened" and not upcast
+    return AttentionCost(0, 2 * scores + (4 * shape.queries * shape.keys if widened else 0))
 
 
-def fused_attention_cost(
-    shape: AttentionShape, device_type: str, *, training: bool, products: Products | None = None
-) -> AttentionCost:
-    """PyTorch's fused kernel; the log-sum-exp of every row is kept for its backward pass.
-
-    `products`: how a CPU multiplies this half precision.
-    """
-    kept = kept_by_fused(shape, training=training)
-    return AttentionCost(kept, fused_peak(shape, device_type, training=training, products=products) - kept)
+def fused_attention_cost(call: CallSpec) -> AttentionCost:
+    """PyTorch's fused kernel, whether or not it is certain to run."""
+    kept = kernel_named("fused").kept_bytes(call.shape, training=call.training)
+    return AttentionCost(kept, fused_peak(call) - kept)
 
 
-def planned_attention_cost(shape: AttentionShape, plan: SlicePlan, *, training: bool) -> AttentionCost:
-    """slicemod's attention; its sliced kernel keeps nothing but its inputs, which the step has anyway.
-
-    The native one keeps a number for each row, as the fused one does.
-    """
-    kept = 0 if plan.kernel == "math" else kept_by_fused(shape, training=training)
+def planned_attention_cost(call: CallSpec, plan: SlicePlan) -> AttentionCost:
+    """slicemod's attention by a plan."""
+    kept = kernel_named(plan.kernel).kept_bytes(call.shape, training=call.training)
     return AttentionCost(kept, plan.peak_bytes - kept)
-
-
-def kept_by_fused(shape: AttentionShape, *, training: bool) -> int:
-    """Bytes that a fused kernel keeps from forward to backward, beyond inputs and output."""
-    return shape.batch_heads * shape.queries * _LOGSUMEXP_BYTES if training else 0

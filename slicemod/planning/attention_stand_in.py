@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from slicemod.fused import fused_obstacle
-from slicemod.math_kernel import UPCASTING_DEVICES, attention_shape, attention_sizes
+from slicemod.call import UPCASTING_DEVICES, CallSpec, Layout, attention_shape, attention_sizes, has_ordinary_scale
+from slicemod.kernels.fused.obstacles import layout_of
+from slicemod.kernels.kernel import Arguments
 from slicemod.planning.memory_timeline import MemoryRecorder
-from slicemod.shapes import AttentionShape
-
-FUSING_DEVICES = ("cpu", "cuda")  # where it is known which calls PyTorch fuses
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One attention call: its sizes, and why PyTorch would not fuse it, or None if it would."""
-
-    shape: AttentionShape
-    fused_obstacle: str | None
 
 
 class AttentionStandIn:
@@ -41,7 +29,7 @@ class AttentionStandIn:
 
     def __init__(self, recorder: MemoryRecorder, device_type: str) -> None:
         self._recorder, self._device_type = recorder, device_type
-        self.calls: list[AttentionCall] = []
+        self.calls: list[CallSpec] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -66,24 +54,17 @@ class AttentionStandIn:
     ) -> Tensor:
         """Notes the call, whose tensors are `(B, H, N, D)`, on the device "meta" or fake."""
         upcast = self._device_type in UPCASTING_DEVICES and query.element_size() < 4
-        sizes = attention_sizes(query, key, value, attn_mask, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
-        obstacle: str | None = f"it is not known whether PyTorch runs a fused kernel on {self._device_type!r}"
-        if self._device_type in FUSING_DEVICES:  # that a GPU fuses what the CPU does is an assumption
-            mask = None if attn_mask is None else _as_if_on_cpu(attn_mask)
-            inputs = _as_if_on_cpu(query), _as_if_on_cpu(key), _as_if_on_cpu(value), mask
-            obstacle = fused_obstacle(*inputs, dropout_p, is_causal, enable_gqa)
-        self.calls.append(AttentionCall(attention_shape(sizes), obstacle))
+        inputs = query, key, value, attn_mask
+        sizes = attention_sizes(*inputs, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
+        layout = Layout(*layout_of(inputs, Arguments(dropout_p, is_causal, scale, enable_gqa)))
+        ordinary_scale, threads = has_ordinary_scale(scale), torch.get_num_threads()
+        device = torch.device(self._device_type)
+        # No processors are given: a device that is planned for need not be there.
+        self.calls.append(
+            CallSpec(attention_shape(sizes), query.dtype, device, False, ordinary_scale, layout, threads=threads)
+        )
         output: Tensor = _Empty.apply(self._recorder, len(self.calls) - 1, query, key, value)
         return output
-
-
-def _as_if_on_cpu(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, FakeTensor):
-        return tensor  # it stands for one on its own device already
-    return FakeTensor(_FAKE, tensor.detach(), torch.device("cpu")).requires_grad_(tensor.requires_grad)
-
-
-_FAKE = FakeTensorMode()
 
 
 class _Empty(torch.autograd.Function):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicemod.cpu_kernels import cpu_kernels
-from slicemod.onednn_scratch import onednn_limit
+from slicemod.half_precision import cpu_products, onednn_limit
+from slicemod.torch_internals import has_avx2
 
 _aten = torch.ops.aten
 # PyTorch convolves a single float32 image of no more elements by a product with its unfolded patches
@@ -76,19 +76,19 @@ def _sums_of_one_pixel(weight: Tensor, result: Tensor) -> int:
 
 def _has_vectors_alone(tensor: Tensor) -> bool:
     """oneDNN multiplies this half precision by vectors of AVX-512, not by tiles, which take less."""
-    return cpu_kernels(tensor.dtype, torch.device("cpu")).products in ("bfloat16", "widened")
+    return cpu_products(tensor.dtype) in ("bfloat16", "widened")
 
 
 def _unfolds_gradients(image: Tensor) -> bool:
     """oneDNN has no backward pass of its own for float32 on an x86-64 processor without AVX2."""
     if image.dtype != torch.float32 or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return not torch.cpu._is_avx2_supported() or onednn_limit() in ("SSE41", "AVX")
+    return not has_avx2() or onednn_limit() in ("SSE41", "AVX")
 
 
 def _unfolds(image: Tensor) -> bool:
     """Convolutions of this dtype are not oneDNN's on this processor."""
-    return image.element_size() == 2 and cpu_kernels(image.dtype, torch.device("cpu")).products is None
+    return image.element_size() == 2 and cpu_products(image.dtype) is None
 
 
 def _unfolded(image: Tensor, weight: Tensor, result: Tensor) -> int:

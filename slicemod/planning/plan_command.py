@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from slicemod.config import SliceConfig
 from slicemod.memory.budget import Budget
 from slicemod.planning.plan_options import parser
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
 from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner
 from slicemod.planning.unet_step import StepKind
 from slicemod.planning.unets import UnetSource, find_unet
-from slicemod.slice_config import SliceConfig
 from slicemod.user_error import UserError
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -35,7 +35,10 @@ def run(arguments: Sequence[str]) -> int:
     _check_picture(options.plot)
     memory = _memory(options.memory, options.device)
     kind = StepKind(getattr(torch, options.dtype), batch, options.device, options.train, options.checkpoint_blocks)
-    slicing = SliceConfig(policy=options.policy, kernel=options.kernel)
+    try:
+        slicing = SliceConfig(policy=options.policy, kernel=options.kernel)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     task = f"training{', blocks checkpointed' if options.checkpoint_blocks else ''}" if options.train else "inference"
     title = (
         f"{options.model}, {task}, batch {batch}, {options.dtype}, on {options.device} (simulated); "

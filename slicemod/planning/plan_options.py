@@ -11,7 +11,6 @@ DEVICES = ("cuda", "mps", "cpu")
 # As in their own places, which load PyTorch.
 MODELS = ("sd15", "sd15-top", "sd21", "sdxl")
 POLICIES = ("heuristic", "doggettx", "invokeai", "mps", "exact")
-KERNELS = ("auto", "fused", "math")
 
 
 def parser(name: str = "plan") -> ArgumentParser:
@@ -35,8 +34,10 @@ def parser(name: str = "plan") -> ArgumentParser:
     options.add_argument(
         "--dtype", default="float16", choices=DTYPES, help="of weights and activations (default: %(default)s)"
     )
-    options.add_argument("--policy", default="heuristic", choices=POLICIES, help="default: %(default)s")
-    options.add_argument("--kernel", default="auto", choices=KERNELS, help="default: %(default)s, fused where it runs")
+    options.add_argument("--policy", default="exact", choices=POLICIES, help="default: %(default)s")
+    options.add_argument(
+        "--kernel", default="auto", help="a name that slicemod kernels lists, or %(default)s, the fastest that fits"
+    )
     options.add_argument(
         "--batch", type=int, help="items in the UNet's batch (default: 1 with --train, otherwise 2, as for guidance)"
     )

@@ -12,23 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-import torch
-
-from slicemod.cpu_kernels import cpu_kernels
-from slicemod.cuda_fused import ASSUMED_PROCESSORS
+from slicemod.call import AttentionShape, CallSpec
+from slicemod.choose import choose
+from slicemod.config import SliceConfig
+from slicemod.kernels import kernel_named
+from slicemod.kernels.fused.running import BACKENDS
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
-from slicemod.planning.attention_costs import (
-    full_attention_cost,
-    fused_attention_cost,
-    kept_by_fused,
-    planned_attention_cost,
-)
-from slicemod.planning.attention_stand_in import FUSING_DEVICES, AttentionCall
+from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak, Timeline
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import UnetSource
-from slicemod.shapes import AttentionShape
-from slicemod.slice_config import SliceConfig
 from slicemod.user_error import UserError
 
 Way = Literal["full attention", "fused", "slicemod"]
@@ -85,7 +78,6 @@ class StepPlanner:
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.kind, self.memory, self.slicing = kind, memory, slicing
-        self._cpu = cpu_kernels(kind.dtype, torch.device(kind.device_type))  # a CPU is taken to be this one
         self.resolution_step = source.resolution_step
         self._full_upcasts = bool(source.config.get("upcast_attention"))
         self._traced = []
@@ -104,7 +96,7 @@ class StepPlanner:
     @property
     def ways(self) -> tuple[Way, ...]:
         """The ways to compute attention that can be planned: whether PyTorch fuses is not known on every device."""
-        return tuple(way for way in WAYS if way != "fused" or self.kind.device_type in FUSING_DEVICES)
+        return tuple(way for way in WAYS if way != "fused" or self.kind.device_type in BACKENDS)
 
     def plan(self, pixels: int) -> ResolutionPlan:
         """The step on square images with edges of `pixels`, a multiple of `resolution_step`."""
@@ -128,35 +120,26 @@ class StepPlanner:
             return False
         return way in plan.peaks and plan.peaks[way].total <= self.memory
 
-    def at(self, pixels: int) -> tuple[Timeline, list[AttentionCall]]:
+    def at(self, pixels: int) -> tuple[Timeline, list[CallSpec]]:
         """The timeline and the attention calls at a resolution, from those that were traced."""
         first, second = self._traced
         low, high = (steps * self.resolution_step for steps in TRACED_STEPS)
         step = first.between(second, pixels**2 - low**2, high**2 - low**2)
-        return step.timeline, list(step.calls)
+        return step.timeline, [replace(call, training=self.kind.training) for call in step.calls]
 
     def _plan(self, pixels: int) -> ResolutionPlan:
         timeline, calls = self.at(pixels)
-        training, device = self.kind.training, self.kind.device_type
-        kept = [kept_by_fused(call.shape, training=training) if call.fused_obstacle is None else 0 for call in calls]
+        training, fused = self.kind.training, kernel_named("fused")
+        kept = [fused.kept_bytes(call.shape, training=training) if not fused.obstacle(call) else 0 for call in calls]
         budget = self.memory - timeline.held_at_attention([AttentionCost(size, 0) for size in kept])
         answers = {call: self._answer(call, budget) for call in set(calls)}
         plans = [plan for call in calls if isinstance(plan := answers[call], SlicePlan)]
-        shapes = [call.shape for call in calls]
         costs: dict[Way, list[AttentionCost]] = {}
-        costs["full attention"] = [
-            full_attention_cost(shape, training=training, upcast=self._full_upcasts, products=self._cpu.products)
-            for shape in shapes
-        ]
+        costs["full attention"] = [full_attention_cost(call, upcast=self._full_upcasts) for call in calls]
         if "fused" in self.ways:
-            costs["fused"] = [
-                fused_attention_cost(shape, device, training=training, products=self._cpu.products) for shape in shapes
-            ]
+            costs["fused"] = [fused_attention_cost(call) for call in calls]
         if len(plans) == len(calls):
-            costs["slicemod"] = [
-                planned_attention_cost(shape, plan, training=training)
-                for shape, plan in zip(shapes, plans, strict=True)
-            ]
+            costs["slicemod"] = [planned_attention_cost(call, plan) for call, plan in zip(calls, plans, strict=True)]
         counted = Counter(calls[: self._traced[0].layers])
         largest_first = sorted(counted.items(), key=lambda item: -item[0].shape.scores_bytes)
         return ResolutionPlan(
@@ -166,20 +149,13 @@ class StepPlanner:
             {way: timeline.peak(cost) for way, cost in costs.items()},
         )
 
-    def _answer(self, call: AttentionCall, budget: int) -> SlicePlan | NotEnoughMemoryError:
+    def _answer(self, call: CallSpec, budget: int) -> SlicePlan | NotEnoughMemoryError:
         if budget < 1:
             return NotEnoughMemoryError(
                 f"memory: expected more than the {self.memory - budget:,} bytes that the step holds beside its "
                 f"attention; got {self.memory:,}. Lower the resolution or the batch."
             )
         try:
-            return replace(self.slicing, budget=budget).plan(
-                call.shape,
-                torch.device(self.kind.device_type),
-                training=self.kind.training,
-                fused_obstacle=call.fused_obstacle,
-                cpu=self._cpu,
-                processors=ASSUMED_PROCESSORS,
-            )
+            return choose(call, replace(self.slicing, budget=budget), budget)
         except NotEnoughMemoryError as error:
             return error

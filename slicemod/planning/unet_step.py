@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slicemod.planning.attention_stand_in import AttentionCall, AttentionStandIn
+from slicemod.call import AttentionShape, CallSpec
+from slicemod.planning.attention_stand_in import AttentionStandIn
 from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
 from slicemod.planning.memory_timeline import MemoryRecorder, Timeline
 from slicemod.planning.unets import UnetSource, meta_inputs, meta_unet
-from slicemod.shapes import AttentionShape
 
 
 class StepKind(NamedTuple):
@@ -40,7 +40,7 @@ class TracedStep(NamedTuple):
     """A step: its timeline, its attention calls in order, and how many of them are in the forward pass."""
 
     timeline: Timeline
-    calls: tuple[AttentionCall, ...]
+    calls: tuple[CallSpec, ...]
     layers: int
 
     def between(self, other: TracedStep, part: int, whole: int) -> TracedStep:

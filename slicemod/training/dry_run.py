@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from slicemod import SlicePlan, restore_attention
-from slicemod.cpu_kernels import cpu_kernels
+from slicemod.call import AttentionShape, CallSpec, processors_of
+from slicemod.choose import plans_of
+from slicemod.kernels import kernel_named
 from slicemod.memory.sizes import size_text
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
-from slicemod.planning.attention_stand_in import AttentionCall
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak
 from slicemod.planning.step_peaks import TRACED_STEPS
 from slicemod.planning.unet_step import TracedStep, trace_training
 from slicemod.planning.unets import meta_inputs
-from slicemod.shapes import AttentionShape
 from slicemod.training.aspect_buckets import Bucket
 from slicemod.training.captioned_folder import CaptionedFolder
 from slicemod.training.frozen_stages import pixels_per_latent, resolution_step
@@ -69,8 +69,6 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
     unit, step = pixels_per_latent(autoencoder), resolution_step(autoencoder, model.unet.config)
     low, high = (steps * step for steps in TRACED_STEPS)
     first, second = (_trace(model, trainer, device, data.batch_size, edge // unit) for edge in (low, high))
-    with trainer.precision_plugin.forward_context(), model.frozen_autocast(device):
-        half = torch.get_autocast_dtype(device.type)
     state = optimizer_bytes(model.unet, model.make_optimizer)
     averages = sum(isinstance(callback, WeightAverage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     copies = averages * sum(parameter.nbytes for parameter in model.unet.parameters())
@@ -78,9 +76,10 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
     forecasts = []
     for bucket, images in sorted(counted.items()):
         traced = first.between(second, bucket.height * bucket.width - low**2, high**2 - low**2)
-        answers = {call: _answer(model, call, device, half) for call in set(traced.calls)}
-        peak = traced.timeline.peak([answers[call][1] for call in traced.calls])
-        layers = Counter(traced.calls[: traced.layers])
+        calls = [replace(call, training=True, processors=processors_of(device)) for call in traced.calls]
+        answers = {call: _answer(model, call) for call in set(calls)}
+        peak = traced.timeline.peak([answers[call][1] for call in calls])
+        layers = Counter(calls[: traced.layers])
         largest_first = sorted(layers.items(), key=lambda item: -item[0].shape.scores_bytes)
         plans = tuple((count, call.shape, answers[call][0]) for call, count in largest_first)
         forecasts.append(
@@ -133,18 +132,15 @@ def _move(module: nn.Module, device: torch.device) -> None:
             setattr(part, name, torch.empty_like(buffer, device=device))
 
 
-def _answer(
-    model: StableDiffusion, call: AttentionCall, device: torch.device, half: torch.dtype
-) -> tuple[SlicePlan | None, AttentionCost]:
+def _answer(model: StableDiffusion, call: CallSpec) -> tuple[SlicePlan | None, AttentionCost]:
     """The plan of a call and what it takes."""
-    shape = call.shape
-    cpu = cpu_kernels(half if shape.itemsize == half.itemsize else torch.float32, device)
-    if model.attention is None:
-        if call.fused_obstacle is None:
-            return None, fused_attention_cost(shape, device.type, training=True, products=cpu.products)
-        return None, full_attention_cost(shape, training=True, upcast=bool(model.unet.config.upcast_attention))
-    plan = model.attention.plan(shape, device, training=True, fused_obstacle=call.fused_obstacle, cpu=cpu)
-    return plan, planned_attention_cost(shape, plan, training=True)
+    if model.attention is not None:
+        plan = plans_of(call, model.attention).now()
+        return plan, planned_attention_cost(call, plan)
+    if kernel_named("fused").obstacle(call) is None:
+        return None, fused_attention_cost(call)
+    upcast = bool(model.unet.config.upcast_attention)
+    return None, full_attention_cost(call, upcast=upcast)
 
 
 def optimizer_bytes(module: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> int:

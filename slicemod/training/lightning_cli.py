@@ -23,8 +23,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from slicemod import SliceConfig
-from slicemod.plan import POLICIES
-from slicemod.slice_config import KERNELS
+from slicemod.kernels import KERNELS
+from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.training.checkpoints import CheckpointError, ensure_writable_folder, read_checkpoint, require_finite
 from slicemod.training.config_errors import find_cause, named_numbers
 from slicemod.training.interruption import StopBetweenSteps
@@ -357,10 +357,11 @@ class SlicemodCLI(LightningCLI):
             return f"{find().rstrip('.')}. {advice}"
         unknown = re.search(r"Option '([^']+)' is not accepted", error)
         given = re.search(r"Given value: (.+)", error)
+        kernels = ", ".join(kernel.name for kernel in KERNELS)
         what = f"the unknown key {unknown[1]!r}" if unknown else (given[1].strip() if given else "something else")
         return (
             "attention: expected null or a block with keys out of budget (such as 64MiB), policy"
-            f" ({', '.join(POLICIES)}), kernel ({', '.join(KERNELS)}), steps, checkpoint and upcast; got {what}."
+            f" ({', '.join(POLICIES)}), kernel (auto, {kernels}), steps, checkpoint and upcast; got {what}."
             f" {advice}"
         )
 

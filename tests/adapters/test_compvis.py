@@ -15,7 +15,7 @@ from ldm.util import instantiate_from_config
 from torch import Tensor, nn
 
 from slicemod.attention import MemoryAwareCrossAttention
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
 from tests.oracle import assert_same, with_random_weights
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from slicemod.adapters.diffusers import SlicemodAttnProcessor
 from slicemod.bench.memory import peak_memory
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
 from tests.oracle import assert_same
 

@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapt
 from torch import Tensor
 
 from slicemod.adapters.diffusers import SlicemodAttnProcessor
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
 from tests.oracle import assert_same, with_random_weights
 

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slicemod import out_of_memory
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
-from slicemod.fused import fused_obstacle
+from slicemod.config import SliceConfig
+from slicemod.functional import planned_attention, sliced_attention
+from slicemod.kernels import retry
+from slicemod.kernels.retry import SmallerSlicesWarning
 from slicemod.memory.budget import Budget
-from slicemod.out_of_memory import SmallerSlicesWarning
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
-from slicemod.slice_config import SliceConfig
-from slicemod.sliced import planned_attention, sliced_attention
+from tests.kernels.fused.asked import fused_obstacle
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, layer_inputs, layer_like
 from tests.test_memory_promise import masks, promise_and_peak
 
@@ -197,7 +197,7 @@ def test_a_layer_compiles_whole_and_agrees(dim_head: int) -> None:
 
 
 def test_running_out_of_memory_ends_in_smaller_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(out_of_memory, "_said", set())
+    monkeypatch.setattr(retry, "_said", set())
     query = layer_like(2, 8, 4096, 40, torch.float16)
     wanted = F.scaled_dot_product_attention(query, query, query)
     _, plan = planned_attention(query, query, query, slicing=SliceConfig(kernel="math", steps=1))

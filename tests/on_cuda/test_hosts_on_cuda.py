@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from slicemod.bench.memory import peak_memory
-from slicemod.slice_config import SliceConfig
+from slicemod.config import SliceConfig
 from slicemod.swap import restore_attention, swap_attention
 
 pytestmark = pytest.mark.cuda

@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from slicemod.bench.memory import peak_memory
+from slicemod.call import AttentionShape
 from slicemod.planning.attention_calls import LayersAlike, at_resolution, record_attention_calls
-from slicemod.shapes import AttentionShape
 from slicemod.user_error import UserError
 
 

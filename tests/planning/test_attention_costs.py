@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slicemod import AttentionShape, plan_slices, sliced_attention
 from slicemod.bench.memory import peak_memory
-from slicemod.cpu_kernels import cpu_kernels
+from slicemod.call import CallSpec
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost
 
@@ -22,6 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def _shape(dtype: torch.dtype) -> AttentionShape:
     return AttentionShape(BATCH, HEADS, TOKENS, TOKENS, HEAD_DIM, dtype.itemsize, upcast=dtype.itemsize < 4)
+
+
+def _call(dtype: torch.dtype, *, training: bool) -> CallSpec:
+    return CallSpec.planned(_shape(dtype), "cpu", dtype, training=training)
 
 
 def _measured(attend: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype, *, training: bool) -> int:
@@ -50,16 +54,14 @@ def test_full_attention_is_that_of_diffusers(dtype: torch.dtype, training: bool,
         weights: Tensor = layer.get_attention_scores(query[0], key[0])
         return (weights @ value[0])[None]
 
-    products = cpu_kernels(dtype, torch.device("cpu")).products
-    cost = full_attention_cost(_shape(dtype), training=training, upcast=upcast, products=products)
+    cost = full_attention_cost(_call(dtype, training=training), upcast=upcast)
     assert _total(cost) == pytest.approx(_measured(attend, dtype, training=training), rel=0.05)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_attention_is_that_of_pytorch(dtype: torch.dtype, training: bool) -> None:
-    products = cpu_kernels(dtype, torch.device("cpu")).products
-    cost = fused_attention_cost(_shape(dtype), "cpu", training=training, products=products)
+    cost = fused_attention_cost(_call(dtype, training=training))
     measured = _measured(F.scaled_dot_product_attention, dtype, training=training)
     assert _total(cost) == pytest.approx(measured, rel=0.05)
     assert cost.kept == (HEADS * TOKENS * 4 if training else 0)
@@ -69,7 +71,7 @@ def test_fused_attention_is_that_of_pytorch(dtype: torch.dtype, training: bool) 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sliced_attention_is_that_of_its_plan(dtype: torch.dtype, training: bool) -> None:
     plan = plan_slices(_shape(dtype), 3 * 2**20, policy="exact", device_type="cpu", training=training)
-    cost = planned_attention_cost(_shape(dtype), plan, training=training)
+    cost = planned_attention_cost(_call(dtype, training=training), plan)
     measured = _measured(
         lambda query, key, value: sliced_attention(query, key, value, plan=plan), dtype, training=training
     )

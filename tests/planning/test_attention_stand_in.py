@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from slicemod.kernels import kernel_named
 from slicemod.planning.attention_stand_in import AttentionStandIn
 from slicemod.planning.cpu_temporaries import no_temporaries
 from slicemod.planning.memory_timeline import AttentionCost, MemoryRecorder
@@ -45,7 +48,7 @@ def test_a_call_knows_why_it_would_not_be_fused(device_type: str, keys: int, nam
     stand_in = AttentionStandIn(recorder, device_type)
     with recorder, stand_in.installed():
         _attend(_inputs(keys, requires_grad=True))
-    obstacle = stand_in.calls[0].fused_obstacle
+    obstacle = kernel_named("fused").obstacle(replace(stand_in.calls[0], training=True))
     assert obstacle is None if named is None else obstacle is not None and named in obstacle
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slicemod.bench.memory import peak_memory
-from slicemod.cpu_kernels import cpu_kernels
+from slicemod.half_precision import cpu_products
 from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
 
 _aten = torch.ops.aten
@@ -69,13 +69,13 @@ CASES = {
 
 def tile_scratch(dtype: torch.dtype) -> int:
     """What AMX takes beside in a thread for convolutions of bfloat16, which the prediction leaves out: up to 1 MiB."""
-    return 2**20 if cpu_kernels(dtype, torch.device("cpu")).products == "tiles" else 0
+    return 2**20 if cpu_products(dtype) == "tiles" else 0
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_temporaries_are_the_measured_ones(case: str) -> None:
     func, args = CASES[case]
-    products = cpu_kernels(torch.bfloat16, torch.device("cpu")).products
+    products = cpu_products(torch.bfloat16)
     if case.startswith("unfolded") and products is not None:
         pytest.skip("oneDNN multiplies bfloat16 on this processor")
     if case.startswith("vectors") and products == "tiles":

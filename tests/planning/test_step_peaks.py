@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from slicemod import NotEnoughMemoryError, SliceConfig, SlicePlan
+from slicemod.call import CallSpec
+from slicemod.choose import choose
 from slicemod.planning.step_peaks import StepPlanner, Way
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import UnetSource, find_unet
@@ -56,7 +58,7 @@ def test_every_layer_has_the_plan_of_the_budget_that_is_left() -> None:
     slicing = SliceConfig(budget=plan.budget, policy="exact", kernel="math")
     assert 0 < plan.budget < 2**27
     for layer in plan.layers:
-        assert layer.plan == slicing.plan(layer.shape, torch.device("cuda"), training=False, fused_obstacle=None)
+        assert layer.plan == choose(CallSpec.planned(layer.shape, "cuda"), slicing, plan.budget)
         assert isinstance(layer.plan, SlicePlan)
     assert max(layer.plan.steps for layer in plan.layers if isinstance(layer.plan, SlicePlan)) > 1
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slicemod.call import LEAST_SCALE, MOST_SCALE, has_ordinary_scale
+
 FLOAT_MODE, BFLOAT_MODE, TILED_MODE = 0, 1, 2  # as attention.cpp numbers them
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# Of a scale within these, and of what the kernel makes of it, float32 holds all digits.
-_LEAST_SCALE, _MOST_SCALE = 2.0**-100, 2.0**100
 
 
 class _Call(ctypes.Structure):
@@ -32,15 +32,6 @@ class _Call(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int64),
     ]
-
-
-def computes_scale(scale: float | None) -> bool:
-    """Whether the kernel computes attention of this scale, None for `1 / sqrt(D)`.
-
-    Only with a positive one the largest of a row's products belongs to the largest score, and in float32 it must
-    neither be lost nor overflow.
-    """
-    return scale is None or _LEAST_SCALE <= scale <= _MOST_SCALE
 
 
 class WrongLibraryError(OSError):
@@ -128,7 +119,7 @@ class NativeLibrary:
             value: `(B, H, M, Dv)`, same dtype.
             output: fresh memory, as `row_sums`.
             row_sums: None where it is not wanted.
-            scale: factor of the products, one that `computes_scale`.
+            scale: factor of the products, an ordinary one (`slicemod.call.has_ordinary_scale`).
             threads: how many to use.
 
         Raises:
@@ -248,9 +239,9 @@ Described = tuple[str, torch.dtype, torch.Size, tuple[int, ...]]
 
 @lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step, and the library only reads it
 def _call(scale: float, threads: int, query: Described, key: Described, value: Described, *others: Described) -> _Call:
-    if not computes_scale(scale):
+    if not has_ordinary_scale(scale):
         raise ValueError(
-            f"scale: expected {_LEAST_SCALE} to {_MOST_SCALE}; got {scale}. Call sliced_attention, which takes any."
+            f"scale: expected {LEAST_SCALE} to {MOST_SCALE}; got {scale}. Call sliced_attention, which takes any."
         )
     shapes = query[2], key[2], value[2]
     if not all(len(shape) == 4 and 0 not in shape for shape in shapes):

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicemod.double_backward import differentiable_gradients
 from slicemod.kernels.native.binding import NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
-from slicemod.math_kernel import Call, empty_gradients, empty_heads
-from slicemod.out_of_memory import ran_out, with_fewer_threads
+from slicemod.kernels.outputs import empty_gradients, empty_heads
+from slicemod.kernels.retry import ran_out, with_fewer_threads
+from slicemod.kernels.second_order import Formula, differentiable_gradients
 from slicemod.watched import is_watched
 
 
@@ -99,8 +99,8 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[
     grads: Sequence[Tensor | None] = (None, None, None)
     if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
         query, key, value, *_ = ctx.saved_tensors
-        call = Call(0.0, False, ctx.scale, True, 1, 1, None)
-        grads = differentiable_gradients(grad_output, query, key, value, None, call, (*needs, False))[:3]
+        inputs = query, key, value, None
+        grads = differentiable_gradients(grad_output, inputs, Formula(ctx.scale), (*needs, False))[:3]
     elif grad_output is not None:
         query, key, value, output, row_sums = ctx.saved_tensors
         watched = is_watched(query, key, value, grad_output, output, row_sums)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slicemod.kernels.native.binding import NativeLibrary, computes_scale
+from slicemod.call import has_ordinary_scale
+from slicemod.functional import planned_attention
+from slicemod.kernels.native.binding import NativeLibrary
 from slicemod.kernels.native.build import compiler_found, native_library, native_obstacle
-from slicemod.sliced import planned_attention
 from tests.kernels.native.test_operators import native
 from tests.oracle import Inputs, layer_inputs, results
 
@@ -149,7 +150,7 @@ def test_a_scale_that_it_does_not_compute_is_refused(scale: float) -> None:
     inputs = layer_inputs()
     with pytest.raises(ValueError, match="scale: expected"):
         native(inputs.query, inputs.key, inputs.value, scale=scale)
-    assert not computes_scale(scale)
+    assert not has_ordinary_scale(scale)
 
 
 def compiled(folder: Path, source: str) -> Path:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from slicemod import cpu_kernels
-from slicemod.cpu_kernels import native_plan
+from slicemod.call import AttentionShape
 from slicemod.kernels.native import operators as module
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, NativeLibrary
 from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
+from slicemod.kernels.native.kernel import NativeKernel
 from slicemod.plan import SlicePlan
-from slicemod.shapes import AttentionShape
+from tests.kernels.native.planning import plan_of
 from tests.kernels.native.test_operators import assert_large_scores_stay_exact, native
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
 
@@ -57,8 +57,8 @@ def planned_with(
 
     def plan(lanes: int, mode: int, shape: AttentionShape, dtype: torch.dtype, training: bool) -> SlicePlan | None:
         monkeypatch.setitem(libraries[lanes].modes, torch.bfloat16, mode)
-        monkeypatch.setattr(cpu_kernels, "native_library", lambda: libraries[lanes])
-        return native_plan(shape, dtype, 2**30, policy="exact", training=training, threads=2)
+        kernel = NativeKernel(lambda: libraries[lanes])
+        return plan_of(shape, dtype, 2**30, training=training, threads=2, kernel=kernel)
 
     return plan
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slicemod import out_of_memory
-from slicemod.cpu_kernels import native_plan
+from slicemod.call import AttentionShape, MaskShape
+from slicemod.functional import planned_attention
+from slicemod.kernels import retry
 from slicemod.kernels.native import binding
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.native.operators import native_attention
-from slicemod.out_of_memory import SmallerSlicesWarning
+from slicemod.kernels.retry import SmallerSlicesWarning
 from slicemod.reference import reference_attention
-from slicemod.shapes import AttentionShape, MaskShape
-from slicemod.sliced import planned_attention
+from tests.kernels.native.planning import plan_of
 from tests.measured_peak import measured_peak
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
 
@@ -296,7 +296,7 @@ def test_the_peak_is_what_the_plan_says(
 ) -> None:
     batch, heads, queries, keys, width = sizes
     shape = AttentionShape(batch, heads, queries, keys, width, dtype.itemsize)
-    plan = native_plan(shape, dtype, 2**40, policy="exact", training=training, threads=threads)
+    plan = plan_of(shape, dtype, 2**40, training=training, threads=threads)
     assert plan is not None
     inputs = layer_inputs(dtype, batch=batch, heads=heads, queries=queries, keys=keys, width=width)
     assert 0.99 * plan.peak_bytes <= measured_peak(inputs, native, training=training) <= plan.peak_bytes
@@ -315,8 +315,8 @@ def test_a_plan_fits_its_budget(
     queries: int, keys: int, heads: int, threads: int, budget: int, training: bool, dtype: torch.dtype
 ) -> None:
     shape = AttentionShape(2, heads, queries, keys, 40, dtype.itemsize)
-    plan = native_plan(shape, dtype, budget, policy="exact", training=training, threads=threads)
-    whole = native_plan(shape, dtype, 2**60, policy="exact", training=training, threads=threads)
+    plan = plan_of(shape, dtype, budget, training=training, threads=threads)
+    whole = plan_of(shape, dtype, 2**60, training=training, threads=threads)
     if plan is not None:
         assert plan == whole
         assert plan.peak_bytes <= budget
@@ -328,7 +328,7 @@ def test_a_plan_fits_its_budget(
 def test_the_workspace_does_not_grow_with_the_tokens(dtype: torch.dtype) -> None:
     def peak(tokens: int) -> int:
         shape = AttentionShape(1, 8, tokens, tokens, 40, dtype.itemsize)
-        plan = native_plan(shape, dtype, 2**40, policy="exact", training=False, threads=2)
+        plan = plan_of(shape, dtype, 2**40, training=False, threads=2)
         assert plan is not None
         return plan.peak_bytes
 
@@ -338,7 +338,7 @@ def test_the_workspace_does_not_grow_with_the_tokens(dtype: torch.dtype) -> None
 def test_out_of_memory_it_goes_on_with_fewer_threads_and_the_same_result(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(out_of_memory, "_said", set())
+    monkeypatch.setattr(retry, "_said", set())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     inputs = layer_inputs(dtype, queries=1031, keys=509)
     grad = torch.ones(2, 3, 1031, 11, dtype=dtype)
@@ -369,14 +369,14 @@ def test_out_of_memory_it_goes_on_with_fewer_threads_and_the_same_result(
 )
 def test_what_it_does_not_compute_is_left_to_others(more: dict[str, Any]) -> None:
     sizes: dict[str, Any] = {"batch": 2, "heads": 3, "queries": 521, "keys": 613, "head_dim": 40, "itemsize": 2}
-    settings: dict[str, Any] = {"policy": "exact", "training": False, "threads": 2}
-    assert native_plan(AttentionShape(**sizes), torch.bfloat16, 2**30, **settings) is not None
-    assert native_plan(AttentionShape(**(sizes | more)), torch.bfloat16, 2**30, **settings) is None
+    settings: dict[str, Any] = {"training": False, "threads": 2}
+    assert plan_of(AttentionShape(**sizes), torch.bfloat16, 2**30, **settings) is not None
+    assert plan_of(AttentionShape(**(sizes | more)), torch.bfloat16, 2**30, **settings) is None
 
 
 def test_values_without_channels_are_left_to_others() -> None:
     shape = AttentionShape(2, 3, 521, 613, 40, 2, value_dim=0)
-    assert native_plan(shape, torch.bfloat16, 2**30, policy="exact", training=False, threads=2) is None
+    assert plan_of(shape, torch.bfloat16, 2**30, training=False, threads=2) is None
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_transforms_of_functions_are_left_to_others() -> None:
 def test_small_inference_is_left_to_others_and_no_training_in_half_precision(dtype: torch.dtype) -> None:
     shape = AttentionShape(1, 8, 17, 19, 40, dtype.itemsize)
     for training in (False, True):
-        plan = native_plan(shape, dtype, 2**30, policy="exact", training=training, threads=2)
+        plan = plan_of(shape, dtype, 2**30, training=training, threads=2)
         assert (plan is not None) == (training and dtype.itemsize == 2)
 
 

@@ -1,0 +1,306 @@
+"""One attention call in plain values: all that the choice of a kernel and its plan depend on, and no tensor.
+
+`AttentionShape` has its sizes; `CallSpec` adds where and how it runs. Both are made of tensors by functions that a
+compiler can trace, and as well of calls that are never made, to plan ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import index
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Where half precision is computed in float32 tiles by the sliced kernel. SDPA's kernels have scores in float32 there;
+# large ones, rounded to half precision, would be off by whole percents. On other devices that is up to
+# `SliceConfig.upcast`.
+UPCASTING_DEVICES = ("cpu", "cuda")
+
+ASSUMED_PROCESSORS = 132  # of a GPU that is planned for without being there: an H100's
+
+_DTYPE_OF_SIZE = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """Sizes of an attention mask as it was given, before broadcasting, each 1 or the size of the scores.
+
+    A mask that `is_bool` or has `other_dtype` than the query is laid out anew, a slice at a time by the sliced kernel
+    and whole by a fused one. A mask that `has_grad` gets a gradient, summed over
+    the dimensions it is broadcast along.
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    is_bool: bool = False
+    has_grad: bool = False
+    other_dtype: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Elements of the whole mask."""
+        return self.batch * self.heads * self.queries * self.keys
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one attention call.
+
+    Args:
+        batch: batch items `B`.
+        heads: query heads `H`.
+        queries: query tokens `N`.
+        keys: key tokens `M`.
+        head_dim: size `D` of one head's queries and keys.
+        itemsize: bytes per element of query, key and value.
+        value_dim: size `Dv` of one head's values; `head_dim` when left out.
+        key_heads: heads of key and value, a divisor of `heads` (grouped-query attention); `heads` when left out.
+        upcast: scores are computed in float32 where `itemsize` is less.
+        causal: a query sees the keys up to its own position.
+        dropout: attention weights are dropped, so that a slice keeps its draw.
+        irregular: key or value have strides that no matrix product reads, so that they are gathered first.
+        mask: sizes of the attention mask, if there is one.
+
+    Raises:
+        ValueError: a size is negative, or `heads` is no multiple of `key_heads`.
+
+    >>> AttentionShape(1, 8, 4096, 4096, 40, 2).scores_bytes
+    268435456
+    """
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    itemsize: int
+    value_dim: int | None = None
+    key_heads: int | None = None
+    upcast: bool = False
+    causal: bool = False
+    dropout: bool = False
+    irregular: bool = False
+    mask: MaskShape | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "queries", "keys", "head_dim"):
+            size = getattr(self, name)
+            if size < 0:
+                raise ValueError(f"AttentionShape: {name} must be 0 or more, got {size}. Pass the tensor's size.")
+        if self.itemsize not in (2, 4, 8):
+            raise ValueError(
+                f"AttentionShape: itemsize must be 2, 4 or 8 bytes (half, single, double), got {self.itemsize}. "
+                "Pass tensor.element_size() of a floating-point tensor."
+            )
+        if self.key_heads is not None and (self.key_heads < 1 or self.heads % self.key_heads):
+            raise ValueError(
+                f"AttentionShape: heads must be a multiple of key_heads, got heads={self.heads} and "
+                f"key_heads={self.key_heads}. Repeat the key heads so that they divide the query heads."
+            )
+
+    def __str__(self) -> str:
+        heads = f"{self.heads} heads" if self.group == 1 else f"{self.heads} heads on {self.key_heads}"
+        sizes = f"{self.batch} x {heads}, {self.queries} queries by {self.keys} keys of {self.head_dim} channels"
+        return f"{sizes}, {self.itemsize} bytes each{', in float32' if self.score_itemsize > self.itemsize else ''}"
+
+    @property
+    def score_itemsize(self) -> int:
+        """Bytes per element of the scores."""
+        return max(self.itemsize, 4) if self.upcast else self.itemsize
+
+    @property
+    def values(self) -> int:
+        """Size `Dv` of one head's values."""
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return 1 if self.key_heads is None else self.heads // self.key_heads
+
+    @property
+    def batch_heads(self) -> int:
+        """`B * H`."""
+        return self.batch * self.heads
+
+    @property
+    def scores_bytes(self) -> int:
+        """Bytes of the full score matrix, `B*H * N * M * e`."""
+        return self.batch_heads * self.queries * self.keys * self.score_itemsize
+
+    def at_side(self, side: int) -> AttentionShape:
+        """The same attention in a square image of `side` pixels, with a query for each 8 by 8 of them.
+
+        Self-attention has as many keys; the keys of a context stay as they are.
+        """
+        queries = (side // 8) ** 2
+        keys = queries if self.keys == self.queries else self.keys
+        mask = self.mask
+        if mask is not None:
+            mask = replace(mask, queries=queries if mask.queries > 1 else 1, keys=keys if mask.keys > 1 else 1)
+        return replace(self, queries=queries, keys=keys, mask=mask)
+
+
+class Layout(NamedTuple):
+    """What PyTorch's fused kernels ask of the tensors as they came, besides their sizes.
+
+    Attributes:
+        dims: dimensions of the query.
+        mask_dims: dimensions of the mask, 0 without one.
+        contiguous: the last dimensions of query, key and value are contiguous.
+        same_batch: query, key and value have the same batch.
+        same_heads: and the same heads, or share them as grouped-query attention does.
+        mask_requires_grad: whether or not gradients are enabled.
+        fuses: on CUDA, that one of PyTorch's fused kernels takes the call, as PyTorch itself says.
+        choice: on CUDA, the value of the `SDPBackend` that PyTorch would run now; None where it was not asked.
+    """
+
+    dims: int = 4
+    mask_dims: int = 0
+    contiguous: bool = True
+    same_batch: bool = True
+    same_heads: bool = True
+    mask_requires_grad: bool = False
+    fuses: bool = True
+    choice: int | None = None
+
+
+A_LAYERS_LAYOUT = Layout()
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """One attention call, without its tensors.
+
+    Attributes:
+        shape: its sizes.
+        dtype: of query, key and value.
+        device: where it runs.
+        training: gradients will be needed.
+        ordinary_scale: `has_ordinary_scale` says so of the factor of the scores.
+        layout: of the tensors as they came.
+        transformed: `torch.func` looks on, which takes no operators but PyTorch's own.
+        threads: that PyTorch has on the CPU.
+        processors: streaming multiprocessors of a GPU, by which flash attention splits keys.
+    """
+
+    shape: AttentionShape
+    dtype: torch.dtype
+    device: torch.device
+    training: bool = False
+    ordinary_scale: bool = True
+    layout: Layout = A_LAYERS_LAYOUT
+    transformed: bool = False
+    threads: int = 1
+    processors: int = ASSUMED_PROCESSORS
+
+    @classmethod
+    def planned(
+        cls,
+        shape: AttentionShape,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        *,
+        training: bool = False,
+    ) -> CallSpec:
+        """A call that is not made: of these sizes, as a layer's tensors are laid out, on this machine's threads.
+
+        Args:
+            shape: its sizes.
+            device: where it would run; it need not be there.
+            dtype: float16, float32 or float64 by the item size when left out.
+            training: gradients would be needed.
+        """
+        device = torch.device(device)
+        dtype = _DTYPE_OF_SIZE[shape.itemsize] if dtype is None else dtype
+        layout = A_LAYERS_LAYOUT if shape.mask is None else Layout(mask_dims=4, mask_requires_grad=shape.mask.has_grad)
+        threads = torch.get_num_threads()
+        return cls(shape, dtype, device, training, layout=layout, threads=threads, processors=processors_of(device))
+
+
+def processors_of(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; assumed for one that is not there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ASSUMED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def attention_sizes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout_p: float,
+    is_causal: bool,
+    upcast: bool,
+) -> tuple[Any, ...]:
+    """The arguments of `AttentionShape` for query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)`.
+
+    Plain ints and bools, also while a graph is traced: there a symbolic size becomes a constant, as the number of
+    slices depends on it. The mask, 4-D, comes as the arguments of `MaskShape`.
+    """
+    return (
+        *(index(size) for size in query.shape[:3]),
+        index(key.shape[2]),
+        index(query.shape[3]),
+        query.element_size(),
+        index(value.shape[3]),
+        index(key.shape[1]),
+        upcast,
+        is_causal,
+        constant_bool(dropout_p > 0),
+        not (_product_reads(key) and _product_reads(value)),
+        None if mask is None else _mask_sizes(mask, query),
+    )
+
+
+def constant_bool(condition: bool) -> bool:
+    """A condition on numbers as a constant of the graph, where one is traced: a branch is decided while tracing."""
+    return True if condition else False  # noqa: SIM210 - bool() of a symbolic condition stays symbolic
+
+
+def _mask_sizes(mask: Tensor, query: Tensor) -> tuple[Any, ...]:
+    has_grad = mask.requires_grad and torch.is_grad_enabled()
+    return (*(index(size) for size in mask.shape), mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype)
+
+
+@lru_cache(maxsize=4096)
+def attention_shape(sizes: tuple[Any, ...]) -> AttentionShape:
+    """The shape of `attention_sizes`."""
+    *plain, mask = sizes
+    return replace(AttentionShape(*plain), mask=None if mask is None else MaskShape(*mask))
+
+
+def _product_reads(matrices: Tensor) -> bool:
+    """A matrix product takes these strides as they are, row- or column-major."""
+    rows, columns = matrices.stride()[-2:]
+    return (columns == 1 and rows >= matrices.shape[-1]) or (rows == 1 and columns >= matrices.shape[-2])
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Gradients are enabled and one of the tensors requires one."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+# Of a scale within these, and of what a kernel makes of it, float32 holds all digits.
+LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**100
+
+
+def has_ordinary_scale(scale: float | None) -> bool:
+    """Whether a scale, None for `1 / sqrt(D)`, is positive and neither lost nor infinite in float32.
+
+    Only with a positive one the largest of a row's products belongs to the largest score.
+    """
+    return scale is None or LEAST_SCALE <= scale <= MOST_SCALE
+
+
+def scale_of(query: Tensor, scale: float | None) -> float:
+    """The factor of the scores: `1 / sqrt(D)` where none is given."""
+    return 1 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale

@@ -1,0 +1,149 @@
+"""SliceConfig: what a user asks of sliced attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from slicemod import kernels
+from slicemod.kernels.kernel import Terms
+from slicemod.kernels.sliced.planner import POLICIES
+from slicemod.memory.budget import Budget
+from slicemod.plan import NotEnoughMemoryError
+
+if TYPE_CHECKING:  # a PyTorch built without distributed has no such class
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class SliceConfig:
+    """How attention is to be sliced.
+
+    Args:
+        budget: what the attention may allocate beyond its inputs and its output: "auto" (the free memory), bytes,
+            a size such as "512MiB", or a fraction of the free memory such as 0.25. 1 is a byte, 1.0 all that is free.
+        policy: who decides the number of slices: "exact", or as AUTOMATIC1111's webui does "heuristic", "doggettx",
+            "invokeai" or "mps".
+        kernel: the name of one of `slicemod.kernels.KERNELS` ("native", "fused", "math", ...), which then raises where
+            it cannot run a call; "auto", the fastest of them that is certain to run and that the budget allows.
+        steps: pins the number of slices along the query.
+        checkpoint: recompute each slice in the backward pass; otherwise keep its weights, as autograd does.
+        upcast: compute scores in float32.
+
+    Raises:
+        ValueError: a field has none of its accepted values.
+    """
+
+    budget: int | float | str = "auto"
+    policy: str = "exact"
+    kernel: str = "auto"
+    steps: int | None = None
+    checkpoint: bool = True
+    upcast: bool = False
+
+    parsed_budget: Budget = field(init=False, repr=False)  # 1 == 1.0, but a budget of one is not one of the other
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parsed_budget", Budget.parse(self.budget))
+        _expect_one_of("policy", self.policy, list(POLICIES))
+        _expect_one_of("kernel", self.kernel, ["auto", *(kernel.name for kernel in kernels.KERNELS)])
+        steps: object = self.steps
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+            raise ValueError(
+                f"steps: expected a whole number of slices, 1 or more, or None; got {steps!r}. Leave it out to plan."
+            )
+        if steps is not None and self.kernel != "auto" and not kernels.kernel_named(self.kernel).takes_steps:
+            raise ValueError(
+                f"steps: expected none with this kernel, which decides itself; got steps={steps} with "
+                f'kernel="{self.kernel}". Leave steps out, or take kernel="math".'
+            )
+        for name in ("checkpoint", "upcast"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false; got {getattr(self, name)!r}. Write one of these.")
+
+    @property
+    def terms(self) -> Terms:
+        """What is asked of a plan besides its budget."""
+        return Terms(self.policy, self.steps, self.checkpoint, self.upcast)
+
+    @classmethod
+    def of(cls, slicing: SliceConfig | Mapping[str, Any] | None) -> SliceConfig:
+        """The config itself, the config of a mapping of its fields, or the default one for None.
+
+        Raises:
+            ValueError: a key is no field of SliceConfig.
+            TypeError: `slicing` is something else.
+
+        >>> SliceConfig.of({"budget": "64MiB", "policy": "exact"}).policy
+        'exact'
+        """
+        if slicing is None:
+            return cls()
+        if isinstance(slicing, SliceConfig):
+            return slicing
+        if not isinstance(slicing, Mapping):
+            raise TypeError(
+                f"slicing: expected a SliceConfig, a dict of its fields or None; got {type(slicing).__name__}. "
+                'Pass for example {"budget": "64MiB", "policy": "exact"}.'
+            )
+        names = cls._names()
+        if unknown := [key for key in slicing if key not in names]:
+            raise ValueError(
+                f"slicing: expected keys out of {', '.join(names)}; got {', '.join(map(repr, unknown))}. "
+                "Correct the key."
+            )
+        return cls(**slicing)
+
+    def __str__(self) -> str:
+        changed = (
+            f"{name}={value!r}"
+            for name, value in self.as_dict().items()
+            if name in ("budget", "policy", "kernel") or value != self.__dataclass_fields__[name].default
+        )
+        return ", ".join(changed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for a config file."""
+        return {name: getattr(self, name) for name in self._names()}
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [each.name for each in fields(cls) if each.init]
+
+    def resolved(self, device: torch.device | str, group: ProcessGroup | None = None) -> SliceConfig:
+        """The same config with its budget in bytes, as it is now: what every later call plans with.
+
+        Under `torch.distributed` the smallest budget of all ranks, so that their plans agree, whatever each has free.
+        All ranks have to call it, at one point of the program, such as the start of a fit.
+
+        Args:
+            device: where the attention will run; its free memory is read where the budget refers to it.
+            group: ranks that have to agree; all of them when left out.
+
+        Raises:
+            NotEnoughMemoryError: a rank has nothing free.
+
+        >>> SliceConfig(budget="2MiB").resolved("cpu").budget
+        2097152
+        """
+        device = torch.device(device)
+        available = self.parsed_budget.bytes_on(device)
+        if distributed.is_available() and distributed.is_initialized():
+            smallest = torch.tensor(available, device=device)
+            distributed.all_reduce(smallest, distributed.ReduceOp.MIN, group)
+            available = int(smallest)
+        if available < 1:
+            raise NotEnoughMemoryError(
+                f"budget: {self.budget!r} needs free memory on {device}; got {available:,} bytes on the smallest "
+                "rank. Free memory on the device or name a budget in bytes."
+            )
+        return replace(self, budget=available)
+
+
+def _expect_one_of(name: str, value: object, known: list[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}. Choose one of these.")

@@ -1,0 +1,80 @@
+"""From the tensors of a call to its description in plain values, and from a plan to its kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod import kernels
+from slicemod.call import (
+    UPCASTING_DEVICES,
+    CallSpec,
+    Layout,
+    attention_shape,
+    attention_sizes,
+    constant_bool,
+    has_ordinary_scale,
+    processors_of,
+)
+from slicemod.kernels.kernel import Arguments, Inputs
+from slicemod.plan import SlicePlan
+from slicemod.watched import is_transformed
+
+
+def describe(inputs: Inputs, arguments: Arguments, layout: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `call_spec` for 4-D inputs: plain values, which a traced graph takes as constants.
+
+    Args:
+        inputs: query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)` and mask.
+        arguments: the other arguments of the call.
+        layout: what `layout_of` says of the inputs as they came.
+    """
+    query, scale = inputs[0], arguments.scale
+    upcast = query.device.type in UPCASTING_DEVICES and query.element_size() < 4
+    causal = constant_bool(arguments.is_causal)
+    sizes = attention_sizes(*inputs, dropout_p=arguments.dropout_p, is_causal=causal, upcast=upcast)
+    ordinary_scale = constant_bool(has_ordinary_scale(scale))
+    return sizes, layout, str(query.device), query.dtype, arguments.training, ordinary_scale
+
+
+def call_spec(
+    sizes: tuple[Any, ...],
+    layout: tuple[Any, ...],
+    device: str,
+    dtype: torch.dtype,
+    training: bool,
+    ordinary_scale: bool,
+) -> CallSpec:
+    """The record of a call that `describe` described; not for traced code."""
+    return CallSpec(
+        attention_shape(sizes),
+        dtype,
+        torch.device(device),
+        training,
+        ordinary_scale,
+        Layout(*layout),
+        is_transformed(),
+        torch.get_num_threads(),
+        processors_of(torch.device(device)),
+    )
+
+
+def check_plan(plan: SlicePlan, call: CallSpec) -> None:
+    """A plan that came from elsewhere may meet arguments that its kernel does not take.
+
+    Raises:
+        ValueError: it does.
+    """
+    obstacle = kernels.kernel_named(plan.kernel).obstacle(call)
+    if obstacle is not None:
+        raise ValueError(
+            f'plan: expected one made for this call; got one of kernel="{plan.kernel}", and {obstacle}. Leave plan '
+            "out, or make one for this call."
+        )
+
+
+def follow(plan: SlicePlan, inputs: Inputs, arguments: Arguments) -> Tensor:
+    """Attention of 4-D inputs by the plan's kernel, `(B, H, N, Dv)`."""
+    return kernels.kernel_named(plan.kernel).attend(plan, inputs, arguments)

@@ -1,0 +1,155 @@
+"""`sliced_attention`: attention by whichever kernel fits the budget, with the signature of PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod import kernels
+from slicemod.call import needs_grad
+from slicemod.choose import CallPlans, plans_of
+from slicemod.config import SliceConfig
+from slicemod.dispatch import call_spec, check_plan, describe, follow
+from slicemod.graph_operators import is_dynamic, planned_at_run_time, refused
+from slicemod.kernels.fused.obstacles import layout_of
+from slicemod.kernels.kernel import Arguments, Inputs
+from slicemod.known_calls import KNOWN_CALLS, KnownCall, key_of
+from slicemod.layers.inputs import as_four_dims, autocast_inputs, check_inputs
+from slicemod.plan import NotEnoughMemoryError, SlicePlan
+from slicemod.watched import constant_in_graph
+
+
+def sliced_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    slicing: SliceConfig | Mapping[str, Any] | None = None,
+    plan: SlicePlan | None = None,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, computed in slices that fit a memory budget.
+
+    `softmax(scale * query key^T + attn_mask) value`, with `attn_mask` -inf where a bool mask is False. The result
+    is that of full attention, whatever the number of slices.
+
+    Args:
+        query: `(..., H, N, D)`, float32, bfloat16, float16 or float64; `(N, D)` and `(H, N, D)` do as well.
+        key: `(..., H, M, D)`, same dtype and device.
+        value: `(..., H, M, Dv)`, same dtype and device.
+        attn_mask: broadcastable to `(..., H, N, M)`; bool, True where a query may look, or floating point, added to
+            the scores. A row without any key gives zeros. A floating-point mask may need a gradient.
+        dropout_p: probability of dropping an attention weight. Applied whenever it is above 0, as in SDPA.
+        is_causal: query `i` sees keys `0..i`. Not together with `attn_mask`.
+        scale: factor of the scores, `1 / sqrt(D)` when left out.
+        enable_gqa: key and value may have fewer heads than query, a divisor of `H`.
+        slicing: a `SliceConfig`, or a dict of its fields.
+        plan: follow this plan, made for these sizes, instead of making one; not together with `slicing`.
+
+    Under autocast query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. Half
+    precision is computed in float32 tiles on CPU and CUDA, and on other devices with `upcast`; a `plan` says itself.
+
+    Returns:
+        `(..., H, N, Dv)` in the dtype of `query`, laid out as `(..., N, H, Dv)` where it is 4-D.
+
+    Raises:
+        NotEnoughMemoryError: no plan fits the budget.
+        ValueError: sizes, dtypes, devices or settings that do not go together.
+
+    >>> query, key, value = torch.randn(3, 2, 5, 7, 4).unbind()
+    >>> sliced_attention(query, key, value, slicing={"kernel": "math", "steps": 3}).shape
+    torch.Size([2, 5, 7, 4])
+    """
+    return planned_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, slicing=slicing, plan=plan
+    )[0]
+
+
+def planned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    slicing: SliceConfig | Mapping[str, Any] | None = None,
+    plan: SlicePlan | None = None,
+) -> tuple[Tensor, SlicePlan | None]:
+    """`sliced_attention` and the plan it followed; None where there was nothing to attend to.
+
+    None as well where the plan is made when a graph runs: one with a dynamic number of tokens, by `torch.export`.
+    """
+    if plan is not None and (slicing is not None or not isinstance(plan, SlicePlan)):
+        raise ValueError(
+            f"plan: expected a SlicePlan and no slicing beside it; got {type(plan).__name__}"
+            f"{' and slicing' if slicing is not None else ''}. Pass the one or the other."
+        )
+    query, key, value, attn_mask = autocast_inputs(query, key, value, attn_mask)
+    arguments = Arguments(dropout_p, is_causal, scale, enable_gqa)
+    known_as = None
+    if plan is None and dropout_p == 0:
+        known_as = key_of((query, key, value, attn_mask), arguments, slicing)
+        if (known := KNOWN_CALLS.find(known_as)) is not None:
+            plan = known.plans.now()
+            if known.run is not None and plan is known.plans.best:
+                return known.run(query, key, value, attn_mask), plan
+            return follow(plan, (query, key, value, attn_mask), known.arguments), plan
+    shapes = query.shape, key.shape, value.shape
+    check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
+    # Of the inputs as they came: where SDPA would not fuse, its accuracy is that of the unfused kernel.
+    layout = layout_of((query, key, value, attn_mask), arguments)
+    lead = query.shape[:-2]
+    inputs = as_four_dims(query, key, value, attn_mask, enable_gqa)
+    query, key, value, _ = inputs
+    batch, heads, queries, head_dim = query.shape
+    if 0 in (batch, heads, queries, key.shape[2]):
+        output = (query @ key.new_zeros(1, 1, head_dim, 1)) * value.new_zeros(value.shape[3])  # (B, H, N, Dv)
+        return output.reshape(*lead, queries, value.shape[3]), None
+    arguments = arguments._replace(training=needs_grad(*inputs))
+    if is_dynamic(inputs):
+        output = planned_at_run_time(inputs, arguments, _config(slicing))
+        return output.reshape(*lead, queries, value.shape[3]), None
+    described = describe(inputs, arguments, layout)
+    if plan is not None:
+        check_plan(plan, call_spec(*described))
+    elif torch.compiler.is_dynamo_compiling():
+        plan = _plan_in_graph(slicing, *described)
+        if isinstance(plan, str):
+            output = refused(query, value, plan)
+            return output.reshape(*lead, queries, value.shape[3]), None
+    else:
+        plans = plans_of(call_spec(*described), _config(slicing))
+        plan = plans.now()
+        if known_as is not None and shapes == (query.shape, key.shape, value.shape):  # not viewed as 4-D
+            _remember(known_as, plans, inputs, arguments._replace(choice=layout[-1]))
+    output = follow(plan, inputs, arguments)
+    return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan
+
+
+def _config(slicing: SliceConfig | Mapping[str, Any] | None) -> SliceConfig:
+    return slicing if type(slicing) is SliceConfig else SliceConfig.of(slicing)
+
+
+@constant_in_graph
+def _plan_in_graph(slicing: SliceConfig | Mapping[str, Any] | None, *described: Any) -> SlicePlan | str:
+    """The plan of a call, or why there is none. This runs outside of a traced graph: the answer is a constant of it."""
+    try:
+        return plans_of(call_spec(*described), _config(slicing)).now()
+    except NotEnoughMemoryError as error:  # the graph raises it when it runs, as the same type
+        return str(error)
+
+
+def _remember(key: tuple[Any, ...], plans: CallPlans, inputs: Inputs, arguments: Arguments) -> None:
+    best = plans.best
+    run = None if best is None else kernels.kernel_named(best.kernel).prepare(best, inputs, arguments)
+    KNOWN_CALLS.remember(key, KnownCall(plans, arguments, run))

@@ -1,0 +1,135 @@
+"""PyTorch's flash attention of half-precision inputs, computed in float32 on CPUs that multiply no half precision.
+
+Such a CPU multiplies half-precision matrices tens of times slower than float32 ones, as PyTorch's flash kernel does,
+above all in its backward pass. Some heads at a time are converted, so that no input exists twice as a whole.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod.kernels.outputs import empty_gradients, empty_heads
+from slicemod.kernels.second_order import Formula, differentiable_gradients
+from slicemod.operator import operator
+from slicemod.torch_internals import cpu_flash_attention_backward, cpu_flash_attention_operator
+
+
+def _turns(query: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
+    """The batch item, and as many heads of it, of each turn; slices, so that turns have 4 dimensions."""
+    for item in range(query.shape[0]):
+        for first in range(0, query.shape[1], heads):
+            yield slice(item, item + 1), slice(first, min(first + heads, query.shape[1]))
+
+
+def _additive(mask: Tensor | None, turn: tuple[slice, slice]) -> Tensor | None:
+    """The turn's part of a 4-D mask, in float32 and added to the scores."""
+    if mask is None:
+        return None
+    item, heads = (part if size > 1 else slice(None) for part, size in zip(turn, mask.shape[:2], strict=True))
+    part = mask[item, heads]
+    if part.dtype != torch.bool:
+        return part.float()
+    return torch.full_like(part, -math.inf, dtype=torch.float32).masked_fill_(part, 0)
+
+
+@operator("slicemod::float32_flash")
+def float32_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    heads: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query `(B, H, N, D)`, key and value `(B, H, M, D)`, `heads` heads at a time.
+
+    Returns:
+        The output `(B, H, N, D)` and, with `keep`, the log-sum-exp of each row `(B, H, N)`, else an empty tensor.
+    """
+    output = empty_heads(query, value.shape[3])
+    logsumexp = query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
+    for turn in _turns(query, heads):
+        part, sums = cpu_flash_attention_operator(
+            query[turn].float(),
+            key[turn].float(),
+            value[turn].float(),
+            0.0,
+            is_causal,
+            attn_mask=_additive(mask, turn),
+            scale=scale,
+        )
+        output[turn] = part
+        if keep:
+            logsumexp[turn] = sums
+        del part, sums  # or they would live through the next turn
+    return output, logsumexp
+
+
+@float32_flash.register_fake
+def _(query: Tensor, _key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    kept = query.shape[:3] if settings[-1] else (0,)
+    return empty_heads(query, value.shape[3]), query.new_empty(kept, dtype=torch.float32)
+
+
+@operator("slicemod::float32_flash_backward")
+def _float32_flash_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    is_causal: bool,
+    scale: float,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = empty_gradients(query, key, value, None, (True, True, True, False))[:3]
+    for turn in _turns(query, heads):
+        parts = cpu_flash_attention_backward(
+            *(tensor[turn].float() for tensor in (grad_output, query, key, value, output)),
+            logsumexp[turn].contiguous(),
+            0.0,
+            is_causal,
+            attn_mask=_additive(mask, turn),
+            scale=scale,
+        )
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient[turn] = part
+        del parts, part
+    return gradients
+
+
+@_float32_flash_backward.register_fake
+def _(_grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(query, key, value, None, (True, True, True, False))[:3]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, *settings, _keep = inputs
+    ctx.save_for_backward(query, key, value, mask, *output)
+    ctx.settings = settings
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients: Sequence[Tensor | None] = (None, None, None)
+    if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
+        query, key, value, mask, *_ = ctx.saved_tensors
+        is_causal, scale, _ = ctx.settings
+        needs = (*ctx.needs_input_grad[:3], False)
+        formula = Formula(scale, is_causal)
+        gradients = differentiable_gradients(grad_output, (query, key, value, mask), formula, needs)[:3]
+    elif grad_output is not None:
+        gradients = _float32_flash_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
+    return (*needed, None, None, None, None, None)
+
+
+float32_flash.register_autograd(_gradients, setup_context=_save_for_backward)

@@ -1,0 +1,71 @@
+"""PyTorch's own fused attention: flash, memory-efficient or cuDNN, whichever PyTorch takes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from slicemod.call import CallSpec
+from slicemod.half_precision import cpu_products
+from slicemod.kernels.fused.cpu_bytes import cpu_flash_peak
+from slicemod.kernels.fused.cuda_bytes import cuda_fused_peak
+from slicemod.kernels.fused.obstacles import fused_obstacle
+from slicemod.kernels.fused.running import flash_attention, fused_attention, is_fused, sdpa
+from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
+from slicemod.kernels.second_order import with_second_derivatives
+from slicemod.plan import SlicePlan
+from slicemod.watched import is_watched
+
+
+class FusedKernel(Kernel):
+    """`F.scaled_dot_product_attention`, where it is certain that one of its fused kernels runs."""
+
+    name: ClassVar[str] = "fused"
+    summary: ClassVar[str] = "PyTorch's own: flash, memory-efficient or cuDNN attention"
+
+    def obstacle(self, call: CallSpec) -> str | None:
+        """Why it cannot run this call."""
+        return fused_obstacle(call)
+
+    def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan | None:
+        """One step: it is never sliced."""
+        peak, shape = fused_peak(call), call.shape
+        if peak > free_bytes:
+            return None
+        return SlicePlan("query", 1, shape.queries, peak, self.name, terms.policy, shape.batch_heads, shape.queries)
+
+    def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
+        """PyTorch's function; no other kernel of its own may run."""
+        return _differentiable(fused_attention(inputs, more), inputs, more)
+
+    def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
+        """Without another question to PyTorch where its answer is known."""
+        query, _, _, mask = inputs
+        if query.is_cpu and mask is None and not more.enable_gqa:
+
+            def flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+                output = flash_attention(query, key, value, more.is_causal, more.scale)
+                return _differentiable(output, (query, key, value, None), more)
+
+            return flash
+        if is_fused(more.choice, query):
+            return lambda *inputs: _differentiable(sdpa(inputs, more), inputs, more)
+        return super().prepare(plan, inputs, more)
+
+
+def _differentiable(output: Tensor, inputs: Inputs, more: Arguments) -> Tensor:
+    if not more.training or is_watched(*inputs[:3]):
+        return output
+    return with_second_derivatives(output, inputs, more)
+
+
+def fused_peak(call: CallSpec) -> int:
+    """Peak bytes of PyTorch's fused attention beyond inputs, output and input gradients.
+
+    On CUDA the most that any of its kernels takes.
+    """
+    if call.device.type == "cpu":
+        products = cpu_products(call.dtype)
+        return cpu_flash_peak(call.shape, call.threads, training=call.training, products=products)
+    return cuda_fused_peak(call.shape, training=call.training, processors=call.processors)

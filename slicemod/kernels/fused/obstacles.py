@@ -1,0 +1,117 @@
+"""Why PyTorch would not run a fused kernel on a call, by the conditions of its own sources, or by its own answer."""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod.call import CallSpec, constant_bool
+from slicemod.kernels.fused.running import BACKENDS, pytorchs_choice
+from slicemod.kernels.kernel import Arguments, Inputs
+from slicemod.torch_internals import FakeTensor, FakeTensorMode
+from slicemod.watched import constant_in_graph, is_watched
+
+
+def fused_obstacle(call: CallSpec) -> str | None:
+    """Why `F.scaled_dot_product_attention` would not run a fused kernel, or None if it would.
+
+    The conditions are those of ATen/native/transformers/sdp_utils_cpp.cpp for the CPU; on CUDA and ROCm PyTorch
+    answers itself, where the tensors are at hand. Devices whose choice cannot be known beforehand count as obstacles.
+    """
+    shape, layout, device = call.shape, call.layout, call.device.type
+    if device not in BACKENDS:
+        return f"it is not known whether PyTorch runs a fused kernel on {device!r}"
+    if layout.dims not in (3, 4):
+        return f"fused kernels want (B, H, N, D) or (H, N, D), and query has {layout.dims} dimensions"
+    if not layout.same_batch:
+        return "fused kernels want the same batch for query, key and value"
+    if not layout.same_heads:
+        return "fused kernels want the same heads for query, key and value"
+    if shape.keys == 1 and call.training:
+        return "fused kernels give query and key noise for a gradient, which is zero where there is one key"
+    if shape.values != shape.head_dim:
+        return f"fused kernels want values as wide as queries, got {shape.values} and {shape.head_dim}"
+    if not layout.contiguous:
+        return "fused kernels want the last dimension contiguous"
+    if shape.mask is not None:
+        if layout.dims == 4 and layout.mask_dims not in (2, 4):
+            return f"fused kernels want a mask of 2 or 4 dimensions, got {layout.mask_dims}"
+        if shape.mask.other_dtype and not shape.mask.is_bool:
+            return f"fused kernels want a mask of bool or {call.dtype}, got one of another dtype"
+        if layout.mask_requires_grad:  # PyTorch declines under no_grad too
+            return "fused kernels give the mask no gradient"
+    if device == "cpu":
+        return "the CPU's fused kernel has no dropout" if shape.dropout else None
+    return None if layout.fuses else "PyTorch has no fused CUDA kernel for these sizes, this dtype or this GPU"
+
+
+def layout_of(inputs: Inputs, arguments: Arguments) -> tuple[Any, ...]:
+    """The fields of `Layout` for the inputs of `F.scaled_dot_product_attention` as they came.
+
+    Plain values, also while a graph is traced.
+    """
+    query, key, value, mask = inputs
+    same_batch = query.dim() != 4 or (key.shape[0] == query.shape[0] and value.shape[0] == query.shape[0])
+    same_heads = (
+        query.dim() < 3
+        or arguments.enable_gqa
+        or (key.shape[-3] == query.shape[-3] and value.shape[-3] == query.shape[-3])
+    )
+    contiguous = query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1
+    on_cuda = query.is_cuda and query.dim() in (3, 4)
+    return (
+        query.dim(),
+        0 if mask is None else mask.dim(),
+        constant_bool(contiguous),
+        constant_bool(same_batch),
+        constant_bool(same_heads),
+        mask is not None and mask.requires_grad,
+        fuses_on_cuda(inputs, arguments) if on_cuda else True,
+        pytorchs_choice(inputs, arguments) if on_cuda and not is_watched(query, key, value) else None,
+    )
+
+
+def fuses_on_cuda(inputs: Inputs, arguments: Arguments) -> bool:
+    """Any of the CUDA kernels takes these arguments of `F.scaled_dot_product_attention`."""
+    # Branches make constants of them in a graph; of dropout PyTorch asks only whether there is any.
+    settings = 0.5 if arguments.dropout_p > 0 else 0.0, bool(arguments.is_causal), bool(arguments.enable_gqa)
+    if not torch.compiler.is_dynamo_compiling():
+        return _ask_pytorch(*inputs, *settings)
+    described = tuple(None if tensor is None else _description(tensor) for tensor in inputs)
+    return _ask_outside_of_the_graph(described, settings, torch.is_grad_enabled())
+
+
+def _ask_pytorch(*inputs: Any) -> bool:
+    params = torch.backends.cuda.SDPAParams(*inputs)
+    return (
+        torch.backends.cuda.can_use_flash_attention(params)
+        or torch.backends.cuda.can_use_efficient_attention(params)
+        or torch.backends.cuda.can_use_cudnn_attention(params)
+    )
+
+
+def _description(tensor: Tensor) -> tuple[Any, ...]:
+    """All that PyTorch looks at, as constants of a graph that is traced."""
+    shape, stride = tuple(index(size) for size in tensor.shape), tuple(index(step) for step in tensor.stride())
+    return shape, stride, tensor.dtype, str(tensor.device), tensor.requires_grad
+
+
+@constant_in_graph
+def _ask_outside_of_the_graph(
+    described: tuple[tuple[Any, ...] | None, ...], settings: tuple[float, bool, bool], grad_enabled: bool
+) -> bool:
+    """`_ask_pytorch` of descriptions: not every version of PyTorch can trace the questions."""
+    tensors = [None if description is None else _stand_in(description) for description in described]
+    with torch.set_grad_enabled(grad_enabled):
+        return _ask_pytorch(*tensors, *settings)
+
+
+def _stand_in(description: tuple[Any, ...]) -> Tensor:
+    """A tensor without memory."""
+    shape, stride, dtype, device, requires_grad = description
+    on_meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    stand_in: Tensor = FakeTensor(FakeTensorMode(), on_meta, torch.device(device))
+    return stand_in.requires_grad_(requires_grad)

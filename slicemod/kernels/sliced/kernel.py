@@ -1,0 +1,70 @@
+"""The sliced kernel: takes every call on every device, in as many slices as its memory asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slicemod.call import AttentionShape, CallSpec, scale_of
+from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms
+from slicemod.kernels.sliced.operators import attention
+from slicemod.kernels.sliced.planner import plan_by_policy
+from slicemod.kernels.sliced.slices import Conditions
+from slicemod.kernels.sliced.transformed import transformed_attention
+from slicemod.plan import NotEnoughMemoryError, SlicePlan, largest_square, not_enough
+from slicemod.watched import is_transformed
+
+
+class SlicedKernel(Kernel):
+    """Matrix products of PyTorch's, a slice of rows or heads at a time, in one reused workspace."""
+
+    name: ClassVar[str] = "math"
+    summary: ClassVar[str] = "matrix products of PyTorch's, in slices; takes every call on every device"
+    takes_steps: ClassVar[bool] = True
+
+    def obstacle(self, call: CallSpec) -> str | None:
+        """None: it can compute every call."""
+        return None
+
+    def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan:
+        """What the policy decides.
+
+        Raises:
+            NotEnoughMemoryError: the policy has no plan, or one that takes more than is free.
+        """
+        shape = replace(call.shape, upcast=call.shape.upcast or terms.upcast)
+        given = Conditions(max(0, free_bytes), call.device.type, call.training, terms.checkpoint)
+        plan = plan_by_policy(shape, given, terms.policy, terms.steps)
+        if plan.peak_bytes <= free_bytes:
+            return plan
+
+        def fits(shape: AttentionShape) -> bool:
+            try:
+                return plan_by_policy(shape, given, terms.policy, terms.steps).peak_bytes <= free_bytes
+            except NotEnoughMemoryError:
+                return False
+
+        # The webui's policies look at other things than the true peak, and so does who pins the steps.
+        advice = f"Leave steps={terms.steps} out" if terms.steps is not None else 'Take policy="exact"'
+        side = largest_square(shape, fits)
+        raise not_enough(f"the plan {plan}", plan.peak_bytes, free_bytes, shape, side, f"{advice}, raise the budget")
+
+    def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
+        """One operator, forward and backward, whatever the number of slices."""
+        query, key, value, mask = inputs
+        seed = torch.randint(2**63 - 1, ()) if more.dropout_p > 0 else None
+        settings = more.dropout_p, more.is_causal, scale_of(query, more.scale), plan.upcast
+        slices = plan.items, plan.heads, plan.rows, plan.keys
+        if is_transformed():
+            return transformed_attention(query, key, value, mask, seed, *settings, *slices)
+        keep_weights = more.training and not plan.checkpoint and not plan.keys
+        output: Tensor
+        output, _ = attention(query, key, value, mask, seed, *settings, keep_weights, *slices)
+        return output
+
+    def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
+        """Nothing: the backward pass computes its slices again."""
+        return 0

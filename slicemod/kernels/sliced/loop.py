@@ -1,0 +1,299 @@
+"""The sliced kernel: plain matrix products, a turn of heads by rows at a time, in one reused workspace.
+
+    scores = scale * query key^T + mask,   weights = softmax(scores),   output = dropout(weights) value
+
+The backward pass computes the weights of a turn again from query and key, so that nothing outlives its turn. Fresh
+buffers would cost more in page faults than the arithmetic does, so every product writes into a tile of the
+workspace, or straight into its place in the output.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slicemod.call import attention_shape, attention_sizes
+from slicemod.kernels.outputs import empty_gradients, empty_heads
+from slicemod.kernels.sliced.tiles import Tiles
+from slicemod.kernels.sliced.workspace import Workspace
+from slicemod.torch_internals import softmax_backward_into
+
+
+@dataclass(frozen=True)
+class SlicedCall:
+    """What one call of the kernel computes besides its tensors, and in what slices.
+
+    `heads` and `rows` are those of a slice of the plan, `items` the batch items that it computes together, `keys`
+    the keys of a chunk, 0 for all at once; `seed` draws the dropout of every pass anew.
+    """
+
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    upcast: bool
+    heads: int
+    rows: int
+    seed: Tensor | None
+    items: int = 1
+    keys: int = 0
+
+
+class Turn(NamedTuple):
+    """What one turn of the loop covers: batch items, heads and query rows."""
+
+    items: slice
+    heads: slice
+    rows: slice
+
+
+class TurnLoop:
+    """The parts that both passes share: which turns there are, and the weights of one."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        call: SlicedCall,
+        *,
+        mask_grad: bool = False,
+    ) -> None:
+        self.query, self.mask, self.call = query, mask, call
+        sizes = attention_sizes(
+            query, key, value, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, upcast=call.upcast
+        )
+        shape = attention_shape(sizes)
+        if shape.mask is not None:
+            shape = replace(shape, mask=replace(shape.mask, has_grad=mask_grad))
+        self.tiles = Tiles.of_slice(shape, call.heads, call.rows, call.items, call.keys)
+        self.shape = self.tiles.shape
+        self.dtype = torch.float32 if self.tiles.converts else query.dtype
+        self.all_keys = slice(0, self.shape.keys)
+        self.space: Workspace
+
+    def allocate(self, sizes: dict[str, int]) -> None:
+        """Make the workspace: tiles of so many elements."""
+        self.space = Workspace(sizes, self.query, self.dtype)
+
+    def generator(self) -> torch.Generator | None:
+        """Draws the dropout of one pass over the slices, the same in every pass; None without dropout."""
+        seed = self.call.seed
+        return None if seed is None else torch.Generator(self.query.device).manual_seed(int(seed))
+
+    def key_turns(self) -> Iterator[tuple[slice, slice, list[Turn]]]:
+        """Batch items, key heads, and the turns that read these: what shares loaded keys."""
+        group, at_once = self.shape.group, self.tiles.heads
+        width = max(group, at_once)
+        row_ranges = ranges(0, self.shape.queries, self.tiles.rows)
+        for items in ranges(0, self.shape.batch, self.tiles.items):
+            for shared in ranges(0, self.shape.heads, width):
+                head_ranges = ranges(shared.start, shared.stop, at_once)
+                turns = [Turn(items, heads, rows) for heads in head_ranges for rows in row_ranges]
+                yield items, slice(shared.start // group, shared.stop // group), turns
+
+    def load(self, name: str, matrices: Tensor, items: slice, key_heads: slice, keys: slice) -> Tensor:
+        """Key or value of some heads, `(items * key heads, m, D)`, in the dtype of the scores."""
+        source = matrices[items, key_heads, keys]
+        return self.copied(name, source) if name in self.space else source.flatten(0, 1)
+
+    def copied(self, name: str, source: Tensor) -> Tensor:
+        """`(items, heads, ., .)` copied into a tile, `(items * heads, ., .)`."""
+        return self.space.tile(name, *source.shape).copy_(source).flatten(0, 1)
+
+    def place(self, name: str, target: Tensor, turn: Turn) -> Tensor:
+        """Where a product of a turn is written, `(items * heads, r, .)`: in its place, or in a tile for `settle`."""
+        part = target[turn]
+        return (self.space.tile(name, *part.shape) if self.tiles.stages else part).flatten(0, 1)
+
+    def settle(self, written: Tensor, target: Tensor, turn: Turn) -> None:
+        """Copy what was written into a tile to its place."""
+        if self.tiles.stages:
+            part = target[turn]
+            part.copy_(written.view(part.shape))
+
+    def scaled_query(self, turn: Turn) -> Tensor:
+        """`(items * heads, r, D)`."""
+        return self.copied("query", self.query[turn]).mul_(self.call.scale)
+
+    def scores(self, query: Tensor, key: Tensor, turn: Turn, keys: slice) -> Tensor:
+        """Scaled and masked scores of one turn with some keys, `(items * heads, r, m)`."""
+        scores = self.space.tile("scores", query.shape[0], query.shape[1], key.shape[1])
+        torch.bmm(grouped(query, key), key.transpose(1, 2), out=grouped(scores, key))
+        if self.call.is_causal:
+            # Also the blocks that no query sees: SDPA multiplies their values by zero, which carries NaN on.
+            future = self.space.tile("mask", *scores.shape[1:])
+            scores.add_(future.fill_(-math.inf).triu_(turn.rows.start - keys.start + 1))
+        if self.mask is not None:
+            by_item = scores.view(turn.items.stop - turn.items.start, -1, *scores.shape[1:])
+            by_item.add_(self._additive(_mask_part(self.mask, turn, keys)))
+        return scores
+
+    def weights(self, query: Tensor, key: Tensor, turn: Turn) -> Tensor:
+        """Softmax of the scores of one turn, `(items * heads, r, M)`, before dropout."""
+        scores = self.scores(query, key, turn, self.all_keys)
+        if self.mask is None:
+            return torch.softmax(scores, -1, out=scores)
+        maximum = self.space.tile("row_maximum", *scores.shape[:2], 1)
+        dead_rows = torch.amax(scores, -1, keepdim=True, out=maximum) == -math.inf
+        # A row without a key has no weights, as in PyTorch's SDPA; its softmax is 0 / 0.
+        return torch.softmax(scores, -1, out=scores).masked_fill_(dead_rows, 0)
+
+    def _additive(self, part: Tensor) -> Tensor:
+        if part.dtype == self.dtype:
+            return part
+        tile = self.space.tile("mask", *part.shape)
+        # Adding -inf, rather than writing it, sends NaN and inf of the scores where SDPA sends them.
+        return tile.fill_(-math.inf).masked_fill_(part, 0) if part.dtype == torch.bool else tile.copy_(part)
+
+    def softmax_backward(self, grad_weights: Tensor, weights: Tensor) -> Tensor:
+        """`P (dP - sum(P dP))`, in the place of `dP`; the gradient of the output is gone afterwards."""
+        if not weights.is_cuda:
+            return softmax_backward_into(grad_weights, weights, -1, self.dtype, grad_input=grad_weights)  # type: ignore[no-any-return]
+        # The operator makes a third tensor of scores there.
+        row_sums = self.space.tile("output", *weights.shape[:2], 1)
+        grad_weights.mul_(weights)
+        return grad_weights.addcmul_(weights, torch.sum(grad_weights, -1, keepdim=True, out=row_sums), value=-1)
+
+    def draw(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Dropout's factor for each weight: 0, or 1 / (1 - p)."""
+        factor = self.space.tile("dropout", *weights.shape)
+        keep = 1 - self.call.dropout_p
+        return factor.bernoulli_(keep, generator=generator).div_(keep) if keep > 0 else factor.zero_()
+
+
+def ranges(start: int, stop: int, width: int) -> list[slice]:
+    """`start` to `stop` in parts of `width`, the last one of what is left."""
+    return [slice(first, min(first + width, stop)) for first in range(start, stop, width)]
+
+
+def grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
+    """`(heads, r, .)` of a tile as `(key heads, heads per key head * r, .)`: one product per key head."""
+    heads, rows, width = per_query_head.shape
+    if heads == key.shape[0]:
+        return per_query_head
+    return per_query_head.view(key.shape[0], heads // key.shape[0] * rows, width)
+
+
+def _mask_part(mask: Tensor, turn: Turn, keys: slice) -> Tensor:
+    """The part of a 4-D mask that concerns a turn: its own sizes, or 1 where the mask is broadcast."""
+    return mask[tuple(part if size > 1 else slice(None) for part, size in zip((*turn, keys), mask.shape, strict=True))]
+
+
+def math_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: SlicedCall, *, keep_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)`; `Hk` divides `H`.
+
+    Returns:
+        The output `(B, H, N, Dv)`, and the weights `(B, H, N, M)` before dropout if they are to be kept, else an
+        empty tensor.
+    """
+    loop = TurnLoop(query, key, value, mask, call)
+    loop.allocate(loop.tiles.forward)
+    generator = loop.generator()
+    output = empty_heads(query, value.shape[3])
+    kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=loop.dtype)
+    for items, key_heads, turns in loop.key_turns():
+        keys = loop.load("key", key, items, key_heads, loop.all_keys)
+        values = loop.load("value", value, items, key_heads, loop.all_keys)
+        for turn in turns:
+            weights = loop.weights(loop.scaled_query(turn), keys, turn)
+            if keep_weights:
+                part = kept[turn]
+                part.copy_(weights.view(part.shape))
+            if generator is not None:
+                weights.mul_(loop.draw(weights, generator))
+            written = loop.place("output", output, turn)  # (items * heads, r, Dv)
+            torch.bmm(grouped(weights, keys), values, out=grouped(written, keys))
+            loop.settle(written, output, turn)
+    return output, kept
+
+
+def kept_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    """`(B, H, N, M)`."""
+    return query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+
+
+def math_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kept: Tensor,
+    call: SlicedCall,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and mask: those that `needs` names, empty tensors for the others.
+
+    With `P` the weights, `R` the dropout factors and `G` the gradient of the output, per row:
+    `dV = (P R)^T G`, `dP = (G V^T) R`, `dS = P (dP - sum(P dP))`, `dQ = scale dS K`, `dK = dS^T (scale Q)`.
+    Gradients of key and value are summed over the slices in the dtype of the scores, float32 for upcast ones.
+    """
+    need_query, need_key, need_value, need_mask = needs
+    loop = TurnLoop(query, key, value, mask, call, mask_grad=need_mask)
+    loop.allocate(loop.tiles.backward)
+    generator = loop.generator()
+    grad_query, grad_key, grad_value, mask_sum = empty_gradients(query, key, value, None, needs)
+    if need_mask and mask is not None:
+        mask_sum = mask.new_zeros(mask.shape, dtype=loop.dtype)
+    for items, key_heads, turns in loop.key_turns():
+        keys = loop.load("key", key, items, key_heads, loop.all_keys)
+        values = loop.load("value", value, items, key_heads, loop.all_keys)
+        key_sum = accumulator(loop, "grad_key", grad_key[items, key_heads]) if need_key else None
+        value_sum = accumulator(loop, "grad_value", grad_value[items, key_heads]) if need_value else None
+        for turn in turns:
+            part = loop.scaled_query(turn)
+            grad_part = loop.copied("output", grad_output[turn])
+            weights = loop.copied("scores", kept[turn]) if kept.numel() else loop.weights(part, keys, turn)
+            grad_weights = loop.space.tile("grad_scores", *weights.shape)
+            factor = None if generator is None else loop.draw(weights, generator)
+            if value_sum is not None:
+                dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
+                value_sum.baddbmm_(grouped(dropped, keys).transpose(1, 2), grouped(grad_part, keys))
+            if not (need_query or need_key or need_mask):
+                continue
+            torch.bmm(grouped(grad_part, keys), values.transpose(1, 2), out=grouped(grad_weights, keys))
+            if factor is not None:
+                grad_weights.mul_(factor)
+            grad_scores = loop.softmax_backward(grad_weights, weights)
+            if need_query:
+                written = loop.place("grad_query", grad_query, turn)  # (items * heads, r, D)
+                torch.bmm(grouped(grad_scores, keys), keys, out=grouped(written, keys))
+                written.mul_(call.scale)
+                loop.settle(written, grad_query, turn)
+            if key_sum is not None:
+                key_sum.baddbmm_(grouped(grad_scores, keys).transpose(1, 2), grouped(part, keys))
+            if need_mask:
+                add_mask_gradient(loop, mask_sum, grad_scores, turn, loop.all_keys)
+        settle_sums(loop, items, key_heads, (grad_key, key_sum), (grad_value, value_sum))
+    grad_mask = mask_sum.to(mask.dtype) if need_mask and mask is not None else mask_sum
+    return grad_query, grad_key, grad_value, grad_mask
+
+
+def accumulator(loop: TurnLoop, name: str, place: Tensor) -> Tensor:
+    """Where the turns sum the gradient of some key heads, `(items * key heads, M, .)`: its place, or a tile."""
+    return (loop.space.tile(name, *place.shape) if loop.tiles.accumulates else place).zero_().flatten(0, 1)
+
+
+def settle_sums(loop: TurnLoop, items: slice, key_heads: slice, *sums: tuple[Tensor, Tensor | None]) -> None:
+    """Copy gradients that `accumulator` summed in tiles to their places."""
+    for target, summed in sums:
+        if loop.tiles.accumulates and summed is not None:
+            place = target[items, key_heads]
+            place.copy_(summed.view(place.shape))
+
+
+def add_mask_gradient(loop: TurnLoop, mask_sum: Tensor, grad_scores: Tensor, turn: Turn, keys: slice) -> None:
+    """Add the gradient of some scores to that of the mask, summed over what the mask is broadcast along."""
+    part = _mask_part(mask_sum, turn, keys)
+    gradient = grad_scores.view(turn.items.stop - turn.items.start, -1, *grad_scores.shape[1:])
+    broadcast = [axis for axis in range(4) if part.shape[axis] != gradient.shape[axis]]
+    if broadcast:
+        summed = loop.space.tile("mask", *part.shape)
+        gradient = torch.sum(gradient, broadcast, keepdim=True, out=summed)
+    part.add_(gradient)

@@ -1,0 +1,123 @@
+"""The sliced kernel as operators of PyTorch, which keep its slices in order.
+
+A loop of slices that the compiler can see is unrolled and reordered, and its memory grows with the number of slices.
+As one operator it is a single node of the graph: compile time does not depend on the number of slices, and their
+order stays ours.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod.kernels.outputs import empty_gradients, empty_heads
+from slicemod.kernels.retry import with_smaller_slices
+from slicemod.kernels.second_order import Formula, differentiable_gradients
+from slicemod.kernels.sliced.chunks import chunked_backward, chunked_forward
+from slicemod.kernels.sliced.loop import SlicedCall, kept_shape, math_backward, math_forward
+from slicemod.operator import operator
+
+
+@operator("slicemod::attention")
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    upcast: bool,
+    keep_weights: bool,
+    items: int,
+    heads: int,
+    rows: int,
+    keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)` in the slices of a `SlicePlan`.
+
+    Returns:
+        The output `(B, H, N, Dv)` and, with `keep_weights`, the weights `(B, H, N, M)`, else an empty tensor.
+    """
+
+    def run(call: SlicedCall) -> tuple[Tensor, Tensor]:
+        if 0 < call.keys < key.shape[2]:
+            return chunked_forward(query, key, value, mask, call)
+        return math_forward(query, key, value, mask, call, keep_weights=keep_weights)
+
+    call = SlicedCall(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    return with_smaller_slices(run, call, query.shape[2], query.device)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    *_, upcast, keep_weights, _items, _heads, _rows, _keys = settings
+    dtype = torch.float32 if upcast and query.dtype.itemsize < 4 else query.dtype
+    kept = query.new_empty(kept_shape(query, key) if keep_weights else (0,), dtype=dtype)
+    return empty_heads(query, value.shape[3]), kept
+
+
+@operator("slicemod::attention_backward")
+def attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    kept: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    upcast: bool,
+    items: int,
+    heads: int,
+    rows: int,
+    keys: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and mask, those that are needed, in the slices that ran forward."""
+    wanted = (needs[0], needs[1], needs[2], needs[3])
+
+    def run(call: SlicedCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if 0 < call.keys < key.shape[2]:
+            return chunked_backward(grad_output, query, key, value, mask, call, wanted)
+        return math_backward(grad_output, query, key, value, mask, kept, call, wanted)
+
+    call = SlicedCall(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    return with_smaller_slices(run, call, query.shape[2], query.device)
+
+
+@attention_backward.register_fake
+def _(
+    _grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_query, need_key, need_value, need_mask = settings[-1]
+    return empty_gradients(query, key, value, mask, (need_query, need_key, need_value, need_mask))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, mask, seed, *settings, _keep_weights, items, heads, rows, keys = inputs
+    ctx.save_for_backward(query, key, value, mask, seed, output[1])
+    ctx.settings = (*settings, items, heads, rows, keys)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the kept weights would get a gradient of zeros, as large as they are
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:4]
+    grads: Sequence[Tensor | None] = [None] * 4
+    if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
+        query, key, value, mask, *_ = ctx.saved_tensors
+        dropout_p, is_causal, scale, upcast, *_ = ctx.settings
+        formula = Formula(scale, is_causal, upcast, dropout_p)
+        grads = differentiable_gradients(grad_output, (query, key, value, mask), formula, needs)
+    elif grad_output is not None:
+        grads = attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
+    wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return (*wanted, *[None] * (len(ctx.settings) + 2))
+
+
+attention.register_autograd(_gradients, setup_context=_save_for_backward)

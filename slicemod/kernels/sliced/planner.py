@@ -1,0 +1,72 @@
+"""From a policy's slices to a plan of the sliced kernel, with the bytes that it then takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from slicemod.call import AttentionShape
+from slicemod.kernels.sliced import webui_policies
+from slicemod.kernels.sliced.exact import exact, most_that_fits
+from slicemod.kernels.sliced.slices import Conditions, Slices, balanced_rows
+from slicemod.kernels.sliced.tiles import Tiles, items_at_once
+from slicemod.plan import SlicePlan, not_enough
+
+POLICIES: dict[str, Callable[[AttentionShape, Conditions], Slices]] = {
+    "heuristic": webui_policies.heuristic,
+    "doggettx": webui_policies.doggettx,
+    "invokeai": webui_policies.invokeai,
+    "mps": webui_policies.mps,
+    "exact": exact,
+}
+
+
+def plan_by_policy(shape: AttentionShape, given: Conditions, policy: str, steps: int | None = None) -> SlicePlan:
+    """What a policy decides, or the plan of a number of slices that is given.
+
+    Policies of the webui look at other things than the free bytes, so that their plans may take more.
+
+    Raises:
+        NotEnoughMemoryError: the policy has no plan.
+        ValueError: there is no such policy.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}. Choose one of these.")
+    plan = _plan(shape, given, policy, POLICIES[policy], steps)
+    if given.free_bytes <= 0 < plan.peak_bytes:
+        raise not_enough(policy, plan.peak_bytes, given.free_bytes, shape, 0, "Free memory on the device")
+    return plan
+
+
+@lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step
+def _plan(
+    shape: AttentionShape,
+    given: Conditions,
+    policy: str,
+    decide: Callable[[AttentionShape, Conditions], Slices],
+    steps: int | None,
+) -> SlicePlan:
+    chosen = decide(shape, given) if steps is None else balanced_rows(shape, steps)
+    axis, heads, rows, keys = chosen
+    items = items_at_once(shape, heads, rows)
+    tiles = Tiles.of_slice(shape, heads, rows, items, keys)
+    if items > 1 and not given.affords(tiles):
+        tiles = Tiles.of_slice(shape, heads, rows, keys=keys)
+    if not given.allows(tiles):  # the policy's slices, but a turn of the loop takes less of one
+        heads = most_that_fits(tiles.heads, lambda heads: given.allows(Tiles.of_slice(shape, heads, rows))) or 1
+        rows = most_that_fits(rows, lambda rows: given.allows(Tiles.of_slice(shape, heads, rows))) or 1
+        tiles = Tiles.of_slice(shape, heads, rows)
+    return SlicePlan(
+        axis=axis,
+        steps=chosen.steps(shape),
+        slice_size=chosen.rows if axis == "query" else chosen.heads,
+        peak_bytes=given.peak(tiles),
+        kernel="math",
+        policy=policy if steps is None else "pinned",
+        heads=heads,
+        rows=rows,
+        items=tiles.items,
+        keys=tiles.keys,
+        checkpoint=given.checkpoint,
+        upcast=tiles.shape.upcast,
+    )

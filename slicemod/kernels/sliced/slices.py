@@ -1,0 +1,57 @@
+"""What a policy is asked and answers: the conditions of a call, and the slices that it is computed in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from slicemod.call import AttentionShape
+from slicemod.kernels.sliced.tiles import Tiles
+from slicemod.plan import BUFFER_CAPS, Axis
+from slicemod.rounding import ceil_div
+
+
+class Slices(NamedTuple):
+    """What a policy answers: the axis it slices, and the batch x heads, query rows and keys (0: all) of a slice."""
+
+    axis: Axis
+    heads: int
+    rows: int
+    keys: int = 0
+
+    def steps(self, shape: AttentionShape) -> int:
+        """How many slices the call has."""
+        chunks = ceil_div(shape.keys, self.keys) if self.keys else 1
+        heads, rows = max(1, self.heads), max(1, self.rows)
+        return max(1, ceil_div(shape.batch_heads, heads) * ceil_div(shape.queries, rows) * chunks)
+
+
+class Conditions(NamedTuple):
+    """What a policy knows besides the sizes."""
+
+    free_bytes: int
+    device_type: str
+    training: bool
+    checkpoint: bool
+
+    def peak(self, tiles: Tiles) -> int:
+        """Peak bytes of a call in these tiles."""
+        return tiles.peak(training=self.training, checkpoint=self.checkpoint)
+
+    def affords(self, tiles: Tiles) -> bool:
+        """The tiles fit the free bytes, and each buffer what the device allows one to have."""
+        return self.peak(tiles) <= self.free_bytes and self.allows(tiles)
+
+    def allows(self, tiles: Tiles) -> bool:
+        """No buffer is larger than the device allows, whatever is free."""
+        largest = tiles.largest_buffer(training=self.training, checkpoint=self.checkpoint)
+        return largest <= BUFFER_CAPS.get(self.device_type, largest)
+
+
+def whole(shape: AttentionShape) -> Slices:
+    """The call in one slice."""
+    return Slices("query", shape.batch_heads, shape.queries)
+
+
+def balanced_rows(shape: AttentionShape, steps: int) -> Slices:
+    """All heads, and rows in `steps` slices of the same size but for the last."""
+    return Slices("query", shape.batch_heads, max(1, ceil_div(shape.queries, steps)))

@@ -1,0 +1,102 @@
+"""The memory of calls: an eager call that is like an earlier one is looked up, not checked and planned again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slicemod import kernels
+from slicemod.choose import CallPlans
+from slicemod.config import SliceConfig
+from slicemod.kernels.fused.running import pytorchs_choice
+from slicemod.kernels.kernel import Arguments, Inputs, Run
+from slicemod.torch_internals import differentiates_forward
+from slicemod.watched import is_watched
+
+
+class KnownCall(NamedTuple):
+    """What is known of a call.
+
+    Attributes:
+        plans: its plans.
+        arguments: its arguments besides tensors.
+        run: what the best of its plans does, without looking at the tensors again; None where there is no best one.
+    """
+
+    plans: CallPlans
+    arguments: Arguments
+    run: Run | None
+
+
+class KnownCalls:
+    """Calls that were checked and planned before, by all that this depends on but for the memory that is free.
+
+    What a processor has is no part of it, as that stays while the process runs. A UNet has some dozens of calls; where
+    there are more than `most`, all are forgotten.
+    """
+
+    def __init__(self, most: int = 4096) -> None:
+        self._calls: dict[tuple[Any, ...], KnownCall] = {}
+        self.most = most
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._calls.clear()
+
+    def find(self, key: tuple[Any, ...] | None) -> KnownCall | None:
+        """What is known of the call with this key."""
+        return None if key is None else self._calls.get(key)
+
+    def remember(self, key: tuple[Any, ...], known: KnownCall) -> None:
+        """Keep what was found out about a call."""
+        if len(self._calls) >= self.most:
+            self._calls.clear()
+        self._calls[key] = known
+
+
+KNOWN_CALLS = KnownCalls()
+
+_DEFAULT = SliceConfig()
+
+
+def key_of(
+    inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[str, Any] | None
+) -> tuple[Any, ...] | None:
+    """What a call is known by; None for one that is not to be remembered.
+
+    Which kernel PyTorch takes on CUDA depends on its settings too, so that it is asked each time. On other devices
+    nothing is remembered.
+    """
+    query, key, value, mask = inputs
+    if is_watched(query, key, value):
+        return None
+    place: tuple[int, int] | None = None
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        index = query.get_device()
+        if not query.is_cuda or key.get_device() != index or value.get_device() != index:
+            return None
+        # PyTorch has no answer to calls that it cannot fuse, then.
+        if not torch.backends.cuda.math_sdp_enabled():  # type: ignore[no-untyped-call]
+            return None
+        place = index, pytorchs_choice(inputs, arguments)
+    if differentiates_forward():
+        return None
+    if mask is not None and not (type(mask) is Tensor and mask.device == query.device and mask.dim() == 4):
+        return None
+    if type(slicing) is not SliceConfig:
+        slicing = _DEFAULT if slicing is None else SliceConfig.of(slicing)
+    return (
+        *(query.shape, key.shape, value.shape),
+        *(query.stride(), key.stride(), value.stride()),
+        *(query.dtype, key.dtype, value.dtype),
+        torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
+        None if mask is None else (mask.shape, mask.dtype, mask.requires_grad),
+        *(arguments.is_causal, arguments.enable_gqa, arguments.scale, torch.get_num_threads(), place),
+        *(slicing, kernels.KERNELS),
+    )

@@ -1,0 +1,131 @@
+"""A layer's projections: on a CPU in two halves of their rows, where that is faster.
+
+oneDNN leaves some half-precision products to one thread that it shares among all of them when they come as two. Which
+ones is its affair, so it is measured: once for each size of product that is small enough for that to take milliseconds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slicemod.half_precision import cpu_products
+from slicemod.torch_internals import differentiates_forward, has_any_global_hook, is_any_autocast_enabled
+from slicemod.watched import is_watched
+
+_HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+# Multiplications of a product that is measured: smaller ones are not worth two calls, larger ones are shared.
+_LEAST_PRODUCTS, _MOST_PRODUCTS = 2**27, 2**29
+# Without instructions for it, a product takes too long to be measured. By vectors of bfloat16 oneDNN shares every
+# product among its threads, and takes more memory for a half than for the whole.
+_MEASURED_PRODUCTS = ("tiles", "float16")
+_ROUNDS = 5
+_CLEARLY = 0.9  # of the time that the whole takes
+
+# By all that the time depends on.
+_known_sizes: dict[tuple[Any, ...], bool] = {}
+_MOST_KNOWN_SIZES = 4096
+
+
+def project(module: Any, x: Tensor) -> Tensor:
+    """`module(x)`; a plain `nn.Linear` in two halves of the rows where they give the same bits sooner.
+
+    One that an `nn.Sequential` starts with as well. Neither way, nor finding out which, takes more memory than the
+    result and what oneDNN takes for a product.
+    """
+    if x.is_cpu and x.dtype in _HALF_PRECISION:
+        if type(module) is nn.Sequential and _is_plain(module, x):
+            for part in module:
+                x = project(part, x)
+            return x
+        if type(module) is nn.Linear:
+            products = x.numel() * module.out_features
+            small = _LEAST_PRODUCTS <= products <= _MOST_PRODUCTS
+            if small and _is_plain(module, x) and _is_product(module, x) and _is_faster_in_halves(module, x):
+                return _in_halves(module, x)
+    output: Tensor = module(x)
+    return output
+
+
+def _is_plain(module: nn.Module, x: Tensor) -> bool:
+    """Nobody looks on, and nobody would miss the call of the module where its parts are called instead."""
+    if is_watched(x) or has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    # Some hosts of models put a forward of their own into a module, or into all of a class.
+    own = type(module).forward.__globals__ is vars(sys.modules[type(module).__module__])
+    return own and "forward" not in vars(module) and module._compiled_call_impl is None
+
+
+def _is_product(linear: nn.Linear, x: Tensor) -> bool:
+    """It is one product of plain tensors on a CPU, without gradients."""
+    if is_any_autocast_enabled() or differentiates_forward():
+        return False
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if weight is None:  # a wrapper keeps it elsewhere
+        return False
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return torch.get_num_threads() > 1 and all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.dtype == x.dtype
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        for tensor in tensors
+    )
+
+
+def _is_faster_in_halves(linear: nn.Linear, x: Tensor) -> bool:
+    rows = x.numel() // x.shape[-1]
+    sizes = rows, linear.weight.shape, linear._parameters["bias"] is None, x.dtype, torch.get_num_threads()
+    known = _known_sizes.get(sizes)
+    if known is None:
+        if len(_known_sizes) >= _MOST_KNOWN_SIZES:
+            _known_sizes.clear()
+        known = _known_sizes[sizes] = _measured(linear, x)
+    return known
+
+
+def _measured(linear: nn.Linear, x: Tensor) -> bool:
+    """Both ways have the same result, and the halves clearly sooner; there is only one result at a time."""
+    if cpu_products(x.dtype) not in _MEASURED_PRODUCTS:
+        return False
+    sums: list[tuple[Tensor, Tensor]] = []
+    seconds: tuple[list[float], list[float]] = [], []
+    for turn in range(2 * _ROUNDS):
+        start = perf_counter()
+        output = _in_halves(linear, x) if turn % 2 else F.linear(x, linear.weight, linear.bias)
+        seconds[turn % 2].append(perf_counter() - start)
+        if turn < 2:
+            sums.append(_sums_of_bits(output))
+        del output
+    same = all(map(torch.equal, *sums))
+    whole, halves = map(statistics.median, seconds)
+    return same and halves < _CLEARLY * whole
+
+
+def _sums_of_bits(output: Tensor) -> tuple[Tensor, Tensor]:
+    """What tells one result from another, of each row and each column, where a copy would take memory."""
+    bits = output.view(torch.int16).flatten(0, -2)
+    return bits.sum(0, dtype=torch.int16), bits.sum(1, dtype=torch.int16)
+
+
+def _in_halves(linear: nn.Linear, x: Tensor) -> Tensor:
+    weight, bias = linear.weight.t(), linear._parameters["bias"]
+    rows = x.view(-1, x.shape[-1])
+    output = x.new_empty(len(rows), linear.out_features)
+    half = -(-len(rows) // 2)
+    for part in (slice(None, half), slice(half, None)):
+        if bias is None:
+            torch.mm(rows[part], weight, out=output[part])
+        else:
+            torch.addmm(bias, rows[part], weight, out=output[part])
+    return output.view(*x.shape[:-1], linear.out_features)

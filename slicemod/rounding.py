@@ -1,0 +1,19 @@
+"""Whole numbers rounded up."""
+
+
+def ceil_div(size: int, parts: int) -> int:
+    """`size / parts` rounded up, in ints.
+
+    >>> ceil_div(7, 2)
+    4
+    """
+    return -(-size // parts)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is no less than `size`.
+
+    >>> round_up(7, 4)
+    8
+    """
+    return -(-size // multiple) * multiple
