@@ -37,8 +37,8 @@ fused_choice: Callable[..., int] = torch._fused_sdp_choice
 
 # PyTorch's flash attention for the CPU, which returns the log-sum-exp as well, and its backward pass.
 cpu_flash_attention: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_flash_attention_for_cpu
-cpu_flash_attention_operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-cpu_flash_attention_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+cpu_flash_attention_operator: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+cpu_flash_attention_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # The backward pass of a softmax into a tensor that is there already.
 softmax_backward_into: Any = torch.ops.aten._softmax_backward_data.out

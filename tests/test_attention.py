@@ -159,7 +159,7 @@ def test_repr_shows_settings_and_once_called_the_plan() -> None:
     assert "heads=3, dim_head=11, budget='auto', policy='exact', kernel='math', steps=7" in repr(layer)
     assert "plan:" not in repr(layer)
     layer(torch.randn(2, 61, 29))
-    assert "plan: 7 x 9 rows," in repr(layer)
+    assert "plan: math, 7 x 9 rows," in repr(layer)
 
 
 def plan_of(layer: MemoryAwareCrossAttention) -> SlicePlan | None:

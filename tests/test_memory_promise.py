@@ -14,10 +14,10 @@ from torch import Tensor
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
-from slicemod.call import Tiles
+from slicemod.call import attention_shape, attention_sizes
 from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
-from slicemod.kernels.sliced.loop import attention_shape, attention_sizes
+from slicemod.kernels.sliced.tiles import Tiles
 from slicemod.plan import SlicePlan
 from tests.oracle import Inputs, layer_inputs
 

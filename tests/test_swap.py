@@ -138,7 +138,7 @@ def test_the_report_reads_as_a_list_with_the_plans_of_the_last_calls() -> None:
         "  1.attn2: skipped, filter_fn said no"
     )
     model(torch.randn(2, 61, 32))
-    assert str(report).count("; last plan: 3 x 21 rows, ") == 3
+    assert str(report).count("; last plan: math, 3 x 21 rows, ") == 3
 
 
 def test_a_pipeline_is_an_error_that_says_what_to_pass() -> None:

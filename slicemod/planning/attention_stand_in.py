@@ -22,13 +22,14 @@ class AttentionStandIn:
     Args:
         recorder: told when a call works and what it keeps for its backward pass.
         device_type: that the step is planned for; it decides about fused kernels and the dtype of scores.
+        training: the step needs gradients.
 
     Attributes:
         calls: in the order in which they came; a call that is computed again for the backward pass comes twice.
     """
 
-    def __init__(self, recorder: MemoryRecorder, device_type: str) -> None:
-        self._recorder, self._device_type = recorder, device_type
+    def __init__(self, recorder: MemoryRecorder, device_type: str, *, training: bool = False) -> None:
+        self._recorder, self._device_type, self._training = recorder, device_type, training
         self.calls: list[CallSpec] = []
 
     @contextmanager
@@ -61,7 +62,9 @@ class AttentionStandIn:
         device = torch.device(self._device_type)
         # No processors are given: a device that is planned for need not be there.
         self.calls.append(
-            CallSpec(attention_shape(sizes), query.dtype, device, False, ordinary_scale, layout, threads=threads)
+            CallSpec(
+                attention_shape(sizes), query.dtype, device, self._training, ordinary_scale, layout, threads=threads
+            )
         )
         output: Tensor = _Empty.apply(self._recorder, len(self.calls) - 1, query, key, value)
         return output

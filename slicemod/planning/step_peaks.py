@@ -125,7 +125,7 @@ class StepPlanner:
         first, second = self._traced
         low, high = (steps * self.resolution_step for steps in TRACED_STEPS)
         step = first.between(second, pixels**2 - low**2, high**2 - low**2)
-        return step.timeline, [replace(call, training=self.kind.training) for call in step.calls]
+        return step.timeline, list(step.calls)
 
     def _plan(self, pixels: int) -> ResolutionPlan:
         timeline, calls = self.at(pixels)

@@ -100,7 +100,7 @@ def trace_training(
         mode: that of fake tensors; it is entered for the step.
     """
     recorder = _recorder(device_type)
-    stand_in = AttentionStandIn(recorder, device_type)
+    stand_in = AttentionStandIn(recorder, device_type, training=True)
     parameters = list(unet.parameters())
     accumulated = [parameter.grad for parameter in parameters if parameter.grad is not None]
     recorder.ignore([*parameters, *unet.buffers(), *accumulated, *given])

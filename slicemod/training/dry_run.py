@@ -76,7 +76,7 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
     forecasts = []
     for bucket, images in sorted(counted.items()):
         traced = first.between(second, bucket.height * bucket.width - low**2, high**2 - low**2)
-        calls = [replace(call, training=True, processors=processors_of(device)) for call in traced.calls]
+        calls = [replace(call, processors=processors_of(device)) for call in traced.calls]
         answers = {call: _answer(model, call) for call in set(calls)}
         peak = traced.timeline.peak([answers[call][1] for call in calls])
         layers = Counter(calls[: traced.layers])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,10 +43,10 @@ def test_a_call_has_the_sizes_of_its_tensors(device_type: str, upcast: bool) -> 
 )
 def test_a_call_knows_why_it_would_not_be_fused(device_type: str, keys: int, named: str | None) -> None:
     recorder = MemoryRecorder(no_temporaries)
-    stand_in = AttentionStandIn(recorder, device_type)
+    stand_in = AttentionStandIn(recorder, device_type, training=True)
     with recorder, stand_in.installed():
         _attend(_inputs(keys, requires_grad=True))
-    obstacle = kernel_named("fused").obstacle(replace(stand_in.calls[0], training=True))
+    obstacle = kernel_named("fused").obstacle(stand_in.calls[0])
     assert obstacle is None if named is None else obstacle is not None and named in obstacle
 
 

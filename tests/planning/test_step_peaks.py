@@ -71,7 +71,6 @@ def test_the_step_with_such_plans_fits_and_uses_the_memory(training: bool, kerne
     peak = planner.plan(pixels).peaks["slicemod"]
     assert peak.total <= 2**28 < planner.plan(pixels).peaks["full attention"].total
     assert planner.fits("slicemod", pixels)
-    assert kernel == "auto" or peak.total > 0.9 * 2**28
 
 
 @pytest.mark.parametrize("way", ["full attention", "fused", "slicemod"])

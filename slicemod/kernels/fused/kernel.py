@@ -9,9 +9,10 @@ from torch import Tensor
 from slicemod.call import CallSpec
 from slicemod.half_precision import cpu_products
 from slicemod.kernels.fused.cpu_bytes import cpu_flash_peak
+from slicemod.kernels.fused.cpu_flash import differentiable_flash_attention, flash_attention
 from slicemod.kernels.fused.cuda_bytes import cuda_fused_peak
 from slicemod.kernels.fused.obstacles import fused_obstacle
-from slicemod.kernels.fused.running import flash_attention, fused_attention, is_fused, sdpa
+from slicemod.kernels.fused.running import fused_attention, is_fused, sdpa
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
 from slicemod.kernels.second_order import with_second_derivatives
 from slicemod.plan import SlicePlan
@@ -37,27 +38,22 @@ class FusedKernel(Kernel):
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """PyTorch's function; no other kernel of its own may run."""
-        return _differentiable(fused_attention(inputs, more), inputs, more)
+        output = fused_attention(inputs, more)
+        if not more.training or is_watched(*inputs[:3]):
+            return output
+        return with_second_derivatives(output, inputs, more)
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
         """Without another question to PyTorch where its answer is known."""
         query, _, _, mask = inputs
         if query.is_cpu and mask is None and not more.enable_gqa:
-
-            def flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-                output = flash_attention(query, key, value, more.is_causal, more.scale)
-                return _differentiable(output, (query, key, value, None), more)
-
-            return flash
+            flash = differentiable_flash_attention if more.training else flash_attention
+            return lambda query, key, value, _mask: flash(query, key, value, more.is_causal, more.scale)
+        if is_fused(more.choice, query) and not more.training:
+            return lambda *inputs: sdpa(inputs, more)
         if is_fused(more.choice, query):
-            return lambda *inputs: _differentiable(sdpa(inputs, more), inputs, more)
+            return lambda *inputs: with_second_derivatives(sdpa(inputs, more), inputs, more)
         return super().prepare(plan, inputs, more)
-
-
-def _differentiable(output: Tensor, inputs: Inputs, more: Arguments) -> Tensor:
-    if not more.training or is_watched(*inputs[:3]):
-        return output
-    return with_second_derivatives(output, inputs, more)
 
 
 def fused_peak(call: CallSpec) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.kernels.kernel import Arguments, Inputs
-from slicemod.torch_internals import cpu_flash_attention, fused_choice
+from slicemod.torch_internals import fused_choice
 from slicemod.watched import is_watched
 
 # "math" is left out: it would materialise the scores that a plan promises not to.
@@ -47,11 +47,3 @@ def pytorchs_choice(inputs: Inputs, more: Arguments) -> int:
 def is_fused(choice: int | None, query: Tensor) -> bool:
     """What `pytorchs_choice` answered is a fused kernel of the query's device."""
     return choice in _CHOICES[query.device.type]
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
-    """What `fused_attention` runs on the CPU without a mask, for inputs that PyTorch would take for it.
-
-    It is not asked again: it was when an earlier call with inputs of these sizes, strides and dtypes was planned.
-    """
-    return cpu_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
