@@ -56,7 +56,7 @@ figures: $(VENV)/installed
 	$(BIN)/slicemod bench --from docs/benchmarks/layers.json --plots docs/images/benchmarks/layers --into README.md docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/unet.json --plots docs/images/benchmarks/unet --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/growth.json --plots docs/images/benchmarks/growth --into docs/benchmarks.md
-	$(BIN)/slicemod bench --from docs/benchmarks/layers-avx2.json --plots docs/images/benchmarks/layers-avx2 --into README.md docs/benchmarks.md
+	$(BIN)/slicemod bench --from docs/benchmarks/layers-avx2.json --plots docs/images/benchmarks/layers-avx2 --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/growth-avx2.json --plots docs/images/benchmarks/growth-avx2 --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/gpu-layers.json --plots docs/images/benchmarks/gpu-layers --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/gpu-unet.json --plots docs/images/benchmarks/gpu-unet --into docs/benchmarks.md

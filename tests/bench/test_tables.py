@@ -82,6 +82,15 @@ def test_the_headline_has_a_column_for_each_setting() -> None:
     ]
 
 
+def test_the_headline_is_small() -> None:
+    results = made_up_results()
+    results.measurements = [
+        replace(row, peer="ldm") if row.peer == "full" else row for row in results.measurements if row.unit != "tokens"
+    ]
+    rows = markdown_headline(results).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| sdpa", "| **slicemod**"]
+
+
 def test_all_tables_come_in_markdown_with_what_was_left_out() -> None:
     text = markdown_tables(made_up_results())
     assert text.count("**layer") == 2
