@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from slicemod.torch_internals import TorchDispatchMode, tree_leaves
 
 # Bytes that an operator allocates beyond its results and frees again, given itself, its arguments and its result;
 # several where one follows the other.
