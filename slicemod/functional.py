@@ -123,10 +123,11 @@ def planned_attention(
     if plan is not None:
         check_plan(plan, call_spec(*described))
     elif torch.compiler.is_dynamo_compiling():
-        plan = _plan_in_graph(slicing, *described)
-        if isinstance(plan, str):
-            output = refused(query, value, plan)
+        found = _plan_in_graph(slicing, *described)
+        if isinstance(found, str):
+            output = refused(query, value, found)
             return output.reshape(*lead, queries, value.shape[3]), None
+        plan = found
     else:
         plans = plans_of(call_spec(*described), _config(slicing))
         plan = plans.now()

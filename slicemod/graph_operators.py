@@ -6,6 +6,7 @@ A graph with a dynamic number of tokens plans when it runs; one whose attention 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,17 @@ def _(query: Tensor, value: Tensor, message: str) -> Tensor:
     return empty_heads(query, value.shape[3])
 
 
+def _no_gradients(_ctx: Any, _grad_output: Tensor) -> tuple[None, None, None]:
+    """A graph that is compiled for training asks for the gradients before anything runs."""
+    return None, None, None
+
+
+refused.register_autograd(_no_gradients)
+
+
 def is_dynamic(inputs: Inputs) -> bool:
     """A graph is traced in which a size of these tensors is a symbol."""
-    return any(tensor is not None and any(type(size) is torch.SymInt for size in tensor.shape) for tensor in inputs)
+    return any(tensor is not None and any(isinstance(size, torch.SymInt) for size in tensor.shape) for tensor in inputs)
 
 
 def planned_at_run_time(inputs: Inputs, arguments: Arguments, slicing: SliceConfig) -> Tensor:

@@ -300,7 +300,7 @@ def all_peers(budget: str) -> tuple[Peer, ...]:
     cuda = ("cuda",)
     ours = [Slicemod("slicemod", SliceConfig(budget, "exact")), Slicemod("slicemod-fused", SliceConfig(kernel="fused"))]
     ours += [
-        Slicemod(f"slicemod-{policy}", SliceConfig(budget if policy == "exact" else "auto", policy, "math"))  # type: ignore[arg-type]
+        Slicemod(f"slicemod-{policy}", SliceConfig(budget if policy == "exact" else "auto", policy, "math"))
         for policy in POLICIES
     ]
     return (

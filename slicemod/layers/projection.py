@@ -56,7 +56,7 @@ def project(module: Any, x: Tensor) -> Tensor:
 
 def _is_plain(module: nn.Module, x: Tensor) -> bool:
     """Nobody looks on, and nobody would miss the call of the module where its parts are called instead."""
-    if is_watched(x) or has_any_global_hook():  # type: ignore[no-untyped-call]
+    if is_watched(x) or has_any_global_hook():
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
