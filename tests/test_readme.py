@@ -68,7 +68,7 @@ def configs() -> dict[str, dict[str, object]]:
 def test_the_unet_config_builds_a_swapped_unet() -> None:
     unet: nn.Module = instantiate_from_config(configs()["unet_config"])
     ours = [module for module in unet.modules() if isinstance(module, MemoryAwareCrossAttention)]
-    assert {layer.slicing for layer in ours} == {SliceConfig(budget="2GiB", policy="exact")}
+    assert {layer.slicing for layer in ours} == {SliceConfig(budget="2GiB")}
 
 
 def test_the_network_config_names_the_mode_of_the_sgm_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
