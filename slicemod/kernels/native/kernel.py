@@ -13,7 +13,7 @@ from slicemod.call import AttentionShape, CallSpec, scale_of
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
 from slicemod.kernels.native.binding import TILED_MODE, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
-from slicemod.kernels.native.operators import attend_natively, prepared_inference
+from slicemod.kernels.native.operators import native_attention, prepared_inference
 from slicemod.plan import SlicePlan
 from slicemod.rounding import ceil_div
 
@@ -139,9 +139,11 @@ class NativeKernel(Kernel):
         )
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
-        """An operator where something looks on, a plain call otherwise."""
+        """One operator, forward and backward."""
         query, key, value, _ = inputs
-        return attend_natively(query, key, value, scale_of(query, more.scale), more.training)
+        output: Tensor
+        output, _ = native_attention(query, key, value, scale_of(query, more.scale), more.training)
+        return output
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
         """In inference all but the pointers is made ready."""

@@ -11,7 +11,7 @@ from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.outputs import empty_gradients, empty_heads
 from slicemod.kernels.retry import ran_out, with_fewer_threads
 from slicemod.kernels.second_order import Formula, differentiable_gradients
-from slicemod.watched import is_watched
+from slicemod.operator import operator
 
 
 def _library() -> NativeLibrary:
@@ -28,7 +28,8 @@ def _empty_row_sums(query: Tensor, keep: bool) -> Tensor:
     return query.new_empty((2, *query.shape[:3]) if keep else 0, dtype=torch.float32)
 
 
-def native_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+@operator("slicemod::native_attention")
+def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
     """Attention of query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)`, one of the library's dtypes.
 
     Returns:
@@ -45,17 +46,13 @@ def native_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, keep
     return output, row_sums
 
 
-native_attention = torch.library.custom_op(
-    "slicemod::native_attention", native_forward, mutates_args=(), device_types="cpu"
-)
-
-
 @native_attention.register_fake
 def _(query: Tensor, _key: Tensor, value: Tensor, _scale: float, keep: bool) -> tuple[Tensor, Tensor]:
     return empty_heads(query, value.shape[3]), _empty_row_sums(query, keep)
 
 
-def _native_backward(
+@operator("slicemod::native_attention_backward")
+def _native_attention_backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -73,11 +70,6 @@ def _native_backward(
         torch.get_num_threads(),
     )
     return gradients
-
-
-_native_attention_backward = torch.library.custom_op(
-    "slicemod::native_attention_backward", _native_backward, mutates_args=(), device_types="cpu"
-)
 
 
 @_native_attention_backward.register_fake
@@ -102,46 +94,17 @@ def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[
         inputs = query, key, value, None
         grads = differentiable_gradients(grad_output, inputs, Formula(ctx.scale), (*needs, False))[:3]
     elif grad_output is not None:
-        query, key, value, output, row_sums = ctx.saved_tensors
-        watched = is_watched(query, key, value, grad_output, output, row_sums)
-        backward = _native_attention_backward if watched else _native_backward
-        grads = backward(grad_output, query, key, value, output, row_sums, ctx.scale, list(needs))
+        grads = _native_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale, list(needs))
     return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None)
 
 
 native_attention.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-class _NativeAttention(torch.autograd.Function):
-    """`native_attention` with gradients where nobody looks on."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = native_forward(*inputs)
-        _save_for_backward(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, *gradients)
-
-
-def attend_natively(query: Tensor, key: Tensor, value: Tensor, scale: float, training: bool) -> Tensor:
-    """`native_attention`, as an operator only where somebody looks on: that costs tens of microseconds."""
-    output: Tensor
-    if is_watched(query, key, value):
-        output, _ = native_attention(query, key, value, scale, training)
-    elif training:
-        output, _ = _NativeAttention.apply(query, key, value, scale, training)
-    else:
-        output, _ = native_forward(query, key, value, scale, training)
-    return output
-
-
 def prepared_inference(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`attend_natively` without gradients, where nobody looks on, of any inputs with these sizes, strides and dtype.
+    """`native_attention` without gradients, where nobody looks on, of any inputs with these sizes, strides and dtype.
 
     And for as long as PyTorch has as many threads as now.
     """
@@ -159,6 +122,6 @@ def prepared_inference(
         else:
             return output
         del output
-        return native_forward(query, key, value, scale, False)[0]
+        return native_attention(query, key, value, scale, False)[0]  # type: ignore[no-any-return]
 
     return attend
