@@ -11,10 +11,10 @@ import torch
 
 from slicemod.memory.free_memory import PROBES, MemoryProbe
 
-# The same examples in every run; `--hypothesis-profile thorough` looks for new ones.
-hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+# The same examples in every run, more of them with the slow tests; `--hypothesis-profile thorough` looks for new ones.
+hypothesis.settings.register_profile("fast", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.register_profile("slow", deadline=None, derandomize=True, max_examples=200)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
-hypothesis.settings.load_profile("steady")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,9 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests that take longer than a minute")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """One thread: plans of the fused kernel count threads, and parallel workers share the cores."""
     torch.set_num_threads(1)
+    # Hypothesis' own plugin comes later, and with it a profile that is asked for.
+    hypothesis.settings.load_profile("slow" if config.getoption("--run-slow") else "fast")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -45,9 +45,7 @@ FOR_SEVERAL_DEVICES = [
 def test_commands_are_found() -> None:
     assert {shlex.split(command)[0] for command in FOR_SEVERAL_DEVICES} == {"slicemod", "torchrun", "srun"}
     assert len(here(ROOT / "README.md")["slicemod"]) >= 6
-    assert "slicemod plan sdxl --resolution 1024 --memory 24GiB --train" in commands(
-        ROOT / "docs/planning.md"
-    )
+    assert "slicemod plan sdxl --resolution 1024 --memory 24GiB --train" in commands(ROOT / "docs/planning.md")
     assert "slicemod bench --quick" in commands(ROOT / "README.md")
     assert set(here(ROOT / "docs" / "install.md")) == {"make", "pip"}
 

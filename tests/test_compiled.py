@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from slicemod.config import SliceConfig
 from slicemod.functional import sliced_attention
 from slicemod.memory.free_memory import PROBES, MemoryProbe
 from tests.oracle import layer_inputs, layer_like
+from tests.pairwise import pairwise
 
 SLICINGS: dict[str, dict[str, Any]] = {
     "auto": {"budget": "1GiB"},
@@ -247,40 +247,47 @@ def test_export_gives_a_program_that_computes_the_same() -> None:
     torch.testing.assert_close(torch.export.load(file).module()(x), layer(x))
 
 
-def operator_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Names and arguments of calls of `torch.ops.slicemod.attention`."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        upcast = dtype.itemsize < 4
-        plain = layer_inputs(dtype, heads=6, queries=7, keys=5)
-        tensors = (plain.query, plain.key, plain.value)
-        for name, mask, seed, settings in (
-            ("plain", None, None, (0.0, False)),
-            ("causal", None, None, (0.0, True)),
-            ("bool mask", torch.rand(7, 5)[None, None] > 0.3, None, (0.0, False)),
-            ("additive mask", torch.randn(1, 6, 1, 5).to(dtype), None, (0.0, False)),
-            ("dropout", None, torch.tensor(3), (0.3, False)),
-        ):
-            for keep, *slices in ((False, 1, 4, 3, 0), (True, 1, 4, 3, 0), (False, 2, 12, 7, 0), (False, 1, 1, 3, 2)):
-                arguments = (*tensors, mask, seed, *settings, 0.3, upcast, keep, *slices)
-                yield f"{name}, {dtype}, {keep}, {slices}", arguments
+OPERATED = (
+    (torch.float32, torch.bfloat16, torch.float64),
+    ("plain", "causal", "bool mask", "additive mask", "dropout"),
+    # whether weights are kept; items, heads, rows and keys of a slice
+    ((False, 1, 4, 3, 0), (True, 1, 4, 3, 0), (False, 2, 12, 7, 0), (False, 1, 1, 3, 2)),
+)
+
+
+def operator_call(dtype: torch.dtype, kind: str, slices: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a call of `torch.ops.slicemod.attention`."""
+    inputs = layer_inputs(dtype, heads=6, queries=7, keys=5)
+    masks = {"bool mask": torch.rand(1, 1, 7, 5) > 0.3, "additive mask": torch.randn(1, 6, 1, 5).to(dtype)}
+    seed, dropout_p = (torch.tensor(3), 0.3) if kind == "dropout" else (None, 0.0)
+    tensors = (inputs.query, inputs.key, inputs.value, masks.get(kind), seed)
+    return (*tensors, dropout_p, kind == "causal", 0.3, dtype.itemsize < 4, *slices)
 
 
 # opcheck reads `.grad` of its own copies, which are no leaves where strides are a layer's.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("arguments", [pytest.param(call, id=name) for name, call in operator_calls()])
-def test_the_forward_operator_is_registered_as_pytorch_wants_it(arguments: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize(("dtype", "kind", "slices"), pairwise(*OPERATED), ids=str)
+def test_the_forward_operator_is_registered_as_pytorch_wants_it(
+    dtype: torch.dtype, kind: str, slices: tuple[Any, ...]
+) -> None:
     leaves = [
         argument.detach().requires_grad_()
         if isinstance(argument, Tensor) and argument.is_floating_point()
         else argument
-        for argument in arguments
+        for argument in operator_call(dtype, kind, slices)
     ]
     torch.library.opcheck(torch.ops.slicemod.attention, tuple(leaves))
 
 
-@pytest.mark.parametrize("needs", [[True] * 4, [True, False, True, False], [False, True, False, False]], ids=str)
-@pytest.mark.parametrize("arguments", [pytest.param(call, id=name) for name, call in operator_calls()])
-def test_the_backward_operator_is_registered_as_pytorch_wants_it(arguments: tuple[Any, ...], needs: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kind", "slices", "needs"),
+    pairwise(*OPERATED, [[True] * 4, [True, False, True, False], [False, True, False, False]]),
+    ids=str,
+)
+def test_the_backward_operator_is_registered_as_pytorch_wants_it(
+    dtype: torch.dtype, kind: str, slices: tuple[Any, ...], needs: list[bool]
+) -> None:
+    arguments = operator_call(dtype, kind, slices)
     query, key, value, mask, seed, *settings, keep, items, heads, rows, keys = arguments
     needs = [*needs[:3], needs[3] and mask is not None and mask.dtype != torch.bool]
     kept = torch.ops.slicemod.attention(*arguments)[1]

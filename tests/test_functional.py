@@ -19,6 +19,7 @@ from slicemod.functional import planned_attention, sliced_attention
 from slicemod.plan import SlicePlan
 from slicemod.reference import reference_attention
 from tests.oracle import Attention, Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like
+from tests.pairwise import pairwise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SLICINGS: dict[str, dict[str, Any]] = {
@@ -75,19 +76,17 @@ def masks(dtype: torch.dtype) -> dict[str, Tensor | None]:
     }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", masks(torch.float32))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_is_as_exact_as_sdpa(dtype: torch.dtype, kind: str, way: str) -> None:
-    grouped = (DTYPES.index(dtype) + [*masks(dtype)].index(kind) + WAYS.index(way)) % 2 == 1
-    inputs = layer_inputs(dtype, heads=6, key_heads=2 if grouped else None, mask=masks(dtype)[kind])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "way", "key_heads"), pairwise(DTYPES, masks(torch.float32), WAYS, [None, 2]), ids=str
+)
+def test_attention_is_as_exact_as_sdpa(dtype: torch.dtype, kind: str, way: str, key_heads: int | None) -> None:
+    inputs = layer_inputs(dtype, heads=6, key_heads=key_heads, mask=masks(dtype)[kind])
     assert_as_exact_as_sdpa(by(way, dtype), inputs)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("key_heads", [None, 2])
-@pytest.mark.parametrize("queries", [31, 53, 61])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "queries", "key_heads", "way"), pairwise(DTYPES, [31, 53, 61], [None, 2], WAYS), ids=str
+)
 def test_causal_attention_is_as_exact_as_sdpa(
     dtype: torch.dtype, queries: int, key_heads: int | None, way: str
 ) -> None:
@@ -176,15 +175,21 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("which", ["query", "key", "value"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("key_heads", [None, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides_do_not_matter(dtype: torch.dtype, key_heads: int | None, layout: str, which: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "key_heads", "layout", "which", "way"),
+    pairwise(
+        [torch.float32, torch.bfloat16],
+        [None, 3],
+        LAYOUTS,
+        ["query", "key", "value"],
+        ["uneven slices", "rows of single heads", "key chunks", "auto"],
+    ),
+    ids=str,
+)
+def test_strides_do_not_matter(dtype: torch.dtype, key_heads: int | None, layout: str, which: str, way: str) -> None:
     inputs = layer_inputs(dtype, heads=6, key_heads=key_heads)
     setattr(inputs, which, strided(layout, getattr(inputs, which)))
-    for way in ("uneven slices", "rows of single heads", "key chunks", "auto"):
-        assert_as_exact_as_sdpa(by(way, dtype), inputs)
+    assert_as_exact_as_sdpa(by(way, dtype), inputs)
 
 
 def test_strides_of_masks_and_of_the_incoming_gradient_do_not_matter() -> None:
@@ -203,7 +208,7 @@ def test_strides_of_masks_and_of_the_incoming_gradient_do_not_matter() -> None:
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Inputs, SlicePlan]:
     """Small inputs of any kind, and any slices of them."""
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    dtype = draw(st.sampled_from(DTYPES))
     key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     batch, heads, queries, keys, width, value_width = (draw(st.integers(1, most)) for most in (3, 1, 40, 40, 12, 12))
     heads = key_heads * group
@@ -258,14 +263,14 @@ def assert_same_specials(ours: Tensor, theirs: Tensor) -> None:
 
 # Only an additive mask holds such a number itself.
 PLACES = [*itertools.product(["query", "key", "value"], ["none", "bool", "dead", "additive", "causal"])]
+SLICED = ["one slice", "uneven slices", "single rows", "rows of single heads", "key chunks", "key chunks of heads"]
 
 
 @pytest.mark.parametrize(
-    "way", ["one slice", "uneven slices", "single rows", "rows of single heads", "key chunks", "key chunks of heads"]
+    ("place", "special", "way"), pairwise([*PLACES, ("mask", "additive")], SPECIAL, SLICED), ids=str
 )
-@pytest.mark.parametrize(("where", "masked"), [*PLACES, ("mask", "additive")])
-@pytest.mark.parametrize("special", SPECIAL)
-def test_nan_and_inf_go_where_sdpa_sends_them(where: str, special: str, masked: str, way: str) -> None:
+def test_nan_and_inf_go_where_sdpa_sends_them(place: tuple[str, str], special: str, way: str) -> None:
+    where, masked = place
     inputs = layer_inputs(heads=6, is_causal=masked == "causal")
     if masked in ("bool", "dead"):
         inputs.mask = torch.rand(61, 53) > 0.3
@@ -330,9 +335,11 @@ def test_autocast_brings_mixed_dtypes_together_as_it_does_for_sdpa() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("checkpoint", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"enable_gqa": True}, {"scale": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "checkpoint", "steps"),
+    pairwise([{}, {"is_causal": True}, {"enable_gqa": True}, {"scale": 0.7}], [True, False], [1, 2]),
+    ids=str,
+)
 def test_gradients_are_those_of_finite_differences(settings: dict[str, Any], checkpoint: bool, steps: int) -> None:
     key_heads = 1 if "enable_gqa" in settings else 2
     query = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)

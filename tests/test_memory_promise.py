@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.sliced.tiles import Tiles
 from slicemod.plan import SlicePlan
 from tests.oracle import Inputs, layer_inputs
+from tests.pairwise import pairwise
 
 SLICINGS: dict[str, SliceConfig] = {
     "one slice": SliceConfig(kernel="math", steps=1),
@@ -76,22 +76,23 @@ def promise_and_peak(inputs: Inputs, slicing: SliceConfig | None, *, training: b
     return plan.peak_bytes, peak
 
 
-def cases() -> Iterator[Any]:
-    """Every way to slice with every dtype, and every mask with a third of these."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    names = [*masks(torch.float32), "causal"]
-    for (i, slicing), (j, dtype), (k, mask) in itertools.product(
-        enumerate(SLICINGS), enumerate(dtypes), enumerate(names)
-    ):
-        fusible = not mask.startswith("gradient") and (mask != "float32" or dtype == torch.float32)
-        refused = mask == "float32" and dtype == torch.float64  # SDPA takes no narrower mask than query
-        if (i + j + k) % 3 or refused or (slicing == "fused" and not fusible):
-            continue
-        yield pytest.param(slicing, dtype, mask, 2 if (j + k // 2) % 2 else None, id=f"{slicing}-{dtype}-{mask}")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MATH = [name for name in SLICINGS if name != "fused"]
+OF_THE_SAME_DTYPE = [name for name in masks(torch.float32) if name != "float32"] + ["causal"]
+FUSIBLE = [name for name in OF_THE_SAME_DTYPE if not name.startswith("gradient")]
+REST: tuple[Any, ...] = [None, 2], [False, True]  # heads of keys; whether gradients are computed
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("slicing", "dtype", "mask", "key_heads"), list(cases()))
+@pytest.mark.parametrize(
+    ("slicing", "dtype", "mask", "key_heads", "training"),
+    [
+        *pairwise(MATH, DTYPES, OF_THE_SAME_DTYPE, *REST),
+        *pairwise(MATH, DTYPES[:3], ["float32"], *REST),  # SDPA takes no narrower mask than query
+        *pairwise(["fused"], DTYPES, FUSIBLE, *REST),
+        *pairwise(["fused"], DTYPES[:1], ["float32"], *REST),
+    ],
+    ids=str,
+)
 def test_the_peak_is_what_the_plan_says(
     slicing: str, dtype: torch.dtype, mask: str, key_heads: int | None, training: bool
 ) -> None:
@@ -149,13 +150,20 @@ def test_no_input_is_copied_whole(training: bool, layout: str) -> None:
     assert size([inputs.query]) > 5 * 200 * 1024
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("kind", ["none", "bool", "float32", "gradient", "causal", "dropout", "grouped", "spaced"])
-@pytest.mark.parametrize(("rows", "keys"), [(16, 29), (1, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "chunk", "kind", "training"),
+    pairwise(
+        [torch.float32, torch.bfloat16, torch.float16],
+        [(16, 29), (1, 1)],
+        ["none", "bool", "float32", "gradient", "causal", "dropout", "grouped", "spaced"],
+        [False, True],
+    ),
+    ids=str,
+)
 def test_the_peak_of_key_chunks_is_what_the_plan_says(
-    dtype: torch.dtype, rows: int, keys: int, kind: str, training: bool
+    dtype: torch.dtype, chunk: tuple[int, int], kind: str, training: bool
 ) -> None:
+    rows, keys = chunk
     queries, all_keys = (37, 61) if rows > 1 else (1, 7)  # a score at a time takes many turns
     masks = {"bool": torch.rand(1, 1, queries, all_keys) > 0.3, "float32": torch.randn(1, 1, queries, all_keys)}
     masks["gradient"] = torch.randn(1, 1, 1, all_keys).to(dtype).requires_grad_()
@@ -247,7 +255,7 @@ from slicemod.reference import reference_attention
 torch.set_num_threads(1)
 torch.manual_seed(0)
 training, budget = sys.argv[1] == "training", int(sys.argv[2]) * 2**20
-tokens = 16384  # full scores: 1 GiB a head
+tokens = 9001  # full scores: 309 MiB a head
 query, key, value, grad = torch.randn(4, 1, 1, tokens, 8).unbind()
 slicing = SliceConfig(budget=budget, policy="exact", kernel="math")
 leaves = [tensor.requires_grad_(training) for tensor in (query, key, value)]

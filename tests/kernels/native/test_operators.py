@@ -26,6 +26,7 @@ from slicemod.reference import reference_attention
 from tests.kernels.native.planning import plan_of
 from tests.measured_peak import measured_peak
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
+from tests.pairwise import pairwise
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 
@@ -63,9 +64,12 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     return dtype
 
 
-@pytest.fixture(params=[1, 2, 5])
+THREADS = [1, 2, 5]  # one, and more than there are heads
+
+
+@pytest.fixture(params=THREADS)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Numbers of threads: one, and more than there are heads."""
+    """Numbers of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -82,8 +86,9 @@ def test_it_is_as_exact_as_sdpa(dtype: torch.dtype, sizes: tuple[int, int, int])
     assert_as_exact_as_sdpa(native, layer_inputs(dtype, queries=queries, keys=keys, width=width))
 
 
-@pytest.mark.parametrize("queries", [293, 1021])  # an odd number of blocks, and one that two threads share by rows
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(  # an odd number of blocks, and one that two threads share by rows
+    ("threads", "heads", "queries"), pairwise(THREADS, [1, 3], [293, 1021]), indirect=["threads"]
+)
 def test_threads_may_share_heads(dtype: torch.dtype, heads: int, queries: int, threads: int) -> None:
     inputs = layer_inputs(dtype, batch=1, heads=heads, queries=queries, keys=1531, width=19)
     assert_as_exact_as_sdpa(native, inputs)
@@ -289,8 +294,12 @@ def test_the_same_call_gives_the_same_bits(dtype: torch.dtype, threads: int) -> 
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("sizes", [(2, 5, 509, 613, 40), (1, 1, 1531, 1531, 64), (1, 3, 257, 521, 160)], ids=str)
+@pytest.mark.parametrize(
+    ("threads", "sizes", "training"),
+    pairwise(THREADS, [(2, 5, 509, 613, 40), (1, 1, 1531, 1531, 64), (1, 3, 257, 521, 160)], [False, True]),
+    ids=str,
+    indirect=["threads"],
+)
 def test_the_peak_is_what_the_plan_says(
     dtype: torch.dtype, sizes: tuple[int, ...], training: bool, threads: int
 ) -> None:

@@ -16,6 +16,7 @@ from slicemod.kernels.outputs import empty_heads
 from slicemod.kernels.sliced.loop import SlicedCall, math_backward, math_forward
 from slicemod.reference import reference_attention
 from tests.oracle import Inputs, error, layer_inputs, layer_like
+from tests.pairwise import pairwise
 
 KEYS = 53
 
@@ -69,12 +70,16 @@ def test_one_call_after_the_other_draws_anew() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("checkpoint", [True, False])
-@pytest.mark.parametrize("steps", [1, 3, 1000])
 @pytest.mark.parametrize(
-    "settings", [{}, {"is_causal": True}, {"key_heads": 2}, {"mask": torch.randn(6, 61, KEYS)}], ids=lambda s: str([*s])
+    ("dtype", "settings", "steps", "checkpoint"),
+    pairwise(
+        [torch.float32, torch.bfloat16, torch.float64],
+        [{}, {"is_causal": True}, {"key_heads": 2}, {"mask": torch.randn(6, 61, KEYS)}],
+        [1, 3, 1000],
+        [True, False],
+    ),
+    ids=lambda value: str([*value]) if isinstance(value, dict) else str(value),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_backward_drops_what_forward_dropped(
     dtype: torch.dtype, settings: dict[str, Any], steps: int, checkpoint: bool
 ) -> None:
