@@ -1,7 +1,7 @@
-"""One attention call in plain values: all that the choice of a kernel and its plan depend on, and no tensor.
+"""One attention call in plain values: everything that its kernel and its plan depend on, without the tensors.
 
-`AttentionShape` has its sizes; `CallSpec` adds where and how it runs. Both are made of tensors by functions that a
-compiler can trace, and as well of calls that are never made, to plan ahead.
+`AttentionShape` holds the sizes. `CallSpec` adds where and how the call runs. Functions that a compiler can trace make
+both from tensors. To plan ahead, both can also be made for a call that never happens.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Where half precision is computed in float32 tiles by the sliced kernel. SDPA's kernels have scores in float32 there;
-# large ones, rounded to half precision, would be off by whole percents. On other devices that is up to
-# `SliceConfig.upcast`.
+# On these devices the sliced kernel computes half precision in float32 tiles, because SDPA's kernels have their scores
+# in float32 there. bfloat16 has 8 significant bits: a large score, rounded to it, may change its weight by whole
+# percents. On other devices `SliceConfig.upcast` decides.
 UPCASTING_DEVICES = ("cpu", "cuda")
 
-ASSUMED_PROCESSORS = 132  # of a GPU that is planned for without being there: an H100's
+ASSUMED_PROCESSORS = 132  # streaming multiprocessors of an H100, for plans of a GPU that is not in this machine
 
 _DTYPE_OF_SIZE = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 
 
 @dataclass(frozen=True)
 class MaskShape:
-    """Sizes of an attention mask as it was given, before broadcasting, each 1 or the size of the scores.
+    """Sizes of an attention mask before broadcasting: each is 1, or the size of the scores.
 
-    A mask that `is_bool` or has `other_dtype` than the query is laid out anew, a slice at a time by the sliced kernel
-    and whole by a fused one. A mask that `has_grad` gets a gradient, summed over
-    the dimensions it is broadcast along.
+    Attributes:
+        is_bool: the mask is bool. Like a mask with another dtype than the query, it is converted: by the sliced kernel
+            one slice at a time, by a fused kernel as a whole.
+        has_grad: the mask gets a gradient, summed over the dimensions that it is broadcast along.
+        other_dtype: its dtype differs from the query's.
     """
 
     batch: int
@@ -61,11 +63,11 @@ class AttentionShape:
         itemsize: bytes per element of query, key and value.
         value_dim: size `Dv` of one head's values; `head_dim` when left out.
         key_heads: heads of key and value, a divisor of `heads` (grouped-query attention); `heads` when left out.
-        upcast: scores are computed in float32 where `itemsize` is less.
+        upcast: scores are computed in float32 if `itemsize` is smaller than 4.
         causal: a query sees the keys up to its own position.
-        dropout: attention weights are dropped, so that a slice keeps its draw.
-        irregular: key or value have strides that no matrix product reads, so that they are gathered first.
-        mask: sizes of the attention mask, if there is one.
+        dropout: attention weights are dropped; a slice then needs a tile for its random factors.
+        irregular: key or value have strides that a matrix product cannot read, so each slice copies them first.
+        mask: sizes of the attention mask; None without one.
 
     Raises:
         ValueError: a size is negative, or `heads` is no multiple of `key_heads`.
@@ -135,9 +137,9 @@ class AttentionShape:
         return self.batch_heads * self.queries * self.keys * self.score_itemsize
 
     def at_side(self, side: int) -> AttentionShape:
-        """The same attention in a square image of `side` pixels, with a query for each 8 by 8 of them.
+        """The same attention for a square image of `side` pixels, with one query for each 8 by 8 pixels.
 
-        Self-attention has as many keys; the keys of a context stay as they are.
+        In self-attention the keys change with the queries. The keys of a context, such as a text, stay as they are.
         """
         queries = (side // 8) ** 2
         keys = queries if self.keys == self.queries else self.keys
@@ -148,17 +150,17 @@ class AttentionShape:
 
 
 class Layout(NamedTuple):
-    """What PyTorch's fused kernels ask of the tensors as they came, besides their sizes.
+    """What PyTorch's fused kernels want to know of the caller's tensors, besides their sizes.
 
     Attributes:
-        dims: dimensions of the query.
-        mask_dims: dimensions of the mask, 0 without one.
+        dims: number of dimensions of the query.
+        mask_dims: number of dimensions of the mask; 0 without one.
         contiguous: the last dimensions of query, key and value are contiguous.
         same_batch: query, key and value have the same batch.
-        same_heads: and the same heads, or share them as grouped-query attention does.
-        mask_requires_grad: whether or not gradients are enabled.
-        fuses: on CUDA, that one of PyTorch's fused kernels takes the call, as PyTorch itself says.
-        choice: on CUDA, the value of the `SDPBackend` that PyTorch would run now; None where it was not asked.
+        same_heads: they have the same number of heads, or `enable_gqa` is set.
+        mask_requires_grad: the mask requires a gradient, even if gradients are disabled now.
+        fuses: on CUDA, PyTorch says that one of its fused kernels takes the call.
+        choice: on CUDA, the value of the `SDPBackend` that PyTorch would run now; None if PyTorch was not asked.
     """
 
     dims: int = 4
@@ -180,14 +182,14 @@ class CallSpec:
 
     Attributes:
         shape: its sizes.
-        dtype: of query, key and value.
+        dtype: the dtype of query, key and value.
         device: where it runs.
         training: gradients will be needed.
-        ordinary_scale: `has_ordinary_scale` says so of the factor of the scores.
-        layout: of the tensors as they came.
-        transformed: `torch.func` looks on, which takes no operators but PyTorch's own.
-        threads: that PyTorch has on the CPU.
-        processors: streaming multiprocessors of a GPU, by which flash attention splits keys.
+        ordinary_scale: the factor of the scores is an ordinary number, see `has_ordinary_scale`.
+        layout: how the caller's tensors are laid out.
+        transformed: a function of `torch.func` transforms the call. It takes no operators but PyTorch's own.
+        threads: PyTorch's threads on the CPU.
+        processors: streaming multiprocessors of the GPU; flash attention splits keys by their number.
     """
 
     shape: AttentionShape
@@ -209,12 +211,12 @@ class CallSpec:
         *,
         training: bool = False,
     ) -> CallSpec:
-        """A call that is not made: of these sizes, as a layer's tensors are laid out, on this machine's threads.
+        """A call to plan for, which never happens: laid out as a layer's tensors are, with this machine's threads.
 
         Args:
             shape: its sizes.
-            device: where it would run; it need not be there.
-            dtype: float16, float32 or float64 by the item size when left out.
+            device: where it would run. This machine need not have it.
+            dtype: float16, float32 or float64, following `shape.itemsize`, when left out.
             training: gradients would be needed.
         """
         device = torch.device(device)
@@ -225,7 +227,7 @@ class CallSpec:
 
 
 def processors_of(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; assumed for one that is not there."""
+    """Streaming multiprocessors of a CUDA device; `ASSUMED_PROCESSORS` if this machine has none."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return ASSUMED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -243,8 +245,8 @@ def attention_sizes(
 ) -> tuple[Any, ...]:
     """The arguments of `AttentionShape` for query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)`.
 
-    Plain ints and bools, also while a graph is traced: there a symbolic size becomes a constant, as the number of
-    slices depends on it. The mask, 4-D, comes as the arguments of `MaskShape`.
+    They are plain ints and bools, also while a graph is traced. A symbolic size becomes a constant of the graph then,
+    because the number of slices depends on it. A mask, which has to be 4-D, becomes the arguments of `MaskShape`.
     """
     return (
         *(index(size) for size in query.shape[:3]),
@@ -262,7 +264,7 @@ def attention_sizes(
 
 
 def constant_bool(condition: bool) -> bool:
-    """A condition on numbers as a constant of the graph, where one is traced: a branch is decided while tracing."""
+    """The condition as a plain bool. While a graph is traced, the branch below makes it a constant of the graph."""
     return True if condition else False  # noqa: SIM210 - bool() of a symbolic condition stays symbolic
 
 
@@ -273,34 +275,34 @@ def _mask_sizes(mask: Tensor, query: Tensor) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=4096)
 def attention_shape(sizes: tuple[Any, ...]) -> AttentionShape:
-    """The shape of `attention_sizes`."""
+    """The `AttentionShape` that `attention_sizes` described."""
     *plain, mask = sizes
     return replace(AttentionShape(*plain), mask=None if mask is None else MaskShape(*mask))
 
 
 def _product_reads(matrices: Tensor) -> bool:
-    """A matrix product takes these strides as they are, row- or column-major."""
+    """A matrix product reads these strides without a copy: rows or columns are contiguous."""
     rows, columns = matrices.stride()[-2:]
     return (columns == 1 and rows >= matrices.shape[-1]) or (rows == 1 and columns >= matrices.shape[-2])
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Gradients are enabled and one of the tensors requires one."""
+    """Gradients are enabled, and one of the tensors requires a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-# Of a scale within these, and of what a kernel makes of it, float32 holds all digits.
+# Between these limits float32 holds the scale, and the numbers that a kernel computes from it, with all its digits.
 LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**100
 
 
 def has_ordinary_scale(scale: float | None) -> bool:
-    """Whether a scale, None for `1 / sqrt(D)`, is positive and neither lost nor infinite in float32.
+    """Whether a scale is positive, and neither zero nor infinite in float32. None stands for `1 / sqrt(D)`.
 
-    Only with a positive one the largest of a row's products belongs to the largest score.
+    With a positive scale, the largest product of a row is also its largest score. The native kernel relies on this.
     """
     return scale is None or LEAST_SCALE <= scale <= MOST_SCALE
 
 
 def scale_of(query: Tensor, scale: float | None) -> float:
-    """The factor of the scores: `1 / sqrt(D)` where none is given."""
+    """The factor of the scores: `scale`, or `1 / sqrt(D)` if it is None."""
     return 1 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale

@@ -1,4 +1,4 @@
-"""Which kernel takes a call, by asking each of `KERNELS` in its order, and why the better ones were passed over."""
+"""Chooses the kernel of a call: asks each of `KERNELS` in order, and can say why the better ones were passed over."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ALL_THERE_COULD_BE = 2**62  # bytes
 
 
 class Answer(NamedTuple):
-    """What one kernel says to a call.
+    """What one kernel answers to a call.
 
     Attributes:
-        kernel: its name.
-        plan: its plan, if it has one.
-        passed_over: why it is not taken; None for the one that is.
+        kernel: the kernel's name.
+        plan: its plan; None if it has none.
+        passed_over: why this kernel is not chosen; None for the chosen one.
     """
 
     kernel: str
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 
 
 def answers(call: CallSpec, slicing: SliceConfig, free_bytes: int) -> list[Answer]:
-    """What every kernel says to a call, best first: one is taken at most, and the others say why they are not.
+    """What every kernel answers to a call, best kernel first. At most one is chosen; the others say why they are not.
 
     >>> shape = AttentionShape(2, 8, 4096, 4096, 40, 4)
     >>> found = answers(CallSpec.planned(shape, "cpu"), SliceConfig(kernel="math"), 2**30)
@@ -57,7 +57,7 @@ def _answers(call: CallSpec, slicing: SliceConfig, free_bytes: int, asked: tuple
 
 
 def _ask(kernel: Kernel, call: CallSpec, slicing: SliceConfig, free_bytes: int) -> tuple[SlicePlan | None, str | None]:
-    """Its plan, and why it is not to be taken for a call, or None if it is."""
+    """The kernel's plan, and why it cannot be chosen for the call (None if it can)."""
     if slicing.kernel not in ("auto", kernel.name):
         return None, f'kernel="{slicing.kernel}" is asked for'
     if slicing.steps is not None and not kernel.takes_steps:
@@ -76,7 +76,7 @@ def _ask(kernel: Kernel, call: CallSpec, slicing: SliceConfig, free_bytes: int) 
 
 
 def choose(call: CallSpec, slicing: SliceConfig, free_bytes: int) -> SlicePlan:
-    """The plan of a call for so many free bytes.
+    """The plan of a call that may allocate `free_bytes` bytes.
 
     Raises:
         NotEnoughMemoryError: no plan fits.
@@ -97,7 +97,7 @@ def _choose(call: CallSpec, slicing: SliceConfig, free_bytes: int, asked: tuple[
 def _refusal(
     call: CallSpec, slicing: SliceConfig, free_bytes: int, asked: tuple[Kernel, ...]
 ) -> NotEnoughMemoryError | ValueError:
-    """Why no kernel takes the call, as the one that is asked for, or else the last one, says it."""
+    """The error for a call that no kernel takes: the reason of the kernel that was asked for, or of the last one."""
     kernel = next((kernel for kernel in asked if kernel.name == slicing.kernel), asked[-1])
     obstacle = kernel.obstacle(call)
     if obstacle is not None:
@@ -122,12 +122,13 @@ def _refusal(
 
 @dataclass(frozen=True)
 class CallPlans:
-    """All that the plan of a call depends on, but for the memory that is free.
+    """Everything that the plan of a call depends on, except the free memory.
 
     Attributes:
         call: the call.
-        slicing: what was asked for.
-        best: the plan where there is memory enough for any.
+        slicing: the user's settings.
+        best: the plan if memory does not matter. None if every plan depends on the free memory, as with the policies of
+            the webui.
     """
 
     call: CallSpec
@@ -135,7 +136,8 @@ class CallPlans:
     best: SlicePlan | None
 
     def now(self) -> SlicePlan:
-        """The plan for what is free now, which is read where the budget refers to it and no recent reading will do.
+        """The plan for the memory that is free now. It is read only if the budget is a share of it and the last reading
+        does not answer the question.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
@@ -150,13 +152,13 @@ class CallPlans:
 
 
 def plans_of(call: CallSpec, slicing: SliceConfig) -> CallPlans:
-    """The plans of a call, from which what is free picks one.
+    """The plans of a call; the free memory later picks one of them.
 
     Raises:
         ValueError: the kernel that is asked for cannot run the call.
     """
-    # What is free differs from call to call, and the plan that is best is so in all that it fits into. But for the
-    # webui's policies, whose sliced plans depend on what is free.
+    # The free memory changes from call to call. The best plan stays the best one wherever it fits, except under the
+    # webui's policies, whose slices depend on the free memory.
     for kernel in kernels.KERNELS:
         if kernel.takes_steps and slicing.policy != "exact":
             break
@@ -179,25 +181,26 @@ def plan_slices(
 ) -> SlicePlan:
     """Decide how one kernel computes attention of `shape` with `free_bytes` bytes.
 
-    The webui's policies decide by their own arithmetic, to the letter, even if their plan takes more than is free; a
-    call then refuses it.
+    The webui's policies decide by their own arithmetic, even if their plan takes more than `free_bytes`. An attention
+    call would refuse such a plan.
 
     Args:
         shape: sizes of the call.
         free_bytes: bytes that may be allocated beyond inputs and output.
         policy: "exact", "heuristic", "doggettx", "invokeai" or "mps".
-        device_type: "cuda", "cpu", "mps", ...: some rules depend on it.
-        kernel: "math", the sliced kernel, or another one of `slicemod.kernels.KERNELS`.
-        training: count the backward pass too.
+        device_type: "cuda", "cpu", "mps" and so on; some rules depend on it.
+        kernel: "math" for the sliced kernel, or the name of another one of `slicemod.kernels.KERNELS`.
+        training: plan for a backward pass too.
         checkpoint: the backward pass recomputes each slice.
-        steps: number of slices along the queries, instead of what the policy would choose.
+        steps: the number of slices along the queries, instead of the policy's choice.
 
     Returns:
         The plan.
 
     Raises:
-        NotEnoughMemoryError: there is no plan that fits.
-        ValueError: an unknown policy or kernel, a call that the kernel cannot run, or `steps` below 1.
+        NotEnoughMemoryError: no plan fits.
+        ValueError: the policy or kernel is unknown, the kernel cannot run the call, or `steps` is below 1.
+        TypeError: `free_bytes` is not a number.
 
     >>> plan_slices(AttentionShape(2, 10, 4096, 4096, 64, 2), 1_825_361_100, policy="heuristic").steps
     4

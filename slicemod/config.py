@@ -21,21 +21,24 @@ if TYPE_CHECKING:  # a PyTorch built without distributed has no such class
 
 @dataclass(frozen=True)
 class SliceConfig:
-    """How attention is to be sliced.
+    """The user's settings: how much memory attention may take, and how it is computed.
 
     Args:
-        budget: what the attention may allocate beyond its inputs and its output: "auto" (the free memory), bytes,
-            a size such as "512MiB", or a fraction of the free memory such as 0.25. 1 is a byte, 1.0 all that is free.
-        policy: who decides the number of slices: "exact", or as AUTOMATIC1111's webui does "heuristic", "doggettx",
-            "invokeai" or "mps".
-        kernel: the name of one of `slicemod.kernels.KERNELS` ("native", "fused", "math", ...), which then raises where
-            it cannot run a call; "auto", the fastest of them that is certain to run and that the budget allows.
-        steps: pins the number of slices along the query.
-        checkpoint: recompute each slice in the backward pass; otherwise keep its weights, as autograd does.
-        upcast: compute scores in float32.
+        budget: what the attention may allocate beyond its inputs and its output. "auto" is all the free memory, and a
+            share such as 0.25 is this part of it. Bytes are a whole number, or a size such as "512MiB" or "2gib".
+            1 is one byte; 1.0 is all the free memory.
+        policy: who chooses the slices of the sliced kernel: "exact", or one of the rules of AUTOMATIC1111's webui,
+            "heuristic", "doggettx", "invokeai" or "mps".
+        kernel: "auto" for the first of `slicemod.kernels.KERNELS` that is certain to run, is not known to be slower,
+            and fits the budget. Or the name of one ("native", "fused-float32", "fused", "math"), which then raises if
+            it cannot run a call.
+        steps: fixes the number of slices along the queries. Only the sliced kernel ("math") can do this.
+        checkpoint: the sliced kernel recomputes each slice in the backward pass. Otherwise it keeps the weights of all
+            slices, as autograd does.
+        upcast: the sliced kernel computes scores in float32.
 
     Raises:
-        ValueError: a field has none of its accepted values.
+        ValueError: a field has a value that is not accepted.
     """
 
     budget: int | float | str = "auto"
@@ -45,7 +48,8 @@ class SliceConfig:
     checkpoint: bool = True
     upcast: bool = False
 
-    parsed_budget: Budget = field(init=False, repr=False)  # 1 == 1.0, but a budget of one is not one of the other
+    # Also tells apart configs with budget=1 (a byte) and budget=1.0 (all that is free), which are equal in Python.
+    parsed_budget: Budget = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parsed_budget", Budget.parse(self.budget))
@@ -67,15 +71,15 @@ class SliceConfig:
 
     @property
     def terms(self) -> Terms:
-        """What is asked of a plan besides its budget."""
+        """What the user asks of a plan, besides the budget."""
         return Terms(self.policy, self.steps, self.checkpoint, self.upcast)
 
     @classmethod
     def of(cls, slicing: SliceConfig | Mapping[str, Any] | None) -> SliceConfig:
-        """The config itself, the config of a mapping of its fields, or the default one for None.
+        """A config of what the user passed: a config itself, a mapping of its fields, or None for the default one.
 
         Raises:
-            ValueError: a key is no field of SliceConfig.
+            ValueError: a key is not a field of SliceConfig.
             TypeError: `slicing` is something else.
 
         >>> SliceConfig.of({"budget": "64MiB", "policy": "exact"}).policy
@@ -107,7 +111,7 @@ class SliceConfig:
         return ", ".join(changed)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, for a config file."""
+        """The fields as a dict, for a config file."""
         return {name: getattr(self, name) for name in self._names()}
 
     @classmethod
@@ -115,17 +119,17 @@ class SliceConfig:
         return [each.name for each in fields(cls) if each.init]
 
     def resolved(self, device: torch.device | str, group: ProcessGroup | None = None) -> SliceConfig:
-        """The same config with its budget in bytes, as it is now: what every later call plans with.
+        """The same config with the budget in bytes, as it is now, so that every later call plans with the same number.
 
-        Under `torch.distributed` the smallest budget of all ranks, so that their plans agree, whatever each has free.
-        All ranks have to call it, at one point of the program, such as the start of a fit.
+        Under `torch.distributed` this is the smallest budget of all ranks, so that the plans of all ranks agree. Then
+        all ranks have to call this at the same point of the program, such as the start of a fit.
 
         Args:
-            device: where the attention will run; its free memory is read where the budget refers to it.
-            group: ranks that have to agree; all of them when left out.
+            device: where the attention will run. Its free memory is read if the budget is a share of it.
+            group: the ranks that have to agree; all ranks when left out.
 
         Raises:
-            NotEnoughMemoryError: a rank has nothing free.
+            NotEnoughMemoryError: a rank has no free memory.
 
         >>> SliceConfig(budget="2MiB").resolved("cpu").budget
         2097152

@@ -1,4 +1,4 @@
-"""From the tensors of a call to its description in plain values, and from a plan to its kernel."""
+"""From the tensors of a call to a `CallSpec` in plain values, and from a plan to its kernel."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from slicemod.watched import is_transformed
 
 
 def describe(inputs: Inputs, arguments: Arguments, layout: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of `call_spec` for 4-D inputs: plain values, which a traced graph takes as constants.
+    """The arguments of `call_spec` for 4-D inputs: plain values, which become constants if a graph is traced.
 
     Args:
         inputs: query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)` and mask.
         arguments: the other arguments of the call.
-        layout: what `layout_of` says of the inputs as they came.
+        layout: the result of `layout_of` for the caller's tensors.
     """
     query, scale = inputs[0], arguments.scale
     upcast = query.device.type in UPCASTING_DEVICES and query.element_size() < 4
@@ -47,7 +47,7 @@ def call_spec(
     training: bool,
     ordinary_scale: bool,
 ) -> CallSpec:
-    """The record of a call that `describe` described; not for traced code."""
+    """The `CallSpec` of a call that `describe` described. Not for code that is traced."""
     return CallSpec(
         attention_shape(sizes),
         dtype,
@@ -62,10 +62,10 @@ def call_spec(
 
 
 def check_plan(plan: SlicePlan, call: CallSpec) -> None:
-    """A plan that came from elsewhere may meet arguments that its kernel does not take.
+    """Checks that the kernel of a plan that the user passed can run the call.
 
     Raises:
-        ValueError: it does.
+        ValueError: it cannot.
     """
     obstacle = kernels.kernel_named(plan.kernel).obstacle(call)
     if obstacle is not None:
@@ -76,5 +76,5 @@ def check_plan(plan: SlicePlan, call: CallSpec) -> None:
 
 
 def follow(plan: SlicePlan, inputs: Inputs, arguments: Arguments) -> Tensor:
-    """Attention of 4-D inputs by the plan's kernel, `(B, H, N, Dv)`."""
+    """Runs the plan's kernel on 4-D inputs, and returns the output `(B, H, N, Dv)`."""
     return kernels.kernel_named(plan.kernel).attend(plan, inputs, arguments)

@@ -1,6 +1,6 @@
-"""What a graph contains in the place of attention where the plan is not a constant of it.
+"""The operators that a traced graph contains if the plan cannot be a constant of it.
 
-A graph with a dynamic number of tokens plans when it runs; one whose attention fits in no way says so when it runs.
+A graph with a dynamic number of tokens plans when it runs. A graph whose attention cannot fit raises when it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from slicemod.plan import NotEnoughMemoryError
 
 @torch.library.custom_op("slicemod::not_enough_memory", mutates_args=())
 def refused(query: Tensor, value: Tensor, message: str) -> Tensor:
-    """Raises `NotEnoughMemoryError`, which a compiler would wrap if it were raised while it traces."""
+    """Raises `NotEnoughMemoryError` when the graph runs. Raised while the graph is traced, the compiler would wrap it
+    into an error of another type."""
     raise NotEnoughMemoryError(message)
 
 
@@ -40,14 +41,14 @@ refused.register_autograd(_no_gradients)
 
 
 def is_dynamic(inputs: Inputs) -> bool:
-    """A graph is traced in which a size of these tensors is a symbol."""
+    """A graph is traced, and a size of these tensors is symbolic in it."""
     return any(tensor is not None and any(isinstance(size, torch.SymInt) for size in tensor.shape) for tensor in inputs)
 
 
 def planned_at_run_time(inputs: Inputs, arguments: Arguments, slicing: SliceConfig) -> Tensor:
-    """Attention of 4-D inputs with symbolic sizes: the graph contains one operator, which plans when it runs.
+    """Attention of 4-D inputs with symbolic sizes: one operator in the graph, which plans when it runs.
 
-    It has no gradients.
+    It computes no gradients.
     """
     settings = json.dumps(slicing.as_dict())
     dropout_p, is_causal, scale, enable_gqa, *_ = arguments

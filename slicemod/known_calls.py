@@ -1,4 +1,4 @@
-"""The memory of calls: an eager call that is like an earlier one is looked up, not checked and planned again."""
+"""Remembers calls: an eager call that is like an earlier one is looked up, instead of checked and planned again."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class KnownCall(NamedTuple):
 
     Attributes:
         plans: its plans.
-        arguments: its arguments besides tensors.
-        run: what the best of its plans does, without looking at the tensors again; None where there is no best one.
+        arguments: its arguments besides the tensors.
+        run: runs the best plan, without another look at sizes and strides. None if there is no best plan.
     """
 
     plans: CallPlans
@@ -32,10 +32,11 @@ class KnownCall(NamedTuple):
 
 
 class KnownCalls:
-    """Calls that were checked and planned before, by all that this depends on but for the memory that is free.
+    """Calls that were checked and planned before. The key of a call is everything that this depended on, except the
+    free memory.
 
-    What a processor has is no part of it, as that stays while the process runs. A UNet has some dozens of calls; where
-    there are more than `most`, all are forgotten.
+    What the processor can do is not in the key, because it does not change while the process runs. A UNet makes some
+    dozens of different calls. If there are more than `most`, all are forgotten.
     """
 
     def __init__(self, most: int = 4096) -> None:
@@ -46,7 +47,7 @@ class KnownCalls:
         return len(self._calls)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all calls."""
         self._calls.clear()
 
     def find(self, key: tuple[Any, ...] | None) -> KnownCall | None:
@@ -54,7 +55,7 @@ class KnownCalls:
         return None if key is None else self._calls.get(key)
 
     def remember(self, key: tuple[Any, ...], known: KnownCall) -> None:
-        """Keep what was found out about a call."""
+        """Keep what is known of a call."""
         if len(self._calls) >= self.most:
             self._calls.clear()
         self._calls[key] = known
@@ -68,10 +69,10 @@ _DEFAULT = SliceConfig()
 def key_of(
     inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[str, Any] | None
 ) -> tuple[Any, ...] | None:
-    """What a call is known by; None for one that is not to be remembered.
+    """The key of a call, or None if the call must not be remembered.
 
-    Which kernel PyTorch takes on CUDA depends on its settings too, so that it is asked each time. On other devices
-    nothing is remembered.
+    On CUDA, which kernel PyTorch takes depends on PyTorch's settings too, so PyTorch is asked each time, and its answer
+    is part of the key. Calls on devices other than CPU and CUDA are not remembered.
     """
     query, key, value, mask = inputs
     if is_watched(query, key, value):
@@ -81,7 +82,7 @@ def key_of(
         index = query.get_device()
         if not query.is_cuda or key.get_device() != index or value.get_device() != index:
             return None
-        # PyTorch has no answer to calls that it cannot fuse, then.
+        # With its math kernel disabled, PyTorch raises for calls that it cannot fuse, instead of giving an answer.
         if not torch.backends.cuda.math_sdp_enabled():  # type: ignore[no-untyped-call]
             return None
         place = index, pytorchs_choice(inputs, arguments)

@@ -1,4 +1,4 @@
-"""What a plan is: how one attention call is computed, in plain ints; and the error where there is none."""
+"""What a plan is: how one attention call is computed, in plain ints. And the error that is raised if none fits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from slicemod.memory.sizes import exact_size_text
 
 Axis = Literal["query", "heads"]
 
-# Metal and Level Zero refuse a single buffer above about 4 GiB, whatever is free.
+# Largest single buffer in bytes. Metal and Level Zero are reported to refuse buffers above about 4 GiB, whatever is
+# free; this was not tried here.
 BUFFER_CAPS = {"mps": 4 * 2**30, "xpu": 4 * 2**30}
 
 
 class NotEnoughMemoryError(RuntimeError):
-    """No plan fits the memory: says what is needed, what is there and what to change."""
+    """No plan fits the memory. The message says what is needed, what there is, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,19 @@ class SlicePlan:
     """How one attention call is computed.
 
     Attributes:
-        axis: what is sliced, "query" rows or batch x "heads".
-        steps: how many slices.
-        slice_size: query rows, or batch x heads, of a slice; the last slice may be smaller.
-        peak_bytes: most bytes that the attention holds beyond its inputs, its output and its input gradients.
-        kernel: the name of the kernel that runs it, out of `slicemod.kernels.KERNELS`.
-        policy: the policy that decided, or "pinned" where the number of steps was given.
-        heads: batch x heads of a slice, or fewer where the device allows no buffer that large.
-        rows: query rows of a slice.
-        checkpoint: the backward pass recomputes each slice; otherwise the weights of all slices are kept for it.
-        upcast: tiles are float32 where the inputs have half precision.
-        items: batch items that are computed together; more than one where they are small.
-        keys: keys of a slice, which carries a running softmax from one chunk of keys to the next; 0 for all keys.
+        axis: what is sliced: "query" rows, or batch x "heads".
+        steps: the number of slices.
+        slice_size: query rows, or batch x heads, of a slice. The last slice may be smaller.
+        peak_bytes: the most bytes that the attention holds beyond its inputs, its output and its input gradients.
+        kernel: the name of the kernel that runs the call, one of `slicemod.kernels.KERNELS`.
+        policy: the policy that decided; "pinned" if the user gave the number of steps.
+        heads: batch x heads that are computed at a time. This is fewer than a slice has if the slice would need a
+            larger buffer than the device allows.
+        rows: query rows that are computed at a time.
+        checkpoint: the backward pass recomputes each slice. Otherwise the weights of all slices are kept for it.
+        upcast: tiles are float32, though the inputs have half precision.
+        items: batch items that are computed together; more than one only if they are small.
+        keys: keys that are computed at a time, with a running softmax over these chunks; 0 for all keys at once.
     """
 
     axis: Axis
@@ -60,16 +62,16 @@ class SlicePlan:
 
 
 def largest_square(shape: AttentionShape, fits: Callable[[AttentionShape], bool]) -> int:
-    """Side in pixels, in steps of 64, of the largest square image whose attention fits; see `AttentionShape.at_side`.
+    """Side in pixels, a multiple of 64, of the largest square image whose attention fits; see `AttentionShape.at_side`.
 
-    0 where no image fits, 16384 where any up to there does.
+    0 if no image fits; 16384, the largest size that is tried, if all fit.
     """
     sides = range(64, 2**14 + 1, 64)
     return next((side - 64 for side in sides if not fits(shape.at_side(side))), sides[-1])
 
 
 def not_enough(who: str, need: int, have: int, shape: AttentionShape, side: int, advice: str) -> NotEnoughMemoryError:
-    """The error of `who` needs more bytes than it has; `side` is what `largest_square` found."""
+    """The error that says: `who` needs more bytes than there are. `side` is the answer of `largest_square`."""
     would_fit = f"at most about {side}x{side} would fit" if side else "no image is small enough"
     return NotEnoughMemoryError(
         f"{who}: needs {exact_size_text(need)} and has {exact_size_text(have)}, for {shape}. {advice} "

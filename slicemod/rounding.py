@@ -11,7 +11,7 @@ def ceil_div(size: int, parts: int) -> int:
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is no less than `size`.
+    """The smallest multiple of `multiple` that is at least `size`.
 
     >>> round_up(7, 4)
     8
