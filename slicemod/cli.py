@@ -28,17 +28,16 @@ class Command(NamedTuple):
     unneeded: tuple[str, ...] = ()
 
 
-FIT_OPTIONS = "slicemod.training.fit_options"
+TRAINING = "slicemod.training.commands"
+FIT, FIT_OPTIONS = f"{TRAINING}.fit_command", f"{TRAINING}.fit_options"
 COMMANDS = {
-    "fit": Command("slicemod.training.fit_command", "train or fine-tune what a YAML file describes", FIT_OPTIONS),
-    "validate": Command("slicemod.training.fit_command", "measure a checkpoint on the validation split", FIT_OPTIONS),
-    "sample": Command(
-        "slicemod.training.sample_command", "draw images from a checkpoint", "slicemod.training.sample_options"
-    ),
+    "fit": Command(FIT, "train or fine-tune what a YAML file describes", FIT_OPTIONS),
+    "validate": Command(FIT, "measure a checkpoint on the validation split", FIT_OPTIONS),
+    "sample": Command(f"{TRAINING}.sample_command", "draw images from a checkpoint", f"{TRAINING}.sample_options"),
     "export": Command(
-        "slicemod.training.export_command",
+        f"{TRAINING}.export_command",
         "write a checkpoint in diffusers' folder layout",
-        "slicemod.training.export_options",
+        f"{TRAINING}.export_options",
     ),
     "plan": Command(
         "slicemod.planning.plan_command",

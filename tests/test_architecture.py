@@ -44,6 +44,10 @@ ORDER = (
     "arguments.py",
     "planning/",
     "bench/",
+    "training/common/",
+    "training/digits/",
+    "training/stable_diffusion/",
+    "training/commands/",
     "training/",
     "cli.py",
 )
@@ -52,9 +56,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def layer(path: Path) -> str:
-    """The entry of `ORDER` for a file."""
+    """The entry of `ORDER` for a file: its own, or that of the innermost folder that has one."""
     inside = path.relative_to(PACKAGE)
-    return str(inside) if str(inside) in ORDER or len(inside.parts) == 1 else f"{inside.parts[0]}/"
+    folders = [f"{folder.as_posix()}/" for folder in inside.parents[:-1]]
+    return next((entry for entry in (inside.as_posix(), *folders) if entry in ORDER), inside.as_posix())
 
 
 def resolve(module: str) -> Path:

@@ -20,9 +20,9 @@ from slicemod.cli import BAD_INPUT, COMMANDS, main
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.planning import plan_options
 from slicemod.planning.unets import NAMED_UNETS
-from slicemod.training import sample_options
-from slicemod.training.fit_command import TASKS
-from slicemod.training.samplers import SAMPLERS
+from slicemod.training.commands import sample_options
+from slicemod.training.commands.fit_command import TASKS
+from slicemod.training.stable_diffusion.samplers import SAMPLERS
 from tests.training.tiny import tiny_config, train_tiny, write_config
 
 ROOT = str(Path(__file__).parents[1])

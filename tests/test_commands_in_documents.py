@@ -70,7 +70,9 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
     measure_little(monkeypatch)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "digits.yaml").write_text(yaml.safe_dump(tiny_config()))
-    monkeypatch.setattr("slicemod.training.stable_diffusion.load_text_encoders", tiny_stable_diffusion.letter_encoders)
+    monkeypatch.setattr(
+        "slicemod.training.stable_diffusion.lightning_module.load_text_encoders", tiny_stable_diffusion.letter_encoders
+    )
     content = tiny_stable_diffusion.tiny_config(
         "sd15_lora.yaml",
         tiny_stable_diffusion.write_tiny_model(tmp_path / "sd15", "sd15"),

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Measuring memory frees tensors that were there before, which PyTorch's allocator would warn of every time.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from slicemod.training.demo import main
+from slicemod.training.commands.demo import main
 
 if __name__ == "__main__":
     sys.exit(main())

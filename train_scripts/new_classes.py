@@ -6,7 +6,7 @@ import sys
 # Threads that wait for others then sleep instead of spinning; OpenMP reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from slicemod.training.new_classes import main
+from slicemod.training.commands.new_classes import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

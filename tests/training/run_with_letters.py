@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from slicemod.cli import main
-from slicemod.training import stable_diffusion, whole_checkpoint_io
+from slicemod.training.common import whole_checkpoint_io
+from slicemod.training.stable_diffusion import lightning_module
 from tests.training.tiny_stable_diffusion import letter_encoders
 
 
@@ -22,7 +23,7 @@ def _die() -> None:
 
 
 def _kill_in_batch(number: int) -> None:
-    step = stable_diffusion.StableDiffusion.training_step
+    step = lightning_module.StableDiffusion.training_step
     seen: list[int] = []
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
@@ -31,7 +32,7 @@ def _kill_in_batch(number: int) -> None:
         seen.append(batch_idx)
         return step(self, batch, batch_idx)
 
-    vars(stable_diffusion)["StableDiffusion"].training_step = training_step
+    vars(lightning_module)["StableDiffusion"].training_step = training_step
 
 
 def _kill_while_saving(number: int) -> None:
@@ -50,7 +51,7 @@ def _kill_while_saving(number: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    vars(stable_diffusion)["load_text_encoders"] = letter_encoders
+    vars(lightning_module)["load_text_encoders"] = letter_encoders
     if "KILL_AT" in os.environ:
         _kill_in_batch(int(os.environ["KILL_AT"]))
     if "KILL_WHILE_SAVING" in os.environ:

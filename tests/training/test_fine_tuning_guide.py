@@ -12,9 +12,13 @@ import pytest
 from slicemod.bench import bench_command
 from slicemod.bench.workloads import LayerWork
 from slicemod.cli import main
-from slicemod.training.checkpoints import read_safetensors, write_safetensors
-from slicemod.training.compvis_layout import autoencoder_to_compvis, text_encoders_to_compvis, unet_to_compvis
-from slicemod.training.pretrained import Pretrained
+from slicemod.training.common.checkpoints import read_safetensors, write_safetensors
+from slicemod.training.stable_diffusion.compvis_layout import (
+    autoencoder_to_compvis,
+    text_encoders_to_compvis,
+    unet_to_compvis,
+)
+from slicemod.training.stable_diffusion.pretrained import Pretrained
 from tests.training.tiny_stable_diffusion import (
     letter_encoders,
     tiny_config,
@@ -41,7 +45,7 @@ def test_the_commands_of_the_guide_run(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("slicemod.training.stable_diffusion.load_text_encoders", letter_encoders)
+    monkeypatch.setattr("slicemod.training.stable_diffusion.lightning_module.load_text_encoders", letter_encoders)
     monkeypatch.setattr(bench_command, "find_works", lambda *_, **__: [LayerWork("small", 64, 1, 67, 26, 2, 13)])
     source = write_tiny_model(Path("stable-diffusion-v1-5/stable-diffusion-v1-5"), "sd15")
     write_text_parts(source)

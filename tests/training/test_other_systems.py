@@ -19,7 +19,7 @@ names = [module.name for module in pkgutil.walk_packages(slicemod.__path__, "sli
 names.remove("slicemod.adapters.sgm")  # needs Stability's package, which is on no registry
 for name in names:
     importlib.import_module(name)
-from slicemod.training import step_meter, stop_signals
+from slicemod.training.common import step_meter, stop_signals
 assert step_meter._peak_resident() == {}
 assert [number.name for number in stop_signals.SIGNALS] == ["SIGINT", "SIGTERM"]
 print(len(names))

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from slicemod.training.fit_command import fit
+from slicemod.training.commands.fit_command import fit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = 4

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from slicemod.training.checkpoints import write_safetensors
-from slicemod.training.content_hash import text_digest
-from slicemod.training.stable_diffusion import StableDiffusion
-from slicemod.training.text_encoders import CutCaption, TextEmbeddings
+from slicemod.training.common.checkpoints import write_safetensors
+from slicemod.training.stable_diffusion.content_hash import text_digest
+from slicemod.training.stable_diffusion.lightning_module import StableDiffusion
+from slicemod.training.stable_diffusion.text_encoders import CutCaption, TextEmbeddings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENS, WIDTH, POOLED = 7, 24, 12

@@ -1,0 +1,181 @@
+"""What training would take, before anything is trained: the plans and the peak of each bucket."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from rich.box import SIMPLE
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from slicemod import SlicePlan, restore_attention
+from slicemod.call import AttentionShape, CallSpec, processors_of
+from slicemod.choose import plans_of
+from slicemod.kernels import kernel_named
+from slicemod.memory.sizes import size_text
+from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
+from slicemod.planning.memory_timeline import AttentionCost, StepPeak
+from slicemod.planning.step_peaks import TRACED_STEPS
+from slicemod.planning.unet_step import TracedStep, trace_training
+from slicemod.planning.unets import meta_inputs
+from slicemod.training.common.weight_average import WeightAverage
+from slicemod.training.stable_diffusion.aspect_buckets import Bucket
+from slicemod.training.stable_diffusion.captioned_folder import CaptionedFolder
+from slicemod.training.stable_diffusion.frozen_stages import pixels_per_latent, resolution_step
+from slicemod.training.stable_diffusion.lightning_module import StableDiffusion
+
+
+@dataclass(frozen=True)
+class BucketForecast:
+    """One bucket's training step.
+
+    Attributes:
+        bucket: the image size.
+        images: how many of those to train on fall into it.
+        plans: of each distinct attention, with the number of layers that compute it; None where it is not slicemod's.
+        peak: of the step, in its parts.
+    """
+
+    bucket: Bucket
+    images: int
+    plans: tuple[tuple[int, AttentionShape, SlicePlan | None], ...]
+    peak: StepPeak
+
+
+def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer) -> list[BucketForecast]:
+    """Plans every bucket that the data has images for; neither the device nor its memory is touched.
+
+    The step is run without memory at two resolutions, under the trainer's precision, and put together from these for
+    each bucket. A budget that refers to free memory is taken of what is free now.
+
+    Args:
+        model: what would be trained.
+        data: what it would be trained on.
+        trainer: what would train it.
+
+    Raises:
+        NotEnoughMemoryError: no plan of a bucket fits the budget.
+    """
+    device = trainer.strategy.root_device
+    autoencoder = model.pretrained.autoencoder_config()
+    unit, step = pixels_per_latent(autoencoder), resolution_step(autoencoder, model.unet.config)
+    low, high = (steps * step for steps in TRACED_STEPS)
+    first, second = (_trace(model, trainer, device, data.batch_size, edge // unit) for edge in (low, high))
+    state = optimizer_bytes(model.unet, model.make_optimizer)
+    averages = sum(isinstance(callback, WeightAverage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    copies = averages * sum(parameter.nbytes for parameter in model.unet.parameters())
+    counted = Counter(data.bucket(image) for image in data.train_images)
+    forecasts = []
+    for bucket, images in sorted(counted.items()):
+        traced = first.between(second, bucket.height * bucket.width - low**2, high**2 - low**2)
+        calls = [replace(call, processors=processors_of(device)) for call in traced.calls]
+        answers = {call: _answer(model, call) for call in set(calls)}
+        peak = traced.timeline.peak([answers[call][1] for call in calls])
+        layers = Counter(calls[: traced.layers])
+        largest_first = sorted(layers.items(), key=lambda item: -item[0].shape.scores_bytes)
+        plans = tuple((count, call.shape, answers[call][0]) for call, count in largest_first)
+        forecasts.append(
+            BucketForecast(bucket, images, plans, peak._replace(weights=peak.weights + copies, optimizer=state))
+        )
+    return forecasts
+
+
+def _trace(model: StableDiffusion, trainer: pl.Trainer, device: torch.device, batch: int, edge: int) -> TracedStep:
+    """The step on latents of `edge` by `edge`, by a twin of the UNet whose tensors have no memory."""
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        unet: Any = deepcopy(model.unet)
+    if model.attention is not None:
+        restore_attention(unet)
+    meta = meta_inputs(unet, torch.float32, batch, edge, model.context_tokens)
+    with mode:
+        _move(unet, device)
+
+        def on_device(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+        inputs: dict[str, Any] = {
+            name: {key: on_device(tensor) for key, tensor in value.items()}
+            if isinstance(value, dict)
+            else on_device(value)
+            for name, value in meta.items()
+        }
+        target = torch.empty_like(inputs["sample"])
+        if trainer.accumulate_grad_batches > 1:
+            for parameter in unet.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+
+    def loss() -> Tensor:
+        held = [torch.empty_like(target) for _ in range(4)]  # latents, two noises, their sum: as `denoising_losses`
+        with trainer.precision_plugin.forward_context(), model.frozen_autocast(device):
+            predicted = unet(**{**inputs, "sample": held[-1]}).sample
+        return F.mse_loss(predicted.float(), target)
+
+    return trace_training(unet, loss, device.type, [target], mode)
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """To another device, by new tensors: ``Module.to`` cannot exchange fake ones."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            moved = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+            part.register_parameter(name, moved)
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device=device))
+
+
+def _answer(model: StableDiffusion, call: CallSpec) -> tuple[SlicePlan | None, AttentionCost]:
+    """The plan of a call and what it takes."""
+    if model.attention is not None:
+        plan = plans_of(call, model.attention).now()
+        return plan, planned_attention_cost(call, plan)
+    if kernel_named("fused").obstacle(call) is None:
+        return None, fused_attention_cost(call)
+    upcast = bool(model.unet.config.upcast_attention)
+    return None, full_attention_cost(call, upcast=upcast)
+
+
+def optimizer_bytes(module: nn.Module, make_optimizer: Callable[[Iterable[nn.Parameter]], Any]) -> int:
+    """Bytes of the state that the optimizer keeps for the trained parameters of a module."""
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    probe = nn.Parameter(torch.zeros(64, 64))
+    probe.grad = torch.zeros_like(probe)
+    optimizer = make_optimizer([probe])
+    optimizer.step()
+    kept = sum(value.nbytes for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor))
+    return trained * (kept // probe.nbytes)  # rounds away what it keeps once a tensor
+
+
+def plan_table(forecasts: Sequence[BucketForecast]) -> Table:
+    """A row for each bucket and attention."""
+    table = Table(title="attention layers", title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("bucket", "layers", "B*H x N x M x D", "kernel", "axis", "steps", "peak"):
+        table.add_column(column, justify="left" if column in ("kernel", "axis") else "right", no_wrap=True)
+    for row in forecasts:
+        table.add_section()
+        for layers, shape, plan in row.plans:
+            sizes = f"{shape.batch_heads} x {shape.queries} x {shape.keys} x {shape.head_dim}"
+            told = ("the model's own", "-", "-", "-")
+            if plan is not None:
+                told = (plan.kernel, plan.axis if plan.steps > 1 else "-", str(plan.steps), size_text(plan.peak_bytes))
+            table.add_row(str(row.bucket), str(layers), sizes, *told)
+    return table
+
+
+def peak_table(forecasts: Sequence[BucketForecast]) -> Table:
+    """A row for each bucket: what the whole step holds at its peak."""
+    parts = ("weights", "activations", "gradients", "optimizer", "attention", "total")
+    table = Table(title="peak of a training step", title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("bucket", "images", *parts):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in forecasts:
+        table.add_row(str(row.bucket), str(row.images), *(size_text(getattr(row.peak, part)) for part in parts))
+    return table

@@ -1,0 +1,321 @@
+"""A run that is killed, runs out of room or of finite numbers, and what is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from slicemod.cli import main
+from slicemod.training.commands.fit_command import fit
+from slicemod.training.common.checkpoints import read_checkpoint
+from slicemod.training.stable_diffusion.frozen_stages import FrozenStages
+from slicemod.training.stable_diffusion.lightning_module import StableDiffusion
+from slicemod.training.stable_diffusion.nonfinite import NonFiniteError
+from slicemod.user_error import UserError
+from tests.training.tiny_stable_diffusion import (
+    letter_encoders,
+    tiny_config,
+    write_config,
+    write_images,
+    write_tiny_model,
+)
+
+ROOT = Path(__file__).parents[3]
+PATIENCE = 120  # seconds for a subprocess to import everything on a busy machine
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A configuration with everything that has a state: averages, accumulation, a schedule, crops and flips."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("slicemod.training.stable_diffusion.lightning_module.load_text_encoders", letter_encoders)
+    content = tiny_config(
+        "sd15_full.yaml",
+        write_tiny_model(tmp_path / "sd15", "sd15"),
+        write_images(tmp_path / "images"),
+        data={"crops": 2, "flip": True, "batch_size": 1},
+        trainer={"max_steps": 5, "accumulate_grad_batches": 2, "val_check_interval": 3},
+    )
+    return write_config(tmp_path, content)
+
+
+def run(folder: Path, config: str, *options: str, **environment: str) -> subprocess.Popen[str]:
+    """The configuration as a process of its own in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.run_with_letters", "fit", "--config", config, *options],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """What a run's last checkpoint holds of weights, average, optimizer, schedule and position."""
+    checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
+    state = {name: checkpoint[name] for name in (*kept, "epoch") if name in checkpoint}
+    return state | {"position": checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]}
+
+
+def assert_identical(first: Any, second: Any, place: str = "") -> None:
+    """Bit by bit."""
+    if isinstance(first, Mapping):
+        assert first.keys() == second.keys(), place
+        for name in first:
+            assert_identical(first[name], second[name], f"{place}.{name}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), place
+        for number, pair in enumerate(zip(first, second, strict=True)):
+            assert_identical(*pair, f"{place}.{number}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), place
+    else:
+        assert first == second, place
+
+
+@pytest.fixture
+def uninterrupted(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The last state of a run that nothing stopped."""
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    fit(["fit", "--config", config])
+    monkeypatch.chdir(tmp_path)
+    return final_state(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        {"KILL_AT": "7"},  # in the middle of step 3's accumulation, after the checkpoint of step 2
+        pytest.param({"KILL_AT": "4"}, marks=pytest.mark.slow),  # at the start of an epoch, after a whole step
+        pytest.param({"KILL_AT": "9"}, marks=pytest.mark.slow),
+        pytest.param({"KILL_WHILE_SAVING": "2"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_killed_run_continues_to_bit_identical_weights(
+    death: dict[str, str], config: str, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = run(tmp_path / "killed", config, **death)
+    killed.communicate(timeout=PATIENCE)
+    assert killed.returncode == -signal.SIGKILL
+    if "KILL_WHILE_SAVING" in death:
+        assert list((tmp_path / "killed" / "checkpoints").glob(".last*"))
+    monkeypatch.chdir(tmp_path / "killed")
+    fit(["fit", "--config", config, "--ckpt_path", "last"])
+    assert_identical(final_state(tmp_path / "killed"), uninterrupted)
+    assert sorted(file.name for file in (tmp_path / "killed" / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "previous.ckpt",
+    ]
+
+
+class FailOnce(Callback):
+    """Raises an exception in the n-th batch, from 0 on."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.seen = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.seen == self.at:
+            raise RuntimeError("out of luck")
+        self.seen += 1
+
+
+@pytest.mark.parametrize("at", [4, 5, 6])  # at the start of an epoch, halfway through a step, between two steps
+def test_a_run_that_failed_repeats_the_batches_of_the_step_that_was_not_done(
+    at: int, config: str, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failed").mkdir()
+    monkeypatch.chdir(tmp_path / "failed")
+    fail = f'{{"class_path": "{__name__}.FailOnce", "init_args": {{"at": {at}}}}}'
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(["fit", "--config", config, "--trainer.callbacks+", fail])
+    assert read_checkpoint(tmp_path / "failed" / "checkpoints" / "last.ckpt")["global_step"] == at // 2
+    fit(["fit", "--config", config, "--ckpt_path", "last"])
+    assert_identical(final_state(tmp_path / "failed"), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_and_the_run_continues_to_bit_identical_weights(
+    signum: signal.Signals,
+    config: str,
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "stopped"
+    stopped = run(folder, config, "--trainer.max_steps", "5")
+    limit = time.monotonic() + PATIENCE
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    stopped.send_signal(signum)
+    _, errors = stopped.communicate(timeout=PATIENCE)
+    assert stopped.returncode in (128 + signum, 0), errors  # 0 where it was done first
+    monkeypatch.chdir(folder)
+    fit(["fit", "--config", config, "--ckpt_path", "last"])
+    assert_identical(final_state(folder), uninterrupted)
+
+
+class Spoil(Callback):
+    """Makes a weight no number before a step."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3:
+            with torch.no_grad():
+                pl_module.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
+
+
+def test_a_loss_that_is_no_number_stops_with_step_files_and_the_last_good_checkpoint(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil = f'{{"class_path": "{__name__}.Spoil"}}'
+    with pytest.raises(
+        NonFiniteError, match=r"the loss is nan in step 3, whose batch holds .*images/.*last\.ckpt"
+    ) as stop:
+        fit(["fit", "--config", config, "--trainer.callbacks+", spoil])
+    assert stop.value.step == 3
+    assert stop.value.checkpoint is not None
+    good = read_checkpoint(stop.value.checkpoint)
+    assert good["global_step"] == 2
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in good["current_model_state"].values())
+
+
+def test_gradients_that_are_no_numbers_stop_before_they_reach_the_weights(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = StableDiffusion.denoising_losses
+
+    def explode(self: StableDiffusion, batch: Any, timesteps: Any = None) -> torch.Tensor:
+        loss = losses(self, batch, timesteps)
+        if self.global_step == 1 and loss.requires_grad:
+            return loss + (loss - loss.detach()).abs().sqrt()  # adds zero, with an infinite slope
+        return loss
+
+    monkeypatch.setattr(StableDiffusion, "denoising_losses", explode)
+    with pytest.raises(NonFiniteError, match=r"norm of the gradients is (nan|inf) in step 1"):
+        fit(["fit", "--config", config])
+
+
+def test_a_cut_checkpoint_is_named_and_the_one_before_is_taken(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(["fit", "--config", config, "--trainer.max_steps", "4"])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    os.truncate(last, last.stat().st_size // 2)
+    before = read_checkpoint(tmp_path / "checkpoints" / "previous.ckpt")["global_step"]
+    capsys.readouterr()
+    fit(["fit", "--config", config, "--ckpt_path", "last"])
+    said = capsys.readouterr()
+    assert "last.ckpt cannot be read as a checkpoint" in said.err
+    assert f"previous.ckpt, the newest of its folder, after step {before}" in said.out
+    assert read_checkpoint(last)["global_step"] == 5
+
+
+def spoil(path: Path) -> None:
+    """Makes one weight of a checkpoint no number."""
+    content = read_checkpoint(path)
+    first = next(iter(content["state_dict"].values()))
+    first.view(-1)[0] = float("nan")
+    torch.save(content, path)
+
+
+def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_taken(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(["fit", "--config", config, "--trainer.max_steps", "4"])
+    checkpoints = tmp_path / "checkpoints"
+    spoil(checkpoints / "last.ckpt")
+    fit(["fit", "--config", config, "--ckpt_path", "last"])
+    assert "last.ckpt holds values that are no finite numbers (nan or inf) in 1 of" in capsys.readouterr().err
+    assert read_checkpoint(checkpoints / "last.ckpt")["global_step"] == 5
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fit --config {config} --ckpt_path",
+        "sample --prompt cat --out cat.png --checkpoint",
+        "export --out all --checkpoint",
+    ],
+)
+def test_a_checkpoint_that_holds_no_numbers_is_refused(
+    command: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(["fit", "--config", config, "--trainer.max_steps", "1"])
+    spoil(tmp_path / "checkpoints" / "last.ckpt")
+    assert main([*command.format(config=config).split(), "checkpoints/last.ckpt"]) == 2
+    assert "holds values that are no finite numbers" in capsys.readouterr().err
+
+
+def test_an_optimizer_that_holds_no_numbers_is_refused(config: str, tmp_path: Path) -> None:
+    fit(["fit", "--config", config, "--trainer.max_steps", "1"])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    content = read_checkpoint(last)
+    content["optimizer_states"][0]["state"][3]["exp_avg"].fill_(float("inf"))
+    torch.save(content, last)
+    with pytest.raises(UserError, match=r"no finite numbers .* exp_avg of weight 3"):
+        fit(["fit", "--config", config, "--ckpt_path", str(last)])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_latents_are_cached_says_that_they_are_kept(
+    signum: signal.Signals,
+    config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encode, encoded = FrozenStages.encode_images, []
+
+    def stopped(self: FrozenStages, images: torch.Tensor) -> Any:
+        encoded.append(images)
+        if len(encoded) == 3:
+            os.kill(os.getpid(), signum)
+        return encode(self, images)
+
+    monkeypatch.setattr(FrozenStages, "encode_images", stopped)
+    assert main(["fit", "--config", config]) == 128 + signum
+    said = capsys.readouterr().err
+    assert f"slicemod fit: stopped by {signum.name} before the first step. Latents and embeddings cached so far" in said
+    assert "are kept in cache" in said
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    assert main(["fit", "--config", config]) == 0
+    captions = 5 + 1  # of the images, and the empty one
+    latents = len(list((tmp_path / "cache").rglob("*.safetensors"))) - captions
+    assert len(encoded) == latents + 1  # the third was begun twice, no other
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+    full = OSError(28, "No space left on device")
+
+    def fails_later(content: Any, path: Any, **options: Any) -> None:
+        save(content, path, **options)
+        if content["global_step"] == 4:
+            raise full
+
+    monkeypatch.setattr("slicemod.training.common.whole_checkpoint_io.torch.save", fails_later)
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be written: .*No space left"):
+        fit(["fit", "--config", config])
+    files = [file.name for file in (tmp_path / "checkpoints").iterdir()]
+    assert files == ["last.ckpt"]
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
