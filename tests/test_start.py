@@ -6,44 +6,72 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import slicemod
 
 ROOT = str(Path(__file__).parents[1])
-
-
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
 
+CALL = """
+import torch
+from slicemod import MemoryAwareCrossAttention, SliceConfig
+layer = MemoryAwareCrossAttention(23, context_dim=13, heads=3, dim_head=7, slicing=SliceConfig(kernel="{kernel}"))
+layer.to(torch.{dtype})
+x, context = (torch.randn(1, *sizes, dtype=layer.to_q.weight.dtype) for sizes in ((31, 23), (11, 13)))
+with torch.no_grad():
+    layer(x, context)
+layer(x, context).sum().backward()
+assert layer.to_q.weight.grad is not None
+"""
+LAYERS = [("auto", "bfloat16"), ("auto", "float16"), ("fused", "float32"), ("math", "float32")]
 
-def loaded_by(code: str, *arguments: str) -> set[str]:
-    """The modules that a fresh interpreter has loaded after running `code`."""
-    listing = f"{code}\nimport sys; print(*sys.modules)"
+
+def loaded_after(*steps: str) -> list[set[str]]:
+    """The modules that a fresh interpreter has loaded after each step of code."""
+    listing = "\nimport sys; print(*sys.modules)\n"
     done = subprocess.run(
-        [sys.executable, "-c", listing, *arguments],
+        [sys.executable, "-c", listing.join([*steps, ""])],
         check=True,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": ROOT},
     )
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_importing_slicemod_loads_no_compiler() -> None:
-    loaded = loaded_by("import slicemod\nfrom slicemod import *")
-    assert {"torch", "slicemod.attention"} <= loaded
-    assert loaded.isdisjoint(COMPILER)
+@pytest.fixture(scope="module")
+def loaded() -> dict[Any, set[str]]:
+    """What is loaded after ever more of slicemod was used: one interpreter, since each loads PyTorch for seconds."""
+    steps: dict[Any, str] = {
+        "package": "import slicemod; assert slicemod.__version__",
+        "name": "slicemod.SliceConfig",
+        "all names": "from slicemod import *",
+        **{(kernel, dtype): CALL.format(kernel=kernel, dtype=dtype) for kernel, dtype in LAYERS},
+    }
+    return dict(zip(steps, loaded_after(*steps.values()), strict=True))
 
 
-def test_importing_slicemod_alone_loads_nothing_until_a_name_is_asked_for() -> None:
-    assert "torch" not in loaded_by("import slicemod; assert slicemod.__version__")
-    assert "torch" in loaded_by("import slicemod; slicemod.SliceConfig")
+def test_importing_slicemod_alone_loads_nothing_until_a_name_is_asked_for(loaded: dict[Any, set[str]]) -> None:
+    assert "torch" not in loaded["package"]
+    assert "torch" in loaded["name"]
+
+
+def test_importing_slicemod_loads_no_compiler(loaded: dict[Any, set[str]]) -> None:
+    assert {"torch", "slicemod.attention"} <= loaded["all names"]
+    assert loaded["all names"].isdisjoint(COMPILER)
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), LAYERS)
+def test_an_eager_step_of_a_layer_loads_no_compiler(kernel: str, dtype: str, loaded: dict[Any, set[str]]) -> None:
+    assert loaded[kernel, dtype].isdisjoint(COMPILER)
 
 
 def test_public_names_and_modules_are_attributes() -> None:
     names = "slicemod.adapters.compvis, slicemod.plan, slicemod.swap.HOSTS, slicemod.swap_attention"
-    loaded_by(f"import slicemod; {names}; assert set(slicemod.__all__) <= set(dir(slicemod))")
+    loaded_after(f"import slicemod; {names}; assert set(slicemod.__all__) <= set(dir(slicemod))")
     with pytest.raises(AttributeError, match="no attribute 'colour'"):
         _ = slicemod.colour
     assert all(getattr(slicemod, name).__name__ == name for name in slicemod.__all__)
@@ -60,24 +88,4 @@ except ValueError as error:
 else:
     raise SystemExit("swapped")
 """
-    loaded_by(code)
-
-
-CALL = """
-import sys, torch
-from slicemod import MemoryAwareCrossAttention, SliceConfig, sliced_attention, swap_attention
-layer = MemoryAwareCrossAttention(23, context_dim=13, heads=3, dim_head=7, slicing=SliceConfig(kernel=sys.argv[1]))
-layer.to(getattr(torch, sys.argv[2]))
-x, context = (torch.randn(1, *sizes, dtype=layer.to_q.weight.dtype) for sizes in ((31, 23), (11, 13)))
-with torch.no_grad():
-    layer(x, context)
-layer(x, context).sum().backward()
-assert layer.to_q.weight.grad is not None
-"""
-
-
-@pytest.mark.parametrize(
-    ("kernel", "dtype"), [("auto", "bfloat16"), ("auto", "float16"), ("fused", "float32"), ("math", "float32")]
-)
-def test_an_eager_step_of_a_layer_loads_no_compiler(kernel: str, dtype: str) -> None:
-    assert loaded_by(CALL, kernel, dtype).isdisjoint(COMPILER)
+    loaded_after(code)
