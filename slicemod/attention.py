@@ -1,4 +1,4 @@
-"""MemoryAwareCrossAttention: the CrossAttention of latent-diffusion UNets, computed in slices that fit a budget."""
+"""MemoryAwareCrossAttention: the CrossAttention of latent-diffusion UNets, within a memory budget."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from slicemod.plan import SlicePlan
 
 
 class MemoryAwareCrossAttention(nn.Module):
-    """Multi-head attention of `x` to `context`, or to itself.
+    """Multi-head attention of `x` to `context`, or of `x` to itself.
 
-    Drop-in for CrossAttention of CompVis LDM and Stability sgm: the same arguments, parameters (`to_q.weight`,
-    `to_k.weight`, `to_v.weight`, `to_out.0.weight`, `to_out.0.bias`) and results.
+    It can take the place of CrossAttention of CompVis LDM and Stability sgm: it has the same arguments, parameters
+    (`to_q.weight`, `to_k.weight`, `to_v.weight`, `to_out.0.weight`, `to_out.0.bias`) and results. The attribute `plan`
+    is the plan of the last eager call.
 
     Args:
         query_dim: channels `C` of `x` and of the output.
@@ -31,7 +32,7 @@ class MemoryAwareCrossAttention(nn.Module):
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
 
     Raises:
-        ValueError: a field of `slicing` has none of its accepted values.
+        ValueError: a field of `slicing` has a value that is not accepted.
 
     >>> layer = MemoryAwareCrossAttention(32, heads=2, dim_head=16, slicing={"budget": "1MiB", "policy": "exact"})
     >>> layer(torch.zeros(1, 7, 32)).shape
@@ -69,23 +70,25 @@ class MemoryAwareCrossAttention(nn.Module):
         additional_tokens: Tensor | None = None,
         n_times_crossframe_attn_in_self: int = 0,
     ) -> Tensor:
-        """Attend.
+        """Compute the attention.
 
         Args:
             x: `(B, N, C)`.
             context: `(B, M, context_dim)`; `x` when left out.
-            mask: bool `(B, ...)` with `M` elements per item, True for the keys to look at, as in CompVis LDM (an
-                item without any looks at all alike); or what `F.scaled_dot_product_attention` takes, `(N, M)` or
-                `(B, H, N, M)`, as in Stability sgm. A mask that could be either is LDM's.
-            additional_tokens: `(B, T, C)`, put before `x` and cut off the output.
-            n_times_crossframe_attn_in_self: every so many items of the batch share the key and value of the first.
+            mask: as in CompVis LDM, a bool mask `(B, ...)` with `M` elements for each item, True for the keys to look
+                at. (An item whose mask is False everywhere looks at all keys with the same weight.) Or as in Stability
+                sgm, a mask that `F.scaled_dot_product_attention` takes, `(N, M)` or `(B, H, N, M)`. A mask that could
+                be either is read as LDM's.
+            additional_tokens: `(B, T, C)`; they are put before `x`, and removed from the output.
+            n_times_crossframe_attn_in_self: the number of frames of a video. Each run of so many items of the batch
+                uses the key and value of its first item. 0 for none.
 
         Returns:
             `(B, N, C)`.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
-            ValueError: a mask or a batch that does not fit.
+            ValueError: the mask or the batch size does not fit.
         """
         own_tokens = x.shape[1]
         if additional_tokens is not None:
@@ -100,7 +103,7 @@ class MemoryAwareCrossAttention(nn.Module):
         if mask is not None and _is_key_mask(mask, key):
             query, mask = _apply_key_mask(query, mask)
         output = attend(self, query, key, value, mask, self.slicing, self.scale)
-        del query, key, value  # or they would live on beside what the last projection makes
+        del query, key, value  # frees them before the last projection allocates its output
         output = merge_heads(output)
         return project(self.to_out, output if additional_tokens is None else output[:, -own_tokens:])
 
@@ -118,18 +121,18 @@ def attend(
     slicing: SliceConfig,
     scale: float,
 ) -> Tensor:
-    """`sliced_attention` for a layer, which is left the plan as its attribute `plan`.
+    """`sliced_attention` for a layer, `owner`, whose attribute `plan` becomes the plan of this call.
 
-    Not while it is traced for compilation: there the plan is a constant of the graph.
+    The attribute does not change while the layer is traced for compilation. The plan is a constant of the graph then.
     """
     output, plan = planned_attention(query, key, value, mask, scale=scale, slicing=slicing)
-    if not torch.compiler.is_compiling() and owner.plan is not plan:  # a module takes its time to set an attribute
+    if not torch.compiler.is_compiling() and owner.plan is not plan:  # to set a module's attribute takes microseconds
         owner.plan = plan
     return output
 
 
 def _first_of_each(tensor: Tensor, times: int) -> Tensor:
-    """`(B, M, C)` with every run of `times` items replaced by its first; as in arXiv 2303.13439."""
+    """`(B, M, C)` with every run of `times` items replaced by its first item, as in arXiv 2303.13439."""
     if tensor.shape[0] % times:
         raise ValueError(
             f"n_times_crossframe_attn_in_self: expected a divisor of the batch, {tensor.shape[0]}; got {times}. "
@@ -144,9 +147,10 @@ def _is_key_mask(mask: Tensor, key: Tensor) -> bool:
 
 
 def _apply_key_mask(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and SDPA mask `(B, 1, 1, M)` that give what LDM's finite fill value gives.
+    """Query and SDPA mask `(B, 1, 1, M)` with the result that LDM's mask gives.
 
-    An item that masks all its keys looks at all of them alike, which it does as well with a query of zeros.
+    LDM masks by a large negative number instead of -inf. An item whose keys are all masked then looks at all of them
+    with the same weight. A query of zeros without a mask gives that result.
     """
     mask = rearrange(mask, "b ... -> b 1 1 (...)")
     any_key = mask.any(-1, keepdim=True)  # (B, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""`sliced_attention`: attention by whichever kernel fits the budget, with the signature of PyTorch's own."""
+"""`sliced_attention`: attention within a memory budget, with the signature of PyTorch's own function."""
 
 from __future__ import annotations
 
@@ -35,33 +35,36 @@ def sliced_attention(
     slicing: SliceConfig | Mapping[str, Any] | None = None,
     plan: SlicePlan | None = None,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, computed in slices that fit a memory budget.
+    """`F.scaled_dot_product_attention` within a memory budget.
 
-    `softmax(scale * query key^T + attn_mask) value`, with `attn_mask` -inf where a bool mask is False. The result
-    is that of full attention, whatever the number of slices.
+    It computes `softmax(scale * query key^T + attn_mask) value`. Where a bool mask is False, `attn_mask` is -inf. The
+    result is that of full attention, whatever the number of slices.
 
     Args:
-        query: `(..., H, N, D)`, float32, bfloat16, float16 or float64; `(N, D)` and `(H, N, D)` do as well.
-        key: `(..., H, M, D)`, same dtype and device.
-        value: `(..., H, M, Dv)`, same dtype and device.
-        attn_mask: broadcastable to `(..., H, N, M)`; bool, True where a query may look, or floating point, added to
-            the scores. A row without any key gives zeros. A floating-point mask may need a gradient.
+        query: `(..., H, N, D)`, float32, bfloat16, float16 or float64. `(N, D)` and `(H, N, D)` are accepted too.
+        key: `(..., H, M, D)`, with the dtype and device of `query`.
+        value: `(..., H, M, Dv)`, with the dtype and device of `query`.
+        attn_mask: broadcastable to `(..., H, N, M)`. A bool mask is True where a query may look. A floating-point mask
+            is added to the scores, and may need a gradient. A row that may look at no key gives zeros.
         dropout_p: probability of dropping an attention weight. Applied whenever it is above 0, as in SDPA.
         is_causal: query `i` sees keys `0..i`. Not together with `attn_mask`.
-        scale: factor of the scores, `1 / sqrt(D)` when left out.
-        enable_gqa: key and value may have fewer heads than query, a divisor of `H`.
+        scale: factor of the scores; `1 / sqrt(D)` when left out.
+        enable_gqa: key and value may have fewer heads than query. Their number has to divide `H`.
         slicing: a `SliceConfig`, or a dict of its fields.
-        plan: follow this plan, made for these sizes, instead of making one; not together with `slicing`.
+        plan: follow this plan, which was made for these sizes, instead of making one. Not together with `slicing`.
 
-    Under autocast query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. Half
-    precision is computed in float32 tiles on CPU and CUDA, and on other devices with `upcast`; a `plan` says itself.
+    Under autocast, query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. The sliced
+    kernel computes half precision in float32 tiles on CPU and CUDA, and on other devices with `SliceConfig.upcast`.
 
     Returns:
-        `(..., H, N, Dv)` in the dtype of `query`, laid out as `(..., N, H, Dv)` where it is 4-D.
+        `(..., H, N, Dv)` in the dtype of `query`. A 4-D output is laid out as `(B, N, H, Dv)` in memory, so that a
+        layer merges its heads without a copy.
 
     Raises:
         NotEnoughMemoryError: no plan fits the budget.
-        ValueError: sizes, dtypes, devices or settings that do not go together.
+        ValueError: sizes, dtypes, devices or settings do not go together, or the kernel that `slicing` names cannot run
+            the call.
+        NotImplementedError: an input carries a tangent of forward-mode differentiation.
 
     >>> query, key, value = torch.randn(3, 2, 5, 7, 4).unbind()
     >>> sliced_attention(query, key, value, slicing={"kernel": "math", "steps": 3}).shape
@@ -85,9 +88,11 @@ def planned_attention(
     slicing: SliceConfig | Mapping[str, Any] | None = None,
     plan: SlicePlan | None = None,
 ) -> tuple[Tensor, SlicePlan | None]:
-    """`sliced_attention` and the plan it followed; None where there was nothing to attend to.
+    """`sliced_attention`, which also returns the plan that it followed.
 
-    None as well where the plan is made when a graph runs: one with a dynamic number of tokens, by `torch.export`.
+    Returns:
+        The output, and the plan. The plan is None if there was nothing to compute (a size is 0), and in a graph that
+        plans when it runs, such as one with a dynamic number of tokens by `torch.export`.
     """
     if plan is not None and (slicing is not None or not isinstance(plan, SlicePlan)):
         raise ValueError(
@@ -106,7 +111,7 @@ def planned_attention(
             return follow(plan, (query, key, value, attn_mask), known.arguments), plan
     shapes = query.shape, key.shape, value.shape
     check_inputs(query, key, value, attn_mask, dropout_p, is_causal)
-    # Of the inputs as they came: where SDPA would not fuse, its accuracy is that of the unfused kernel.
+    # Of the caller's tensors, before they are seen as 4-D: PyTorch decides by these whether it fuses.
     layout = layout_of((query, key, value, attn_mask), arguments)
     lead = query.shape[:-2]
     inputs = as_four_dims(query, key, value, attn_mask, enable_gqa)
@@ -143,7 +148,10 @@ def _config(slicing: SliceConfig | Mapping[str, Any] | None) -> SliceConfig:
 
 @constant_in_graph
 def _plan_in_graph(slicing: SliceConfig | Mapping[str, Any] | None, *described: Any) -> SlicePlan | str:
-    """The plan of a call, or why there is none. This runs outside of a traced graph: the answer is a constant of it."""
+    """The plan of a call, or the text that says why there is none.
+
+    It runs outside of the traced graph, and its answer is a constant of the graph.
+    """
     try:
         return plans_of(call_spec(*described), _config(slicing)).now()
     except NotEnoughMemoryError as error:  # the graph raises it when it runs, as the same type

@@ -1,4 +1,4 @@
-"""Custom operators that are left out where nobody looks on."""
+"""Custom operators that are bypassed if nothing watches the operators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from slicemod.watched import is_watched
 class Operator:
     """`torch.library.custom_op` of a function without side effects, to be called with positional arguments.
 
-    A compiler, a transform or a counter of operators sees the operator. Where nothing of the kind is there, the
-    function is called in its place: an operator takes tens of microseconds, and its first call imports PyTorch's
-    compiler, for seconds.
+    A compiler, a transform or a counter of operators sees the operator. If there is none of these, the function is
+    called directly, because calling an operator takes tens of microseconds, and its first call imports PyTorch's
+    compiler, which takes seconds.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -49,7 +49,7 @@ class Operator:
         self._differentiable = Differentiable
 
     def __call__(self, *inputs: Any) -> Any:
-        """The function's result, with gradients where they are registered and wanted."""
+        """The function's result, with gradients if they are registered and needed."""
         tensors = [given for given in inputs if isinstance(given, Tensor)]
         if is_watched(*tensors) or any(tensor.is_meta for tensor in tensors):
             return self._operator(*inputs)

@@ -1,4 +1,4 @@
-"""Unsliced attention, as readable as it gets: what the tests compare with. Optimised code never imports it."""
+"""Attention without slices, as readable as possible. The tests compare with it; optimised code never imports it."""
 
 import math
 
@@ -21,17 +21,17 @@ def reference_attention(
 
     Args:
         query: `(..., H, N, D)`.
-        key: `(..., H, M, D)`, or with `enable_gqa` a divisor of `H` heads.
-        value: `(..., H, M, Dv)`, heads as key.
-        attn_mask: broadcastable to `(..., H, N, M)`; bool (True where a query may look) or added to the scores.
+        key: `(..., H, M, D)`. With `enable_gqa` it may have fewer heads, a divisor of `H`.
+        value: `(..., H, M, Dv)`, with as many heads as key.
+        attn_mask: broadcastable to `(..., H, N, M)`. Bool, True where a query may look; or added to the scores.
         is_causal: query `i` sees keys `0..i`.
-        scale: factor of the scores, `1 / sqrt(D)` when left out.
-        enable_gqa: repeat the heads of key and value up to those of query.
-        dtype: what everything is computed in.
+        scale: factor of the scores; `1 / sqrt(D)` when left out.
+        enable_gqa: repeat the heads of key and value until there are as many as of query.
+        dtype: the dtype in which everything is computed.
 
     Returns:
-        `(..., H, N, Dv)` in `dtype`. A row that the mask leaves without a key is zero, as in SDPA. Differentiable,
-        twice and more.
+        `(..., H, N, Dv)` in `dtype`. A row that may look at no key is zero, as in SDPA. It can be differentiated any
+        number of times.
     """
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if enable_gqa:

@@ -1,8 +1,9 @@
-"""Swapping the attention of a model that others wrote for ours, and back.
+"""Replaces the attention in other people's models by slicemod's, and restores it.
 
-A `Host` knows one family of attention layers; the adapters register theirs. `swap_attention` walks the model, asks
-the hosts, and reports. Projections are reused, so state dict keys, optimizers and EMA stay valid. A swapped layer holds
-what it replaced, so that copies and pickles of a model can be restored on their own.
+A `Host` knows one family of attention layers. Each file in `adapters/` registers its host here. `swap_attention` walks
+the model, asks the hosts about each layer, and reports. The projections are reused, so state dict keys, optimizers and
+averaged weights stay valid. A swapped layer holds what it replaced, so that a copy or a pickle of the model can be
+restored too.
 """
 
 from __future__ import annotations
@@ -26,31 +27,35 @@ class Host(Protocol):
     name: str
 
     def recognises(self, module: nn.Module) -> bool:
-        """The module is an attention layer of this family, swapped or not."""
+        """Whether the module is an attention layer of this family, swapped or not."""
 
     def holder(self, module: nn.Module) -> Any:
-        """What holds `slicing` and `plan` of a swapped layer; None where the layer is not swapped."""
+        """The object that holds `slicing` and `plan` of a swapped layer; None if the layer is not swapped."""
 
     def replaced(self, module: nn.Module) -> str:
-        """The class of the module or processor in whose place ours is, in a swapped layer."""
+        """The name of the class that was replaced in a swapped layer: of a module, or of a processor."""
 
     def attends(self, module: nn.Module) -> str:
-        """The class of the module or processor that computes the layer's attention now."""
+        """The name of the class that computes the layer's attention now: of a module, or of a processor."""
 
     def obstacle(self, parent: nn.Module, child: str) -> str | None:
-        """Why this layer, which is not swapped, cannot be; None where it can."""
+        """Why this layer, which is not swapped, cannot be swapped; None if it can."""
 
     def doubt(self, module: nn.Module) -> str | None:
-        """Why this layer is swapped only where `filter_fn` chooses it; None where it is known to be plain attention."""
+        """Why this layer is swapped only if `filter_fn` chooses it; None if it is known to be plain attention."""
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> Any:
-        """Swap the layer; return its holder."""
+        """Swap the layer, and return its holder."""
 
     def restore(self, parent: nn.Module, child: str) -> str | None:
-        """Give the swapped layer its own attention back; what others had changed on ours, which goes with it."""
+        """Give the swapped layer its own attention back.
+
+        Returns:
+            What others had changed on our object, which is lost with it; None if there is nothing.
+        """
 
     def forget(self, module: nn.Module) -> bool:
-        """Whether a layer that is not swapped once was, as far as it knows; from now on it does not."""
+        """Whether a layer that is not swapped now still has a note that it once was. The note is removed."""
 
 
 HOSTS: list[Host] = []
@@ -59,10 +64,15 @@ _HOST_MODULES = ("attn_block", "compvis", "diffusers_host", "lookalikes")  # eac
 
 @dataclass(frozen=True)
 class SwappedLayer:
-    """One swapped layer: its path in the model, its host's name, its settings, what holds its plan.
+    """One swapped layer.
 
-    `replaced` is the class of the module or processor whose place ours took; `before` are the settings that the layer
-    had before, None where it had its own attention.
+    Attributes:
+        name: its path in the model.
+        host: the name of its host.
+        replaced: the name of the class of the module or processor that was replaced.
+        slicing: its settings.
+        holder: the object that holds its plan.
+        before: the settings that it had before this swap; None if it had its own attention.
     """
 
     name: str
@@ -81,12 +91,18 @@ class SwappedLayer:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_attention` did: the layers it swapped, and those it left alone with the reason why.
+    """What `swap_attention` did: the layers that it swapped, and the layers that it left alone, with the reason.
 
-    As a context manager it undoes this on leaving: `with swap_attention(model): ...`
+    As a context manager it undoes the swap at the end: `with swap_attention(model): ...`
 
-    What changes processors or modules afterwards, as diffusers' `set_attn_processor`, `set_attention_slice` and
-    `fuse_qkv_projections` do, takes layers away again: `check` names them.
+    Some functions change processors or modules after a swap, such as diffusers' `set_attn_processor`,
+    `set_attention_slice` and `fuse_qkv_projections`. Layers that they changed are no longer swapped; `check` names
+    them.
+
+    Attributes:
+        layers: the swapped layers.
+        skipped: path and reason of each layer that was left alone.
+        model: the model.
     """
 
     layers: tuple[SwappedLayer, ...]
@@ -104,7 +120,7 @@ class SwapReport:
         return "\n".join(lines)
 
     def check(self) -> tuple[tuple[str, str], ...]:
-        """The layers that are not swapped any more, or not with these settings, and why. Warns where there are any."""
+        """Path and reason of each layer that is no longer swapped, or not with these settings. Warns of them."""
         lost = self._lost()
         if lost:
             warnings.warn(
@@ -152,27 +168,29 @@ def swap_attention(
     *,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
 ) -> SwapReport:
-    """Compute the attention of `model` in slices. Parameters, state dict keys, hooks and modes stay as they are.
+    """Make the attention layers of `model` compute within a memory budget.
+
+    Parameters, state dict keys, hooks and modes stay as they are.
 
     Args:
-        model: a UNet, VAE or any model with attention layers that a host recognises. Swapped in place; a second
-            swap only changes the settings.
+        model: a UNet, a VAE, or any model with attention layers that a host recognises. It is changed in place. A
+            second swap only changes the settings.
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
-        filter_fn: given a layer's path and module, whether to swap it. Modules of unknown classes that have `to_q`,
-            `to_k`, `to_v`, `to_out` and `heads`, and are called as CrossAttention is, are swapped only where it
-            chooses them, and so are classes whose name is known and whose code is not: that they compute softmax
-            attention and nothing more is for you to know.
+        filter_fn: takes the path and the module of a layer, and says whether to swap it. Some layers are swapped only
+            if it chooses them: modules of unknown classes with `to_q`, `to_k`, `to_v`, `to_out` and `heads` that are
+            called as CrossAttention is, and classes with a known name but unknown code. You then have to know that
+            they compute softmax attention and nothing more.
 
     Returns:
-        What was swapped, and what was skipped and why: layers that hold or do more than plain attention, and those
-        whose code somebody has replaced. Used in a `with` statement, it undoes the swap on leaving.
+        What was swapped, and what was skipped and why. Skipped are layers that hold or do more than plain attention,
+        and layers whose code somebody replaced. In a `with` statement it undoes the swap at the end.
 
     Raises:
-        TypeError: the model is no module.
-        ValueError: the model has no attention layer to swap.
+        TypeError: the model is not a module.
+        ValueError: the model has no attention layer that can be swapped.
 
     Warns:
-        UserWarning: some layers were swapped, and others that `filter_fn` did not leave out could not be.
+        UserWarning: some layers were swapped, and others could not be, though `filter_fn` did not leave them out.
     """
     slicing = SliceConfig.of(slicing)
     layers, skipped, refused = [], [], []
@@ -214,20 +232,23 @@ def swap_attention(
 
 
 def restore_attention(model: nn.Module) -> int:
-    """Give every swapped layer of `model` its own attention back, the very same object; return how many.
+    """Give every swapped layer of `model` its own attention back, the very same object.
+
+    Returns:
+        How many layers were restored.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: the model is not a module.
 
     Warns:
-        UserWarning: layers were swapped that others changed since: their processors stay, but what was put on a module
-            of ours goes with it.
+        UserWarning: others changed layers after the swap. Processors that they set stay. What they changed on a module
+            of slicemod is lost with that module.
     """
     return _restore(model, lambda name, holder: True, stacklevel=3)
 
 
 def _restore(model: nn.Module, chosen: Callable[[str, Any], bool], stacklevel: int) -> int:
-    """Restore the layers that `chosen` takes by name and holder; the holder of a layer that is not swapped is None."""
+    """Restore the layers that `chosen(name, holder)` takes. The holder of a layer that is not swapped is None."""
     restored, changed = 0, []
     for name, parent, child, host in _layers(model):
         module = parent.get_submodule(child)
@@ -251,7 +272,7 @@ def _restore(model: nn.Module, chosen: Callable[[str, Any], bool], stacklevel: i
 
 
 def _in_short(layers: Sequence[tuple[str, str]]) -> str:
-    """Names by what is said of them, those that differ in numbers alone as the first and the last."""
+    """Names grouped by what is said of them. Names that differ only in numbers become the first and the last one."""
     alike: dict[str, dict[str, list[str]]] = {}
     for name, reason in layers:
         alike.setdefault(reason, {}).setdefault(re.sub(r"\d+", "", name), []).append(name)
@@ -270,7 +291,7 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
         import_module(f"slicemod.adapters.{name}")
     found = []
     for path, parent in model.named_modules():
-        for child, module in vars(parent)["_modules"].items():  # named_children leaves out what occurs twice
+        for child, module in vars(parent)["_modules"].items():  # named_children leaves out a module that occurs twice
             host = None if module is None else _host(module)
             if host is not None:
                 found.append((f"{path}.{child}" if path else child, parent, child, host))
@@ -278,13 +299,13 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
 
 
 def _host(module: nn.Module) -> Host | None:
-    """The host of an attention layer; where several recognise it, one that has no doubts."""
+    """The host of an attention layer. If several hosts recognise it, one without doubts is taken."""
     hosts = [host for host in HOSTS if host.recognises(module)]
     return min(hosts, key=lambda host: host.doubt(module) is not None, default=None)
 
 
 def _what_to_pass(owner: object) -> str:
-    """Which modules with attention an object has: a pipeline, or a LightningModule that keeps one."""
+    """Advice what to pass instead: the modules with attention in a pipeline, or in a LightningModule that has one."""
     inner = {name: part for name, part in getattr(owner, "__dict__", {}).items() if not name.startswith("_")}
     names = [name for name, part in inner.items() if isinstance(part, nn.Module) and _layers(part)]
     for name, part in inner.items():

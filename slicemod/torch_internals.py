@@ -1,9 +1,8 @@
-"""Every private name of PyTorch that slicemod's engine uses: what each is for, and what asks PyTorch officially.
+"""Every private name of PyTorch that slicemod's engine uses, and what each is for.
 
-PyTorch may rename them in any release. Importing this file then says which one is gone, and so does
-`tests/test_torch_internals.py` of all of them; this file is where it is mended. They are bound here once: between large
-matrix products, which empty the caches, looking a name up through PyTorch's modules takes longer than the question
-itself.
+PyTorch may rename them in any release. If one is gone, importing this file says which one, and
+`tests/test_torch_internals.py` names all that are gone. This file is the only place to repair. The names are looked up
+once, here, because a lookup through PyTorch's modules in every call takes longer than the calls themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.autograd import forward_ad
 
 
 def private(name: str) -> Any:
-    """What PyTorch has under a dotted name.
+    """PyTorch's object with this dotted name.
 
     Raises:
         ImportError: it has no such name.
@@ -33,40 +32,40 @@ def private(name: str) -> Any:
         ) from error
 
 
-# Is autocast on for any device? One question in place of a device's name and two.
+# Is autocast on for any device? Faster than the two public questions, which need the name of a device.
 is_any_autocast_enabled: Callable[[], bool] = private("torch._C._is_any_autocast_enabled")
 
-# What looks on at the operators: torch.jit's tracer, modes such as a FLOP counter, torch.compile, torch.func.
+# What may watch the operators: torch.jit's tracer, modes such as a FLOP counter, torch.compile, torch.func.
 tracing_state: Callable[[], object] = private("torch._C._get_tracing_state")
 dispatch_modes: Callable[[], int] = private("torch._C._len_torch_dispatch_stack")
 compiling_frames: Callable[[], object] = private("torch._C._dynamo.eval_frame.get_eval_frame_callback")
 innermost_transformation: Callable[[], object] = private("torch._C._functorch.peek_interpreter_stack")
 
-# Tensors with sizes, strides and a device, and without memory: stand-ins to ask PyTorch about.
+# Tensors with sizes, strides and a device but without memory, to ask PyTorch about.
 FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor")
 FakeTensorMode: Any = private("torch._subclasses.fake_tensor.FakeTensorMode")
 
-# A mode that is told every operator, and the tensors in whatever an operator returns.
+# A mode that sees every operator, and a function that finds the tensors in what an operator returns.
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 else:
     TorchDispatchMode = private("torch.utils._python_dispatch.TorchDispatchMode")
 tree_leaves: Callable[[object], list[Any]] = private("torch.utils._pytree.tree_leaves")
 
-# Is there a hook for all modules? To call a module's parts by hand would go past it.
+# Is there a hook for all modules? Code that calls a module's parts by hand would bypass it.
 has_any_global_hook: Callable[[], bool] = private("torch.nn.modules.module._has_any_global_hook")
 
-# The value of the SDPBackend that F.scaled_dot_product_attention would run.
+# The value of the SDPBackend that F.scaled_dot_product_attention would take.
 fused_choice: Callable[..., int] = private("torch._fused_sdp_choice")
 
-# PyTorch's flash attention for the CPU, which returns the log-sum-exp as well, and its backward pass.
+# PyTorch's flash attention for the CPU, which also returns the log-sum-exp of each row, and its backward pass.
 cpu_flash_attention: Callable[..., tuple[Tensor, Tensor]] = private("torch._scaled_dot_product_flash_attention_for_cpu")
 cpu_flash_attention_operator: Any = private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
 cpu_flash_attention_backward: Any = private(
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 )
 
-# The backward pass of a softmax into a tensor that is there already.
+# The backward pass of a softmax, written into an existing tensor.
 softmax_backward_into: Any = private("torch.ops.aten._softmax_backward_data.out")
 
 
@@ -74,15 +73,15 @@ def _no() -> bool:
     return False
 
 
-# Does this CPU have instructions for half precision that oneDNN multiplies with? A PyTorch without oneDNN has no such
-# questions.
+# Does this CPU have instructions by which oneDNN multiplies half precision? PyTorch without oneDNN lacks these
+# functions.
 _has_onednn = torch.backends.mkldnn.is_available()
 multiplies_bfloat16: Callable[[], bool] = private("torch.ops.mkldnn._is_mkldnn_bf16_supported") if _has_onednn else _no
 multiplies_float16: Callable[[], bool] = private("torch.ops.mkldnn._is_mkldnn_fp16_supported") if _has_onednn else _no
 has_tiles: Callable[[], bool] = private("torch.cpu._is_amx_tile_supported")
 has_bfloat16_vectors: Callable[[], bool] = private("torch.cpu._is_avx512_bf16_supported")
 
-# Has this CPU the vectors that oneDNN's float32 convolutions want?
+# Does this CPU have AVX2, which oneDNN's backward pass of float32 convolutions needs?
 has_avx2: Callable[[], bool] = private("torch.cpu._is_avx2_supported")
 
 
@@ -90,5 +89,5 @@ private("torch.autograd.forward_ad._current_level")
 
 
 def differentiates_forward() -> bool:
-    """Forward-mode differentiation (`torch.func.jvp`) is going on."""
+    """Forward-mode differentiation (such as `torch.func.jvp`) is active."""
     return forward_ad._current_level >= 0

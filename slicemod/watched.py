@@ -1,4 +1,5 @@
-"""Whether something looks on at the operators that are called, and what then is asked outside of a traced graph."""
+"""Whether something watches the operators that are called (a compiler, a transform, a counter), and how to run code
+outside of a traced graph."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,24 +13,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant_in_graph(function: Function) -> Function:
-    """Marks what runs outside of a graph that is traced, so that its answer is a constant in there.
+    """Marks a function that runs outside of the graph while one is traced. Its answer is a constant of the graph.
 
-    It does what ``torch.compiler.assume_constant_result`` does, which imports the compiler first. That takes longer
-    than importing the rest of PyTorch, and most programs never compile.
+    This does what ``torch.compiler.assume_constant_result`` does. That function imports the compiler, which takes
+    longer than importing the rest of PyTorch, and most programs never compile.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def is_transformed() -> bool:
-    """A function of `torch.func` differentiates or maps what is called, and no graph is traced."""
+    """A function of `torch.func` transforms the current call, and no graph is traced."""
     return not torch.compiler.is_compiling() and innermost_transformation() is not None
 
 
 def is_watched(*tensors: Tensor) -> bool:
-    """Something traces, transforms or counts operators, or stands in for these tensors.
+    """Something traces, transforms or counts operators, or one of the tensors is of a subclass of `Tensor`.
 
-    Where nothing does, what is called need not be an operator, and the answer to an earlier call holds for this one.
+    If nothing does, the code need not be called as an operator, and what an earlier call like this one found out holds.
     """
     for tensor in tensors:
         if type(tensor) is not Tensor:
