@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 
+from slicemod.kernels.retry import SAID_OF
 from slicemod.memory.free_memory import PROBES, MemoryProbe
 
 # The same examples in every run, more of them with the slow tests; `--hypothesis-profile thorough` looks for new ones.
@@ -51,6 +52,12 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     answers = [2**30]
     monkeypatch.setitem(PROBES, "cpu", MemoryProbe(lambda device: answers[-1]))
     return answers
+
+
+@pytest.fixture
+def nothing_said() -> None:
+    """No device has been said to run out of memory: that is said once."""
+    SAID_OF.clear()
 
 
 @pytest.fixture

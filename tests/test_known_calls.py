@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slicemod import functional as module
 from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
-from slicemod.kernels import retry
-from slicemod.kernels.native import binding
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.retry import SmallerSlicesWarning
 from slicemod.known_calls import KNOWN_CALLS, KnownCalls
@@ -174,8 +172,8 @@ def test_a_scale_that_is_not_positive_is_seen_at_the_next_call() -> None:
 
 
 @needs_native
+@pytest.mark.usefixtures("nothing_said")
 def test_out_of_memory_a_known_call_goes_on_with_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_said", set())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     inputs = layer_inputs(**LARGE)
     expected = inputs.run(sliced_attention)
@@ -187,7 +185,7 @@ def test_out_of_memory_a_known_call_goes_on_with_fewer_threads(monkeypatch: pyte
             raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(binding, "_workspace", fails_at_first)
+    monkeypatch.setattr(native_library(), "workspace", fails_at_first)
     with pytest.warns(SmallerSlicesWarning, match="blocks of 4 threads and goes on with those of 2"):
         found = inputs.run(sliced_attention)
     assert len(asked) == 3

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 # How allocators say it that do not raise torch.OutOfMemoryError: the CPU's, and Metal's.
 _MESSAGES = ("can't allocate memory", "out of memory", "Invalid buffer size")
 
-_said: set[str] = set()  # device types that the warning was given for
+SAID_OF: set[str] = set()  # device types that the warning was given for
 
 
 class SmallerSlicesWarning(RuntimeWarning):
@@ -87,9 +87,9 @@ def _halved(call: SlicedCall) -> SlicedCall:
 
 def say_once(device: torch.device, tried: str, smaller: str, reason: str) -> None:
     """Warn of what did not fit, once for each type of device."""
-    if device.type in _said:
+    if device.type in SAID_OF:
         return
-    _said.add(device.type)
+    SAID_OF.add(device.type)
     warnings.warn(
         f"attention ran out of memory on {device} with {tried} and goes on with {smaller}; a smaller budget saves the "
         f"failed try. The device said: {reason}",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from slicemod import SliceConfig, SlicePlan, sliced_attention
-from slicemod.kernels import retry
 from slicemod.kernels.retry import SmallerSlicesWarning, with_smaller_slices
 from slicemod.kernels.sliced import workspace
 from slicemod.kernels.sliced.loop import SlicedCall
@@ -20,9 +19,7 @@ CALL = SlicedCall(dropout_p=0.0, is_causal=False, scale=1.0, upcast=False, heads
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_said", set())
+pytestmark = pytest.mark.usefixtures("nothing_said")
 
 
 def _fails_above(most_elements: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:

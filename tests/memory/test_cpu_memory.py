@@ -39,9 +39,11 @@ def test_available_ram_is_that_of_the_kernel(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_does_not_say_is_asked_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "meminfo").write_text("MemFree: 100 kB\n", encoding="utf-8")
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemFree: 100 kB\n", encoding="utf-8")
+    assert linux_available(meminfo) is None
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(cpu_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(cpu_memory, "linux_available", lambda _: None)
     with pytest.raises(RuntimeError, match="Name a budget in bytes"):
         free_memory("cpu")
 

@@ -16,7 +16,6 @@ from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.memory import peak_memory
 from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
-from slicemod.kernels import retry
 from slicemod.kernels.retry import SmallerSlicesWarning
 from slicemod.memory.budget import Budget
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
@@ -196,8 +195,8 @@ def test_a_layer_compiles_whole_and_agrees(dim_head: int) -> None:
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x, context), layer(x, context))
 
 
-def test_running_out_of_memory_ends_in_smaller_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_said", set())
+@pytest.mark.usefixtures("nothing_said")
+def test_running_out_of_memory_ends_in_smaller_slices() -> None:
     query = layer_like(2, 8, 4096, 40, torch.float16)
     wanted = F.scaled_dot_product_attention(query, query, query)
     _, plan = planned_attention(query, query, query, slicing=SliceConfig(kernel="math", steps=1))

@@ -66,6 +66,7 @@ class NativeLibrary:
         path: the library's file.
         modes: how each dtype's products are computed, one of `FLOAT_MODE`, `BFLOAT_MODE` and `TILED_MODE`.
         vector_lanes: floats of a vector, 16 with AVX-512 and 8 with AVX2.
+        workspace: gives fresh memory of so many bytes for a pass to compute in.
 
     Raises:
         OSError: the file is no library; a `WrongLibraryError` where it is not one of this version, which is unloaded.
@@ -73,6 +74,7 @@ class NativeLibrary:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.workspace: Callable[[int], Tensor] = _bytes
         library = ctypes.CDLL(str(path))
         try:
             self._functions = _functions(library)
@@ -142,7 +144,7 @@ class NativeLibrary:
             addresses = _address(query), _address(key), _address(value)
             if None in addresses:
                 return self.forward(query, key, value, output, None, scale, threads)
-            workspace = _workspace(size)
+            workspace = self.workspace(size)
             return _check_done(setting, function(*setting, *addresses, output.data_ptr(), None, workspace.data_ptr()))
 
         return forward
@@ -182,7 +184,7 @@ class NativeLibrary:
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self._setting(dtype, call)
-        workspace = _workspace(self._count(f"{name}_bytes", setting))
+        workspace = self.workspace(self._count(f"{name}_bytes", setting))
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in (*tensors, workspace))
         _check_done(setting, self._functions[name](*setting, *addresses))
 
@@ -275,5 +277,5 @@ def _call(scale: float, threads: int, query: Described, key: Described, value: D
     return call
 
 
-def _workspace(size: int) -> Tensor:
+def _bytes(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)

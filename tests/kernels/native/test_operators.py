@@ -16,8 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.call import AttentionShape, MaskShape
 from slicemod.functional import planned_attention
-from slicemod.kernels import retry
-from slicemod.kernels.native import binding
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.native.operators import native_attention
@@ -344,10 +342,10 @@ def test_the_workspace_does_not_grow_with_the_tokens(dtype: torch.dtype) -> None
     assert peak(2048) == peak(4096) == peak(65536)
 
 
+@pytest.mark.usefixtures("nothing_said")
 def test_out_of_memory_it_goes_on_with_fewer_threads_and_the_same_result(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "_said", set())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     inputs = layer_inputs(dtype, queries=1031, keys=509)
     grad = torch.ones(2, 3, 1031, 11, dtype=dtype)
@@ -360,13 +358,14 @@ def test_out_of_memory_it_goes_on_with_fewer_threads_and_the_same_result(
             raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
         return torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(binding, "_workspace", fails_at_first)
+    library = native_library()
+    monkeypatch.setattr(library, "workspace", fails_at_first)
     with pytest.warns(SmallerSlicesWarning, match="blocks of 4 threads and goes on with those of 2"):
         found = results(native, inputs.leaves(), grad)
     assert len(asked) == 4
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name])
-    monkeypatch.setattr(binding, "_workspace", lambda size: torch.empty(2**62, dtype=torch.uint8))
+    monkeypatch.setattr(library, "workspace", lambda size: torch.empty(2**62, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         inputs.run(native)
 
