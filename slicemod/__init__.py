@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slicemod.attention import MemoryAwareCrossAttention
     from slicemod.call import AttentionShape
-    from slicemod.choose import plan_slices
+    from slicemod.choose import Answer, plan_slices
     from slicemod.config import SliceConfig
+    from slicemod.explained import explain
     from slicemod.functional import planned_attention, sliced_attention
     from slicemod.memory.free_memory import free_memory
     from slicemod.plan import NotEnoughMemoryError, SlicePlan
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "AttentionShape",
     "MemoryAwareCrossAttention",
     "NotEnoughMemoryError",
     "SliceConfig",
     "SlicePlan",
     "SwapReport",
+    "explain",
     "free_memory",
     "plan_slices",
     "planned_attention",

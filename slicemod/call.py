@@ -18,7 +18,7 @@ from torch import Tensor
 # On these devices the sliced kernel computes half precision in float32 tiles, because SDPA's kernels have their scores
 # in float32 there. bfloat16 has 8 significant bits: a large score, rounded to it, may change its weight by whole
 # percents. On other devices `SliceConfig.upcast` decides.
-UPCASTING_DEVICES = ("cpu", "cuda")
+_UPCASTING_DEVICES = ("cpu", "cuda")
 
 ASSUMED_PROCESSORS = 132  # streaming multiprocessors of an H100, for plans of a GPU that is not in this machine
 
@@ -284,6 +284,11 @@ def _product_reads(matrices: Tensor) -> bool:
     """A matrix product reads these strides without a copy: rows or columns are contiguous."""
     rows, columns = matrices.stride()[-2:]
     return (columns == 1 and rows >= matrices.shape[-1]) or (rows == 1 and columns >= matrices.shape[-2])
+
+
+def upcasts(device_type: str, itemsize: int) -> bool:
+    """Scores of elements of so many bytes are computed in float32 on such a device, whether or not it is asked for."""
+    return device_type in _UPCASTING_DEVICES and itemsize < 4
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -34,6 +34,9 @@ class Answer(NamedTuple):
     plan: SlicePlan | None
     passed_over: str | None
 
+    def __str__(self) -> str:
+        return f"{self.plan or self.kernel}: {self.passed_over or 'taken'}"
+
 
 def answers(call: CallSpec, slicing: SliceConfig, free_bytes: int) -> list[Answer]:
     """What every kernel answers to a call, best kernel first. At most one is chosen; the others say why they are not.

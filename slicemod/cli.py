@@ -45,6 +45,12 @@ COMMANDS = {
         "slicemod.planning.plan_options",
         unneeded=("peft", "transformers"),
     ),
+    "kernels": Command(
+        "slicemod.planning.kernels_command",
+        "tell which kernels this machine has, and which one each layer of a model takes",
+        "slicemod.planning.kernels_options",
+        unneeded=("peft", "transformers"),
+    ),
     "bench": Command(
         "slicemod.bench.bench_command",
         "time attention against its peers on this machine",
@@ -81,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sys.modules.setdefault(package, cast("ModuleType", None))  # as if it were not installed
         status: int = _module_of(name).run(given)
         return status
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "slicemod":
+            raise
+        print(f"slicemod {name}: {_missing(error.name)}", file=sys.stderr)
+        return BAD_INPUT
     except (UserError, RuntimeError) as error:
         if not isinstance(error, UserError) and not _is_lack_of_memory(error):
             raise
@@ -100,15 +111,14 @@ def _is_lack_of_memory(error: RuntimeError) -> bool:
 def _module_of(name: str) -> Any:
     if COMMANDS[name].module not in sys.modules and sys.stderr.isatty():
         print(f"slicemod {name}: loading PyTorch and what it needs beside it ...", file=sys.stderr, flush=True)
-    try:
-        return import_module(COMMANDS[name].module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "slicemod":
-            raise
-        raise UserError(
-            f"needs the package {error.name}, which is not installed. Install slicemod with its extra `train`, from a "
-            "clone by `pip install -e '.[train]'`."
-        ) from error
+    return import_module(COMMANDS[name].module)
+
+
+def _missing(package: str) -> str:
+    return (
+        f"needs the package {package}, which is not installed. Install slicemod with its extra `train`, from a clone "
+        "by `pip install -e '.[train]'`."
+    )
 
 
 def _help() -> str:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from slicemod import kernels
 from slicemod.call import (
-    UPCASTING_DEVICES,
     CallSpec,
     Layout,
     attention_shape,
@@ -17,6 +16,7 @@ from slicemod.call import (
     constant_bool,
     has_ordinary_scale,
     processors_of,
+    upcasts,
 )
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.plan import SlicePlan
@@ -32,7 +32,7 @@ def describe(inputs: Inputs, arguments: Arguments, layout: tuple[Any, ...]) -> t
         layout: the result of `layout_of` for the caller's tensors.
     """
     query, scale = inputs[0], arguments.scale
-    upcast = query.device.type in UPCASTING_DEVICES and query.element_size() < 4
+    upcast = upcasts(query.device.type, query.element_size())
     causal = constant_bool(arguments.is_causal)
     sizes = attention_sizes(*inputs, dropout_p=arguments.dropout_p, is_causal=causal, upcast=upcast)
     ordinary_scale = constant_bool(has_ordinary_scale(scale))

@@ -3,20 +3,23 @@
 from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes  # noqa: F401 - slicemod.adapters.compvis
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.call import AttentionShape
-from slicemod.choose import plan_slices
+from slicemod.choose import Answer, plan_slices
 from slicemod.config import SliceConfig
+from slicemod.explained import explain
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.memory.free_memory import free_memory
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.swap import SwapReport, restore_attention, swap_attention
 
 __all__ = [
+    "Answer",
     "AttentionShape",
     "MemoryAwareCrossAttention",
     "NotEnoughMemoryError",
     "SliceConfig",
     "SlicePlan",
     "SwapReport",
+    "explain",
     "free_memory",
     "plan_slices",
     "planned_attention",

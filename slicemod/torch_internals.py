@@ -75,9 +75,9 @@ def _no() -> bool:
 
 # Does this CPU have instructions by which oneDNN multiplies half precision? PyTorch without oneDNN lacks these
 # functions.
-_has_onednn = torch.backends.mkldnn.is_available()
-multiplies_bfloat16: Callable[[], bool] = private("torch.ops.mkldnn._is_mkldnn_bf16_supported") if _has_onednn else _no
-multiplies_float16: Callable[[], bool] = private("torch.ops.mkldnn._is_mkldnn_fp16_supported") if _has_onednn else _no
+has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+multiplies_bfloat16: Callable[[], bool] = private("torch.ops.mkldnn._is_mkldnn_bf16_supported") if has_onednn else _no
+multiplies_float16: Callable[[], bool] = private("torch.ops.mkldnn._is_mkldnn_fp16_supported") if has_onednn else _no
 has_tiles: Callable[[], bool] = private("torch.cpu._is_amx_tile_supported")
 has_bfloat16_vectors: Callable[[], bool] = private("torch.cpu._is_avx512_bf16_supported")
 

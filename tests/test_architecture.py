@@ -32,6 +32,7 @@ ORDER = (
     "choose.py",
     "known_calls.py",
     "dispatch.py",
+    "explained.py",
     "graph_operators.py",
     "functional.py",
     "reference.py",

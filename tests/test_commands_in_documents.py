@@ -21,6 +21,7 @@ import yaml
 from slicemod.bench import bench_command, bench_options
 from slicemod.bench.workloads import LayerWork, Work
 from slicemod.cli import main
+from slicemod.kernels.native.build import native_obstacle
 from tests.bench.tiny import measure_little
 from tests.documents import PAGES, ROOT, commands
 from tests.training import tiny_stable_diffusion
@@ -84,6 +85,8 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "configs" / "sd15_lora.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
     for command in here(page)["slicemod"]:
+        if command == "slicemod kernels --build" and native_obstacle() is not None:
+            continue
         assert main(shlex.split(command)[1:]) == 0, command
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from slicemod import torch_internals
 
@@ -29,7 +28,7 @@ NAMES = [
 
 
 def skip_unless_asked(name: str) -> None:
-    if name.startswith("torch.ops.mkldnn.") and not torch.backends.mkldnn.is_available():
+    if name.startswith("torch.ops.mkldnn.") and not torch_internals.has_onednn:
         pytest.skip("this PyTorch was built without oneDNN")
 
 
@@ -79,8 +78,10 @@ def private_names(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Attribute):
             yield from _if_private(_dotted(node, known))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
-            yield from _if_private(f"{_dotted(node.args[0], known)}.{name}")
+            name = node.args[1]
+            yield from _if_private(
+                f"{_dotted(node.args[0], known)}.{name.value if isinstance(name, ast.Constant) else ''}"
+            )
 
 
 def _if_private(name: str) -> Iterator[str]:

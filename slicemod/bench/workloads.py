@@ -19,7 +19,8 @@ from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.bench_options import WORK_NAMES
 from slicemod.bench.peers import FULL, REFERENCE, Peer
 from slicemod.call import AttentionShape
-from slicemod.planning.attention_calls import LayersAlike, at_resolution, record_attention_calls
+from slicemod.planning.attention_calls import record_attention_calls
+from slicemod.planning.layers_alike import LayersAlike, at_resolution
 from slicemod.planning.unets import find_unet, meta_inputs
 from slicemod.user_error import UserError
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicemod.call import UPCASTING_DEVICES, CallSpec, Layout, attention_shape, attention_sizes, has_ordinary_scale
+from slicemod.call import CallSpec, Layout, attention_shape, attention_sizes, has_ordinary_scale, upcasts
 from slicemod.kernels.fused.obstacles import layout_of
 from slicemod.kernels.kernel import Arguments
 from slicemod.planning.memory_timeline import MemoryRecorder
@@ -54,7 +54,7 @@ class AttentionStandIn:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Notes the call, whose tensors are `(B, H, N, D)`, on the device "meta" or fake."""
-        upcast = self._device_type in UPCASTING_DEVICES and query.element_size() < 4
+        upcast = upcasts(self._device_type, query.element_size())
         inputs = query, key, value, attn_mask
         sizes = attention_sizes(*inputs, dropout_p=dropout_p, is_causal=is_causal, upcast=upcast)
         layout = Layout(*layout_of(inputs, Arguments(dropout_p, is_causal, scale, enable_gqa)))

@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 
 from slicemod.config import SliceConfig
-from slicemod.memory.budget import Budget
+from slicemod.planning.memory_given import bytes_given
 from slicemod.planning.plan_options import parser
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
-from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner
+from slicemod.planning.resolutions import check_resolutions
+from slicemod.planning.step_peaks import StepPlanner
 from slicemod.planning.unet_step import StepKind
-from slicemod.planning.unets import UnetSource, find_unet
+from slicemod.planning.unets import find_unet
 from slicemod.user_error import UserError
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -26,14 +27,14 @@ def run(arguments: Sequence[str]) -> int:
     """Prints the plans; `arguments[0]` is the command's name."""
     options = parser().parse_args(arguments[1:])
     source = find_unet(options.model)
-    _check_resolutions(options.resolution, source)
+    check_resolutions(options.resolution, source.resolution_step)
     batch = (1 if options.train else 2) if options.batch is None else options.batch
     if batch < 1:
         raise UserError(f"--batch: expected 1 or more items; got {batch}.")
     if options.checkpoint_blocks and not options.train:
         raise UserError("--checkpoint-blocks: expected together with --train; got it alone. Add --train or leave it.")
     _check_picture(options.plot)
-    memory = _memory(options.memory, options.device)
+    memory = bytes_given("--memory", options.memory, torch.device(options.device))
     kind = StepKind(getattr(torch, options.dtype), batch, options.device, options.train, options.checkpoint_blocks)
     try:
         slicing = SliceConfig(policy=options.policy, kernel=options.kernel)
@@ -74,27 +75,9 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check_resolutions(resolutions: Sequence[int], source: UnetSource) -> None:
-    step = source.resolution_step
-    for pixels in resolutions:
-        if pixels < step or pixels % step or pixels > HIGHEST_RESOLUTION:
-            nearest = min(max(1, round(pixels / step)) * step, HIGHEST_RESOLUTION)
-            raise UserError(
-                f"--resolution: expected multiples of {step} pixels, which this model halves down to whole latents, up "
-                f"to {HIGHEST_RESOLUTION}; got {pixels}. Take {nearest}."
-            )
-
-
 def _check_picture(path: Path | None) -> None:
     if path is not None and (path.suffix not in _PICTURES or not path.parent.is_dir()):
         raise UserError(
             f"--plot: expected a file in an existing folder, its name ending in {', '.join(_PICTURES)}; got "
             f"{str(path)!r}. Correct the name or make the folder."
         )
-
-
-def _memory(given: str, device: str) -> int:
-    try:
-        return Budget.parse(given).bytes_on(torch.device(device))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--memory: {error}") from error

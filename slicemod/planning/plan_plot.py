@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from slicemod.memory.sizes import size_text
-from slicemod.planning.step_peaks import HIGHEST_RESOLUTION, StepPlanner, Way
+from slicemod.planning.resolutions import HIGHEST_RESOLUTION
+from slicemod.planning.step_peaks import StepPlanner, Way
 
 _POINTS_PER_DOUBLING = 24
 

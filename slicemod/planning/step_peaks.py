@@ -20,6 +20,7 @@ from slicemod.kernels.fused.running import BACKENDS
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak, Timeline
+from slicemod.planning.resolutions import HIGHEST_RESOLUTION
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import UnetSource
 from slicemod.user_error import UserError
@@ -27,7 +28,6 @@ from slicemod.user_error import UserError
 Way = Literal["full attention", "fused", "slicemod"]
 WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
 TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet's own
-HIGHEST_RESOLUTION = 2**14
 
 
 class LayerPlan(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from slicemod.bench.memory import peak_memory
-from slicemod.call import AttentionShape
-from slicemod.planning.attention_calls import LayersAlike, at_resolution, record_attention_calls
+from slicemod.planning.attention_calls import record_attention_calls
+from slicemod.planning.layers_alike import at_resolution
 from slicemod.user_error import UserError
 
 
@@ -50,11 +50,6 @@ def test_calls_scaled_to_a_resolution_are_those_recorded_there(tmp_path: Path) -
             )
     unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 77, 12))
     assert {(shape.queries, shape.heads, shape.queries == shape.keys) for shape in scaled} == seen
-
-
-def test_cross_attention_keeps_its_keys_at_every_resolution() -> None:
-    call = LayersAlike(AttentionShape(1, 8, 4096, 77, 40, 2), 5, 512)
-    assert at_resolution(call, 1024).shape == AttentionShape(1, 8, 16384, 77, 40, 2)
 
 
 @pytest.mark.parametrize("source", ["sd99", "pyproject.toml", "no/such.yaml"])

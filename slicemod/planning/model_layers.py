@@ -1,0 +1,76 @@
+"""The attention layers of a model: of SD1.5 and SDXL from a table, of any other as its UNet is run without memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from slicemod.call import AttentionShape
+from slicemod.planning.layers_alike import LayersAlike
+
+
+class ModelLayers(NamedTuple):
+    """The attention layers of a model, for one image in float32.
+
+    Attributes:
+        pixels: edge of the images that it was trained on.
+        step: edges that it takes are multiples of this.
+        layers: those alike together, largest first.
+    """
+
+    pixels: int
+    step: int
+    layers: tuple[LayersAlike, ...]
+
+
+def _of_stable_diffusion(pixels: int, step: int, *rows: tuple[int, ...]) -> ModelLayers:
+    layers = [LayersAlike(AttentionShape(1, *sizes, itemsize=4), count, pixels) for count, *sizes in rows]
+    return ModelLayers(pixels, step, tuple(layers))
+
+
+# As recorded from the UNets, which takes diffusers, and seconds to load it: tests hold the two together. A row is how
+# many layers there are, heads, queries, keys, channels of a head.
+KNOWN_LAYERS = {
+    "sd15": _of_stable_diffusion(
+        512,
+        64,
+        (5, 8, 4096, 4096, 40),
+        (5, 8, 1024, 1024, 80),
+        (5, 8, 4096, 77, 40),
+        (5, 8, 1024, 77, 80),
+        (5, 8, 256, 256, 160),
+        (5, 8, 256, 77, 160),
+        (1, 8, 64, 77, 160),
+        (1, 8, 64, 64, 160),
+    ),
+    "sdxl": _of_stable_diffusion(
+        1024,
+        32,
+        (10, 10, 4096, 4096, 64),
+        (60, 20, 1024, 1024, 64),
+        (10, 10, 4096, 77, 64),
+        (60, 20, 1024, 77, 64),
+    ),
+}
+
+
+def layers_of(model: str) -> ModelLayers:
+    """The layers of a model, as `find_unet` takes it.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return KNOWN_LAYERS[model] if model in KNOWN_LAYERS else recorded_layers(model)
+
+
+def recorded_layers(model: str) -> ModelLayers:
+    """`layers_of`, by running the UNet.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from slicemod.planning.attention_calls import record_attention_calls
+    from slicemod.planning.unets import find_unet
+
+    source = find_unet(model)
+    layers = tuple(record_attention_calls(model, batch=1, itemsize=4))
+    return ModelLayers(source.config["sample_size"] * source.latent_pixels, source.resolution_step, layers)

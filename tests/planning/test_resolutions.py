@@ -1,0 +1,18 @@
+"""Resolutions that a model does not take are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from slicemod.planning.resolutions import HIGHEST_RESOLUTION, check_resolutions
+from slicemod.user_error import UserError
+
+
+@pytest.mark.parametrize(("pixels", "nearest"), [(0, 64), (500, 512), (2**14 + 64, 2**14), (-64, 64)])
+def test_a_wrong_one_is_named_and_so_is_the_nearest(pixels: int, nearest: int) -> None:
+    with pytest.raises(UserError, match=f"got {pixels}. Take {nearest}."):
+        check_resolutions([512, pixels], 64)
+
+
+def test_multiples_of_the_step_will_do() -> None:
+    check_resolutions([32, 96, HIGHEST_RESOLUTION], 32)
