@@ -33,7 +33,9 @@ def call(**more: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_kernel_and_the_plan_are_those_of_the_call(
     dtype: torch.dtype, training: bool, more: dict[str, Any]
 ) -> None:
-    inputs = tuple(tensor.requires_grad_(training) for tensor in call(dtype=dtype))
+    inputs = call(dtype=dtype)
+    for tensor in inputs:
+        tensor.requires_grad_(training)
     slicing = {"budget": "64MiB"}
     told = explain(*inputs, **more, slicing=slicing)
     assert [answer.kernel for answer in told] == [kernel.name for kernel in kernels.KERNELS]
@@ -43,8 +45,9 @@ def test_the_kernel_and_the_plan_are_those_of_the_call(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_tensors_without_memory_are_answered_as_those_with(dtype: torch.dtype, training: bool) -> None:
-    there = [tensor.requires_grad_(training) for tensor in call(dtype=dtype)]
-    meta = [tensor.detach().to("meta").requires_grad_(training) for tensor in there]
+    there, meta = call(dtype=dtype), call(dtype=dtype, device="meta")
+    for tensor in (*there, *meta):
+        tensor.requires_grad_(training)
     slicing = {"budget": "64MiB"}
     assert explain(*meta, slicing=slicing, device="cpu") == explain(*there, slicing=slicing)
 
@@ -56,7 +59,9 @@ def test_a_device_that_is_not_there_is_planned_for() -> None:
     sliced = explain(
         *call(device="meta", dtype=torch.float16), slicing={"budget": 2**26, "kernel": "math"}, device="cuda"
     )
-    assert taken(sliced).plan.upcast
+    plan = taken(sliced).plan
+    assert plan is not None
+    assert plan.upcast
 
 
 def test_tensors_without_memory_need_a_device() -> None:

@@ -16,6 +16,7 @@ from slicemod import torch_internals
 ROOT = Path(__file__).parents[1]
 ENGINE = ROOT / "slicemod"
 SOURCE = Path(torch_internals.__file__).read_text(encoding="utf-8")
+QUOTES = "'\""
 NAMES = [
     node.args[0].value
     for node in ast.walk(ast.parse(SOURCE))
@@ -78,10 +79,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.Attribute):
             yield from _if_private(_dotted(node, known))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            name = node.args[1]
-            yield from _if_private(
-                f"{_dotted(node.args[0], known)}.{name.value if isinstance(name, ast.Constant) else ''}"
-            )
+            yield from _if_private(f"{_dotted(node.args[0], known)}.{ast.unparse(node.args[1]).strip(QUOTES)}")
 
 
 def _if_private(name: str) -> Iterator[str]:

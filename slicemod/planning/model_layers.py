@@ -22,8 +22,11 @@ class ModelLayers(NamedTuple):
     layers: tuple[LayersAlike, ...]
 
 
-def _of_stable_diffusion(pixels: int, step: int, *rows: tuple[int, ...]) -> ModelLayers:
-    layers = [LayersAlike(AttentionShape(1, *sizes, itemsize=4), count, pixels) for count, *sizes in rows]
+def _of_stable_diffusion(pixels: int, step: int, *rows: tuple[int, int, int, int, int]) -> ModelLayers:
+    layers = [
+        LayersAlike(AttentionShape(1, heads, queries, keys, channels, 4), count, pixels)
+        for count, heads, queries, keys, channels in rows
+    ]
     return ModelLayers(pixels, step, tuple(layers))
 
 
