@@ -1,6 +1,7 @@
-"""The ways to compute attention: `KERNELS` lists them, best first. All that chooses or plans reads this list.
+"""The ways to compute attention. `KERNELS` lists them, best first; everything that chooses or plans reads this list.
 
-A kernel is a folder here, whose `kernel.py` says what it can do, what it takes and when it pays off, and a line below.
+A kernel is a folder here and a line in the list. The folder's `kernel.py` says what the kernel can run, how many bytes
+it takes, and when it pays off.
 """
 
 from slicemod.kernels.fused.float32_kernel import Float32FlashKernel
@@ -18,10 +19,10 @@ KERNELS: tuple[Kernel, ...] = (
 
 
 def kernel_named(name: str) -> Kernel:
-    """The kernel of the list with this name.
+    """The kernel with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no kernel has this name.
     """
     for kernel in KERNELS:
         if kernel.name == name:

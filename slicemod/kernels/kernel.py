@@ -1,4 +1,5 @@
-"""What a kernel is: a way to compute attention that says itself what it can do, what it takes and when it pays off."""
+"""What a kernel is: a way to compute attention that knows what it can run, how many bytes it takes, and when it pays
+off."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ _LOGSUMEXP_BYTES = 4  # a row's log-sum-exp, in float32
 
 
 class Terms(NamedTuple):
-    """What a user asks of a plan, besides a budget.
+    """What the user asks of a plan, besides the budget. The fields are those of `SliceConfig`.
 
     Attributes:
         policy: who decides the number of slices.
-        steps: the number of slices along the queries, where it is given.
+        steps: the number of slices along the queries, if the user gave it.
         checkpoint: the backward pass recomputes each slice.
         upcast: scores are computed in float32.
     """
@@ -31,7 +32,7 @@ class Terms(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call besides its tensors, as `F.scaled_dot_product_attention` has them.
+    """The arguments of a call besides its tensors. The first four are those of `F.scaled_dot_product_attention`.
 
     Attributes:
         dropout_p: probability of dropping an attention weight.
@@ -39,7 +40,7 @@ class Arguments(NamedTuple):
         scale: factor of the scores; None for `1 / sqrt(D)`.
         enable_gqa: key and value may have fewer heads than query.
         training: gradients will be needed.
-        choice: on CUDA, the value of the `SDPBackend` that PyTorch would run; None where it was not asked.
+        choice: on CUDA, the value of the `SDPBackend` that PyTorch would run; None if PyTorch was not asked.
     """
 
     dropout_p: float = 0.0
@@ -58,9 +59,9 @@ class Kernel(ABC):
     """One way to compute attention. `slicemod.kernels.KERNELS` lists all of them, best first.
 
     Attributes:
-        name: what it is called in `SliceConfig.kernel` and in plans.
-        summary: what it is, in a line.
-        takes_steps: it can be told its number of slices, `SliceConfig.steps`.
+        name: its name in `SliceConfig.kernel` and in plans.
+        summary: one line that says what it is.
+        takes_steps: the user can give its number of slices, `SliceConfig.steps`.
     """
 
     name: ClassVar[str]
@@ -73,30 +74,31 @@ class Kernel(ABC):
 
     @abstractmethod
     def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan | None:
-        """The plan of a call without obstacle, with the bytes that it takes; None where these are more than are free.
+        """The plan of a call that has no obstacle, with the bytes that it takes. None if these exceed `free_bytes`.
 
         Raises:
-            NotEnoughMemoryError: there is none, and the kernel knows more about it than what it needs.
+            NotEnoughMemoryError: no plan fits. Kernels raise this instead of returning None if they have more to say
+                than how many bytes they need.
         """
 
     @abstractmethod
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
-        """Attention of query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)` and a 4-D mask by a plan.
+        """Compute attention of query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)` and a 4-D mask.
 
-        Can be traced for compilation.
+        It follows the plan, and can be traced for compilation.
 
         Returns:
             `(B, H, N, Dv)`.
         """
 
     def pays_off(self, call: CallSpec) -> bool:
-        """No kernel further down the list is measured to be faster for this call."""
+        """Whether no kernel further down the list is known, by measurement, to be faster for this call."""
         return True
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
-        """`attend` for calls like this one, which is kept: of these sizes, strides, dtypes and arguments.
+        """A function that does what `attend` does, for later calls with these sizes, strides, dtypes and arguments.
 
-        Only where nothing traces, transforms or counts operators.
+        It is called only if nothing traces, transforms or counts operators.
         """
 
         def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,5 +107,5 @@ class Kernel(ABC):
         return run
 
     def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
-        """Bytes that it keeps from forward to backward beyond inputs and output: a number for each row, mostly."""
+        """Bytes that it keeps from forward to backward, beyond inputs and output. Here one number for each row."""
         return shape.batch_heads * shape.queries * _LOGSUMEXP_BYTES if training else 0

@@ -1,10 +1,10 @@
-"""The tensors that kernels write their results into."""
+"""Makes the tensors that kernels write their results into."""
 
 from torch import Tensor
 
 
 def empty_heads(like: Tensor, width: int) -> Tensor:
-    """Empty `(B, H, N, width)` laid out as `(B, N, H, width)`, so that a layer merges its heads without a copy."""
+    """An uninitialised `(B, H, N, width)`, laid out as `(B, N, H, width)`: a layer merges its heads without a copy."""
     batch, heads, tokens, _ = like.shape
     return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
@@ -12,7 +12,7 @@ def empty_heads(like: Tensor, width: int) -> Tensor:
 def empty_gradients(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, needs: tuple[bool, bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised gradients of those tensors that need one, else tensors without elements."""
+    """Uninitialised gradients for the tensors that need one, and tensors without elements for the others."""
     grads = [
         empty_heads(tensor, tensor.shape[3]) if needed else tensor.new_empty(0)
         for tensor, needed in zip((query, key, value), needs, strict=False)

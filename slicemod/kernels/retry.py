@@ -1,6 +1,6 @@
-"""What happens when a device runs out of memory in spite of a plan: smaller slices, said once.
+"""What happens if a device runs out of memory although the plan fitted: smaller slices, and one warning.
 
-A plan counts what attention allocates, but others allocate too, and memory fragments.
+A plan counts what attention allocates. But other code allocates too, and memory fragments.
 """
 
 import gc
@@ -15,27 +15,28 @@ from slicemod.kernels.sliced.loop import SlicedCall
 
 Result = TypeVar("Result")
 
-# How allocators say it that do not raise torch.OutOfMemoryError: the CPU's, and Metal's.
+# Texts in the errors of allocators that do not raise torch.OutOfMemoryError: the CPU's and Metal's.
 _MESSAGES = ("can't allocate memory", "out of memory", "Invalid buffer size")
 
 SAID_OF: set[str] = set()  # device types that the warning was given for
 
 
 class SmallerSlicesWarning(RuntimeWarning):
-    """A device ran out of memory, and attention went on in smaller slices than planned."""
+    """A device ran out of memory, and attention continued in smaller slices than planned."""
 
 
 def with_smaller_slices(
     run: Callable[[SlicedCall], Result], call: SlicedCall, queries: int, device: torch.device
 ) -> Result:
-    """`run(call)`; where the device runs out of memory, again with half the rows, and at one row half the heads.
+    """`run(call)`. If the device runs out of memory, it runs again with half the rows, then with half the heads.
 
-    Chunks of keys, where a plan has them, are halved last.
+    Chunks of keys, if the plan has them, are halved last.
 
-    With dropout there is no second try: the draw belongs to the slices, and backward has to repeat that of forward.
+    With dropout there is no second try: each slice draws its own random numbers, and the backward pass has to draw the
+    same ones as the forward pass.
 
     Raises:
-        RuntimeError: the device runs out of memory with the smallest slices as well.
+        RuntimeError: the device runs out of memory even with the smallest slices.
     """
     call = replace(call, rows=max(1, min(call.rows, queries)))
     while True:
@@ -45,7 +46,7 @@ def with_smaller_slices(
             if not ran_out(error) or call.dropout_p > 0 or (call.rows == 1 and call.heads == 1 and call.keys <= 1):
                 raise
             reason = str(error).splitlines()[0]
-        # Out of the handler, whose traceback would keep the tensors of the failed try.
+        # This is outside of the except block, because the traceback keeps the tensors of the failed try alive.
         smaller = _halved(call)
         say_once(device, f"slices of {_sizes(call)}", _sizes(smaller), reason)
         call = smaller
@@ -55,10 +56,10 @@ def with_smaller_slices(
 
 
 def with_fewer_threads(run: Callable[[int], Result], threads: int) -> Result:
-    """`run(threads)` on the CPU; where that runs out of memory, again with half the threads, each of which takes some.
+    """`run(threads)` on the CPU. If that runs out of memory, it runs again with half the threads, which take less.
 
     Raises:
-        RuntimeError: it runs out of memory with one thread as well.
+        RuntimeError: it runs out of memory even with one thread.
     """
     while True:
         try:
@@ -73,7 +74,7 @@ def with_fewer_threads(run: Callable[[int], Result], threads: int) -> Result:
 
 
 def ran_out(error: RuntimeError) -> bool:
-    """An allocator said that there is no more memory."""
+    """Whether the error is an allocator's, for lack of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in _MESSAGES)
 
 
@@ -86,7 +87,7 @@ def _halved(call: SlicedCall) -> SlicedCall:
 
 
 def say_once(device: torch.device, tried: str, smaller: str, reason: str) -> None:
-    """Warn of what did not fit, once for each type of device."""
+    """Warn of the slices that did not fit, once for each type of device."""
     if device.type in SAID_OF:
         return
     SAID_OF.add(device.type)

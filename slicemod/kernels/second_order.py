@@ -1,6 +1,6 @@
 """Gradients that can be differentiated again, for `backward(create_graph=True)` through any kernel.
 
-They are rare enough to be taken unsliced: a second derivative keeps the memory that full attention takes.
+They are rarely needed, so they are computed without slices, in as much memory as full attention takes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slicemod.kernels.kernel import Arguments, Inputs
 
 
 class Formula(NamedTuple):
-    """Which function attention is, as far as its derivatives go.
+    """The settings of attention that its derivatives depend on.
 
     Attributes:
         scale: factor of the scores.
@@ -35,10 +35,10 @@ class Formula(NamedTuple):
 def differentiable_gradients(
     grad_output: Tensor, inputs: Inputs, formula: Formula, needs: tuple[bool, bool, bool, bool]
 ) -> list[Tensor | None]:
-    """Gradients of query, key, value and mask, those that `needs` names, as functions of all inputs.
+    """Gradients of query, key, value and mask as functions of all inputs. Those that `needs` leaves out are None.
 
     Raises:
-        NotImplementedError: with dropout, whose draw belongs to the slices.
+        NotImplementedError: with dropout, because each slice draws its own random numbers.
     """
     if formula.dropout_p > 0:
         raise NotImplementedError(
@@ -69,10 +69,11 @@ def _attention(inputs: Inputs, formula: Formula) -> Tensor:
 
 
 def with_second_derivatives(output: Tensor, inputs: Inputs, more: Arguments) -> Tensor:
-    """The output of PyTorch's fused attention, whose gradients have no derivatives, as one whose gradients have them.
+    """The output of PyTorch's fused attention, made so that its gradients can be differentiated again.
 
-    `backward()` goes through PyTorch's kernel as before, and nothing is kept that it does not keep as well;
-    `backward(create_graph=True)` takes the formula instead.
+    `backward()` goes through PyTorch's kernel as before, and no more tensors are kept for it. Only
+    `backward(create_graph=True)` computes the gradients by the formula above, because those of PyTorch's kernel cannot
+    be differentiated.
     """
     query = inputs[0]
     formula = Formula(scale_of(query, more.scale), more.is_causal, dropout_p=more.dropout_p)
@@ -92,6 +93,6 @@ class _TwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
-            return (grad_outputs[0], *[None] * 5)  # PyTorch's kernel takes it from here
+            return (grad_outputs[0], *[None] * 5)  # on to the backward pass of PyTorch's kernel
         needs = ctx.needs_input_grad[2:]
         return None, None, *differentiable_gradients(grad_outputs[0], ctx.saved_tensors, ctx.formula, needs)

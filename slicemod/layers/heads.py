@@ -1,7 +1,7 @@
-"""The heads of attention: `(B, N, H D)`, as projections have it, seen as `(B, H, N, D)`, and back.
+"""The heads of attention: from `(B, N, H D)`, which projections give, to `(B, H, N, D)`, and back.
 
-In two calls of PyTorch each: where a layer's products have emptied the caches, einops' recipes cost as much as its
-attention to a few tokens.
+Each takes two calls of PyTorch. einops would be clearer, but after a layer's large products its recipes cost as much
+time as attention to a few tokens.
 """
 
 from torch import Tensor
@@ -14,5 +14,5 @@ def split_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def merge_heads(tensor: Tensor) -> Tensor:
-    """`(B, H, N, D)` as `(B, N, H D)`; without a copy where it is laid out so."""
+    """`(B, H, N, D)` as `(B, N, H D)`, without a copy if the memory is laid out as `(B, N, H, D)`."""
     return tensor.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""The inputs of attention: checked, cast as autocast asks, and seen as `(B, H, N, D)`."""
+"""Checks the inputs of attention, casts them under autocast, and views them as `(B, H, N, D)`."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,10 +16,10 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 def check_inputs(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
 ) -> None:
-    """Raise for what no attention can be computed of.
+    """Raises if no attention can be computed of these inputs.
 
     Raises:
-        ValueError: sizes, dtypes, devices or settings that do not go together; names the argument.
+        ValueError: sizes, dtypes, devices or settings do not go together. The message names the argument.
         NotImplementedError: an input carries a tangent of forward-mode differentiation.
     """
     named = {"query": query, "key": key, "value": value}
@@ -73,8 +73,8 @@ def _has_tangent(tensor: Tensor) -> bool:
 def autocast_inputs(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As the autocast of SDPA: a floating-point tensor, float64 apart, takes the autocast dtype."""
-    if not is_any_autocast_enabled():  # one question instead of a device's name and two
+    """The inputs as SDPA's autocast casts them: floating-point tensors, except float64, get the autocast dtype."""
+    if not is_any_autocast_enabled():  # faster than the questions below
         return query, key, value, attn_mask
     device = query.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -92,7 +92,11 @@ def _cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
 def as_four_dims(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Views as `(B, H, N, D)`, `(B, Hk, M, D)`, `(B, Hk, M, Dv)` and a mask with 4 dimensions."""
+    """The inputs as `(B, H, N, D)`, `(B, Hk, M, D)`, `(B, Hk, M, Dv)` and a mask with 4 dimensions.
+
+    Raises:
+        ValueError: the sizes of key, value or mask do not go with those of query.
+    """
     lead, heads = query.shape[:-3], query.shape[-3:-2]
     key_heads = key.shape[-3:-2] if enable_gqa else heads
     try:

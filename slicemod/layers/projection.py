@@ -1,7 +1,8 @@
-"""A layer's projections: on a CPU in two halves of their rows, where that is faster.
+"""The projections of a layer. On a CPU they are computed in two halves of their rows if that is faster.
 
-oneDNN leaves some half-precision products to one thread that it shares among all of them when they come as two. Which
-ones is its affair, so it is measured: once for each size of product that is small enough for that to take milliseconds.
+oneDNN computes some products in half precision by one thread, though it would use all threads for each half of the
+rows. For which sizes it does this is not documented. So both ways are timed, once for each size of product that is
+small enough for this to take only milliseconds.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ from slicemod.watched import is_watched
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
-# Multiplications of a product that is measured: smaller ones are not worth two calls, larger ones are shared.
+# How many multiplications a product has that is timed. Smaller products are not worth two calls; for larger ones oneDNN
+# uses all threads.
 _LEAST_PRODUCTS, _MOST_PRODUCTS = 2**27, 2**29
-# Without instructions for it, a product takes too long to be measured. By vectors of bfloat16 oneDNN shares every
-# product among its threads, and takes more memory for a half than for the whole.
+# How oneDNN multiplies where it is timed (`cpu_products`). Without instructions for a dtype a product takes too long to
+# be timed. By vectors of bfloat16, oneDNN uses all threads anyway, and takes more memory for a half than for the whole.
 _MEASURED_PRODUCTS = ("tiles", "float16")
 _ROUNDS = 5
-_CLEARLY = 0.9  # of the time that the whole takes
+_CLEARLY = 0.9  # the halves have to take less than this share of the time of the whole
 
-# By all that the time depends on.
+# Whether halves are faster, by everything that this depends on.
 _known_sizes: dict[tuple[Any, ...], bool] = {}
 _MOST_KNOWN_SIZES = 4096
 
 
 def project(module: Any, x: Tensor) -> Tensor:
-    """`module(x)`; a plain `nn.Linear` in two halves of the rows where they give the same bits sooner.
+    """`module(x)`. A plain `nn.Linear` runs in two halves of its rows if this gives the same bits in less time.
 
-    One that an `nn.Sequential` starts with as well. Neither way, nor finding out which, takes more memory than the
-    result and what oneDNN takes for a product.
+    In an `nn.Sequential` this holds for each of its parts. Neither way, nor timing them, takes more memory than the
+    result and what oneDNN takes for one product.
     """
     if x.is_cpu and x.dtype in _HALF_PRECISION:
         if type(module) is nn.Sequential and _is_plain(module, x):
@@ -55,18 +57,18 @@ def project(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_plain(module: nn.Module, x: Tensor) -> bool:
-    """Nobody looks on, and nobody would miss the call of the module where its parts are called instead."""
+    """Nothing watches the operators, and no hook or changed `forward` would be missed if the module is not called."""
     if is_watched(x) or has_any_global_hook():
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    # Some hosts of models put a forward of their own into a module, or into all of a class.
+    # Some programs put a forward of their own into a module, or into its class.
     own = type(module).forward.__globals__ is vars(sys.modules[type(module).__module__])
     return own and "forward" not in vars(module) and module._compiled_call_impl is None
 
 
 def _is_product(linear: nn.Linear, x: Tensor) -> bool:
-    """It is one product of plain tensors on a CPU, without gradients."""
+    """The module is one product of plain tensors on a CPU, and no gradient is needed."""
     if is_any_autocast_enabled() or differentiates_forward():
         return False
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
@@ -95,7 +97,7 @@ def _is_faster_in_halves(linear: nn.Linear, x: Tensor) -> bool:
 
 
 def _measured(linear: nn.Linear, x: Tensor) -> bool:
-    """Both ways have the same result, and the halves clearly sooner; there is only one result at a time."""
+    """Whether both ways give the same result and the halves are clearly faster. It holds one result at a time."""
     if cpu_products(x.dtype) not in _MEASURED_PRODUCTS:
         return False
     sums: list[tuple[Tensor, Tensor]] = []
@@ -113,7 +115,7 @@ def _measured(linear: nn.Linear, x: Tensor) -> bool:
 
 
 def _sums_of_bits(output: Tensor) -> tuple[Tensor, Tensor]:
-    """What tells one result from another, of each row and each column, where a copy would take memory."""
+    """Sums of the bits of each row and each column, to compare two results without keeping a copy of one."""
     bits = output.view(torch.int16).flatten(0, -2)
     return bits.sum(0, dtype=torch.int16), bits.sum(1, dtype=torch.int16)
 

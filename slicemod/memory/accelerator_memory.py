@@ -1,4 +1,4 @@
-"""What a GPU, or another accelerator of PyTorch's, has free."""
+"""The free memory of a GPU, or of another accelerator that PyTorch supports."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import torch
 
 
 def free_accelerator_memory(device: torch.device) -> int | None:
-    """Bytes that the driver has free, and those that PyTorch's cache holds unused; None where PyTorch tells neither.
+    """Bytes that the driver has free, plus bytes that PyTorch's cache holds unused. None if PyTorch cannot tell.
 
-    It asks `mem_get_info` and the allocator's statistics, which CUDA, ROCm and XPU have.
+    It calls `mem_get_info` and reads the allocator's statistics, which PyTorch has for CUDA, ROCm and XPU.
     """
     backend: Any = getattr(torch, device.type, None)
     if not hasattr(backend, "mem_get_info") or not hasattr(backend, "memory_stats_as_nested_dict"):
         return None
-    # Nested as it comes; to sort it flat takes PyTorch longer than the rest of a call.
+    # The nested form: PyTorch takes longer to flatten the statistics than for the rest of a call.
     stats = backend.memory_stats_as_nested_dict(device)
     cached = _current(stats, "reserved_bytes") - _current(stats, "active_bytes")
     return int(backend.mem_get_info(device)[0] + cached)
@@ -26,7 +26,7 @@ def _current(stats: dict[str, Any], name: str) -> int:
 def free_metal_memory() -> int:
     """Bytes of Metal's recommended working set that no tensor occupies; never less than 0.
 
-    What the driver has allocated beyond the tensors (`driver_allocated_memory - current_allocated_memory`) is PyTorch's
-    cache, which it reuses, or frees before it runs out. So that counts as free.
+    PyTorch's cache, which is `driver_allocated_memory - current_allocated_memory`, counts as free: PyTorch reuses it,
+    and frees it before it runs out of memory.
     """
     return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())

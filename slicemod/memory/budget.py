@@ -19,11 +19,11 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*(|b|[kmgt]i?b)", f
 
 @dataclass(frozen=True)
 class Budget:
-    """What attention may take: either a number of bytes, or a share of what its device has free.
+    """What attention may take: a number of bytes, or a share of its device's free memory.
 
     Attributes:
-        bytes: at least 1; None where it is a share.
-        share: of the free memory, above 0 and at most 1; it counts where there are no bytes.
+        bytes: at least 1. None if the budget is a share.
+        share: of the free memory, above 0 and at most 1. It is used only if `bytes` is None.
     """
 
     bytes: int | None = None
@@ -33,9 +33,8 @@ class Budget:
     def parse(cls, budget: object) -> Budget:
         """The budget that a user wrote.
 
-        A whole number is bytes. A number with a point or an exponent is a share up to 1, and bytes if it is whole and
-        above 1: YAML reads 1e9 as such. A text means the number that it writes; in one with a unit, upper and lower
-        case are alike.
+        A whole number is bytes. A float is a share if it is at most 1. Above 1 it has to be whole and is bytes, because
+        YAML reads 1e9 as a float. A text means the number in it. It may have a unit, in upper or lower case.
 
         Raises:
             ValueError: `budget` has none of the accepted forms, or is not positive.
@@ -57,15 +56,15 @@ class Budget:
         return cls(bytes=number)
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes that it allows on `device`, whose free memory is read only for a share of it.
+        """Bytes that the budget allows on `device`. The device's free memory is read only if the budget is a share.
 
         Raises:
-            RuntimeError: it is a share, and the device does not say what is free.
+            RuntimeError: the budget is a share, and the free memory of the device cannot be read.
         """
         return int(self.share * free_memory(device)) if self.bytes is None else self.bytes
 
     def surely_allows(self, size: int, device: torch.device) -> bool:
-        """It allows `size` bytes on `device`, and that is known without another look at the device."""
+        """Whether it is known, without reading the device's memory again, that the budget allows `size` bytes."""
         if self.bytes is not None:
             return size <= self.bytes
         free = surely_free(device)
@@ -73,7 +72,7 @@ class Budget:
 
 
 def _number_written(text: str) -> int | float | None:
-    """The number that `text` writes: an int of bytes if it has a unit or is whole; None if it writes none."""
+    """The number in `text`: an int of bytes if it has a unit or is whole, otherwise a float. None if there is none."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""What the control groups of Linux leave a process: the memory limits of containers and services."""
+"""What the control groups of Linux (cgroups), the memory limits of containers and services, leave to this process."""
 
 import re
 from functools import cache
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from slicemod.memory.kernel_file import KernelFile
 
-# cgroup v1 writes "no limit" as the largest page-aligned 63-bit int.
+# cgroup v1 writes "no limit" as the largest 63-bit number that is a multiple of the page size.
 _CGROUP_V1_UNLIMITED = 1 << 62
 
 
 class _Cgroup(NamedTuple):
-    """The files that tell a cgroup's memory, and what its cache that the kernel can drop is called."""
+    """The files with a cgroup's memory, and the name by which its `stat` file lists cache that the kernel can drop."""
 
     limit: KernelFile
     usage: KernelFile
@@ -21,13 +21,13 @@ class _Cgroup(NamedTuple):
 
 
 def cgroup_headrooms(membership: Path, mount: Path) -> list[int]:
-    """Bytes left under the memory limit of every cgroup v1 and v2 ancestor that has one.
+    """Bytes left below the memory limit of each cgroup, v1 or v2, that this process is in, ancestors included.
+
+    Page cache that the kernel can drop (`inactive_file`) counts as free.
 
     Args:
         membership: the process's list of cgroups, `/proc/self/cgroup`.
         mount: where cgroups are mounted, `/sys/fs/cgroup`.
-
-    Page cache that the kernel can drop (`inactive_file`) counts as free.
     """
     headrooms: list[int] = []
     for group in _memory_cgroups(membership, mount):
@@ -40,13 +40,13 @@ def cgroup_headrooms(membership: Path, mount: Path) -> list[int]:
 
 @cache
 def _memory_cgroups(membership: Path, mount: Path) -> tuple[_Cgroup, ...]:
-    """The cgroups that account the process's memory; looked up once, as they stay while it runs."""
+    """The cgroups that limit the process's memory. They are looked up once: they rarely change while it runs."""
     if not membership.exists():
         return ()
     found: list[_Cgroup] = []
     for line in membership.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # v2, at the mount itself or beside v1
+        if controllers == "":  # v2, mounted at the mount itself, or in "unified" beside v1
             for root in (mount, mount / "unified"):
                 found += _ancestors(root, path, "memory.max", "memory.current", b"inactive_file")
         elif "memory" in controllers.split(","):
@@ -56,7 +56,7 @@ def _memory_cgroups(membership: Path, mount: Path) -> tuple[_Cgroup, ...]:
 
 
 def _ancestors(root: Path, path: str, limit: str, usage: str, cache: bytes) -> list[_Cgroup]:
-    """The group at `path` and those above it up to `root` that have a limit; a container sees only some of them."""
+    """The group at `path` and the groups above it, up to `root`, that have a limit and can be seen from a container."""
     group = root / path.lstrip("/")
     folders = [folder for folder in (group, *group.parents) if root in (folder, *folder.parents)]
     return [

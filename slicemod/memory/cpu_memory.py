@@ -1,4 +1,4 @@
-"""What a process can still allocate of a machine's memory, by what the operating system says."""
+"""How much memory this process can still allocate, according to the operating system."""
 
 import ctypes
 import re
@@ -22,11 +22,11 @@ _MEM_AVAILABLE = re.compile(rb"^MemAvailable: *(\d+) kB$", flags=re.MULTILINE)
 
 
 def free_cpu_memory() -> int | None:
-    """Bytes that the process can still allocate, never less than 0; None where the system does not say.
+    """Bytes that the process can still allocate, never less than 0. None if the system does not say.
 
-    Linux: the smallest of available RAM, the headroom of every cgroup (v1 and v2) that the process is in, and the
-    headroom under `RLIMIT_AS`. macOS: pages that it can hand out. Windows: the smaller of available RAM and of what may
-    still be committed, which the page file bounds.
+    Linux: the smallest of the available RAM, what is left below the limit of each cgroup (v1 and v2) that the process
+    is in, and what is left below `RLIMIT_AS`. macOS: the pages that the system can hand out. Windows: the available
+    RAM, or what the system still commits if that is less; the page file bounds it.
     """
     if sys.platform == "darwin":
         return macos_available()
@@ -40,7 +40,7 @@ def free_cpu_memory() -> int | None:
     readings = [available, *cgroup_headrooms(_MEMBERSHIP, _CGROUP_MOUNT)]
     if has_limited_addresses():
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        pages = int(_STATM.read_bytes().split()[0])  # opened each time: it is that of the process that opened it
+        pages = int(_STATM.read_bytes().split()[0])  # opened each time: after a fork an open one is the parent's
         readings.append(limit - pages * resource.getpagesize())
     return max(0, min(readings))
 
@@ -64,7 +64,7 @@ def linux_available(meminfo: Path) -> int | None:
 
 
 def macos_available() -> int | None:
-    """Bytes of free, inactive, speculative and purgeable pages, as macOS's own `vm_stat` counts them."""
+    """Bytes of free, inactive, speculative and purgeable pages, as the command `vm_stat` of macOS counts them."""
     text = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, encoding="utf-8", check=True).stdout
     page = re.search(r"page size of (\d+) bytes", text)
     pages = re.findall(r"Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", text)
@@ -88,13 +88,13 @@ class _MemoryStatus(ctypes.Structure):
 
 
 def windows_available(kernel32: Any) -> int | None:
-    """Bytes of RAM that are available, or that may still be committed if that is less; None where the call fails.
+    """Bytes of available RAM, or bytes that Windows still commits if that is less. None if the call fails.
 
-    Windows promises memory when it is allocated, not when it is first written to: an allocation beyond what may be
-    committed fails, however much RAM is free.
+    Windows promises memory when it is allocated, not when it is first written to. So an allocation beyond what it still
+    commits fails, however much RAM is free.
 
     Args:
-        kernel32: Windows' library of this name.
+        kernel32: the Windows library with this name.
     """
     status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
     if not kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):

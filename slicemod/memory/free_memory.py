@@ -1,4 +1,4 @@
-"""`free_memory`: the one place that asks how much memory a device has free, and what is left of the last answer."""
+"""`free_memory`: the one place that reads a device's free memory, and decides how long a reading is used."""
 
 import math
 import sys
@@ -13,25 +13,27 @@ from slicemod.memory.cpu_memory import free_cpu_memory, has_limited_addresses
 _CPU = torch.device("cpu")
 _NEVER = 0, -math.inf
 
-# How long an answer is of use at all, in seconds: about as long as the call that it was read for takes.
+# How long a reading is used at most, in seconds. An attention call takes about as long, and a plan has to hold during
+# it anyway.
 _RECENT = 0.01
-# More than a machine writes: a fast one writes 0.5 TB/s to its memory.
+# Memory is in use once something is written to it. No machine writes this fast: the memory of a large server takes
+# about 0.5 TB/s.
 _CPU_BYTES_PER_SECOND = 2**40
-_SMALL_SHARE = 1 / 16
+_SMALL_SHARE = 1 / 16  # of an accelerator's free memory, see `left_of_accelerator_memory`; a choice, not measured
 
 
 def _nothing(free: int, age: float) -> float:
-    """What is left of an answer that holds for no time."""
+    """For readings that must not be used again."""
     return 0
 
 
 class MemoryProbe:
-    """Says how much memory the devices of one type have free, and remembers the last answer for each of them.
+    """Reads the free memory of the devices of one type, and remembers the last reading of each device.
 
     Args:
-        read: bytes that can still be allocated on a device; None where that cannot be told.
-        remains: how many of the bytes that were free are certain to be free so many seconds later. The default is
-            none, so that every question is answered by `read`.
+        read: takes a device, and returns the bytes that can still be allocated there; None if that cannot be told.
+        remains: takes the bytes that were free and the seconds since then, and returns how many are certainly still
+            free. By default none are, so every question is answered by `read`.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class MemoryProbe:
         """Bytes that can be allocated on `device` now.
 
         Raises:
-            RuntimeError: that cannot be told.
+            RuntimeError: the free memory of the device cannot be read.
         """
         read_at = time.monotonic()
         free = self._read(device)
@@ -58,16 +60,16 @@ class MemoryProbe:
         return free
 
     def surely_free(self, device: torch.device) -> float:
-        """Bytes that are free on `device` by the last answer, without another look; 0 where that is too old."""
+        """Bytes that are certainly free on `device` according to the last reading; 0 if that is too old."""
         free, read_at = self._last.get(device, _NEVER)
         return self._remains(free, time.monotonic() - read_at)
 
 
 def left_of_cpu_memory(free: int, age: float) -> float:
-    """Bytes of a CPU's memory that are still free `age` seconds after `free` bytes were.
+    """Bytes of a CPU's memory that are still free, `age` seconds after `free` bytes were.
 
-    Memory is in use once it is written to, and nobody writes that fast. An address space is used up without a write:
-    where that is limited, nothing is certain.
+    It subtracts what could have been written in this time. An address space is used up by allocations alone, so nothing
+    is certain if it is limited.
     """
     if age > _RECENT or has_limited_addresses():
         return 0
@@ -75,18 +77,19 @@ def left_of_cpu_memory(free: int, age: float) -> float:
 
 
 def left_of_accelerator_memory(free: int, age: float) -> float:
-    """Bytes of an accelerator's memory to be relied on `age` seconds after `free` bytes were free.
+    """Bytes of an accelerator's memory to rely on, `age` seconds after `free` bytes were free.
 
-    Its memory is taken when it is allocated, out of PyTorch's cache in no time. So this is a small share, and no
-    certainty: but a device that has lost all the rest meanwhile would have no room for the output of the call either.
+    An accelerator's memory is in use as soon as it is allocated, which takes almost no time. So only a small share is
+    relied on. It is not certain, but a device that has lost all the rest in 10 ms would not have room for the output
+    of the call either.
     """
     return 0 if age > _RECENT else free * _SMALL_SHARE
 
 
 _ACCELERATORS = MemoryProbe(free_accelerator_memory, left_of_accelerator_memory)
 
-# By the type of a device; a type without a probe is asked as CUDA is. Add one for a backend of its own, or replace one
-# to see what attention does with less memory.
+# The probe of each device type. A type without a probe is read as CUDA is. You may add one for another backend, or
+# replace one to see what attention does with less memory.
 PROBES: dict[str, MemoryProbe] = {
     "cpu": MemoryProbe(lambda device: free_cpu_memory(), left_of_cpu_memory),
     "mps": MemoryProbe(lambda device: free_metal_memory(), left_of_accelerator_memory),
@@ -96,23 +99,22 @@ PROBES: dict[str, MemoryProbe] = {
 def free_memory(device: torch.device | str) -> int:
     """Bytes that can still be allocated on `device`.
 
-    cuda, ROCm, xpu and other accelerators: what the driver has free plus what PyTorch's cache holds unused.
-    mps: the recommended working set less what tensors occupy. cpu: the smallest of available RAM and of what limits the
-    process: on Linux the headroom of every cgroup (v1 and v2) that it is in and that under `RLIMIT_AS`, on Windows
-    what may still be committed.
+    cuda, ROCm, xpu and other accelerators: what the driver has free, plus what PyTorch's cache holds unused.
+    mps: the recommended working set minus what tensors occupy. cpu: the available RAM, or less if the process is
+    limited: on Linux by a cgroup (v1 or v2) or by `RLIMIT_AS`, on Windows by what the system still commits.
 
     Raises:
-        RuntimeError: the device does not say; name a budget in bytes instead.
+        RuntimeError: the free memory of the device cannot be read. Give the budget in bytes instead.
     """
     device = torch.device(device)
     return _probe_of(device).free(device)
 
 
 def surely_free(device: torch.device) -> float:
-    """Bytes that are known to be free on `device` without a look at it; 0 where nothing is known."""
+    """Bytes that are known to be free on `device`, without reading its memory; 0 if nothing is known."""
     return _probe_of(device).surely_free(device)
 
 
 def _probe_of(device: torch.device) -> MemoryProbe:
-    # Asked at every call on a CPU, and to compare devices takes less time than to tell the type of one.
+    # Every call on a CPU comes here. Comparing two devices is faster than asking a device for its type.
     return PROBES["cpu"] if device == _CPU else PROBES.get(device.type, _ACCELERATORS)

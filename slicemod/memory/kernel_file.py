@@ -1,4 +1,4 @@
-"""Files under `/proc` and `/sys`, which the kernel writes anew for each reading."""
+"""Files under `/proc` and `/sys`, whose content the kernel makes at each reading."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ _READ_AT_ONCE = 2**16  # bytes
 
 
 class KernelFile:
-    """A file that the kernel writes whenever it is read.
+    """A file whose content the kernel makes at each reading.
 
-    It stays open between readings: with a budget of "auto", calls read some of these files often.
+    It stays open between readings, because with the budget "auto" calls read some of these files often.
     """
 
     def __init__(self, path: Path) -> None:
@@ -17,17 +17,18 @@ class KernelFile:
         self._descriptor, self._process = -1, -1
 
     def read(self) -> bytes:
-        """What it says now.
+        """The content of the file now.
 
         Raises:
-            OSError: there is no such file, or it cannot be read.
+            OSError: the file does not exist, or cannot be read.
         """
         process = os.getpid()
         if process != self._process:
-            # A child opens its own: a daemon closes what it was born with, and the numbers are given out again.
+            # A child process opens the file itself: daemons close the files that they inherit, and the system then
+            # gives the same descriptor numbers to other files.
             self._descriptor = os.open(self.path, os.O_RDONLY)
             self._process = process
-        content = more = os.pread(self._descriptor, _READ_AT_ONCE, 0)  # short only at the end: it is one record
+        content = more = os.pread(self._descriptor, _READ_AT_ONCE, 0)  # fewer bytes come only at the end of the file
         while len(more) == _READ_AT_ONCE:
             more = os.pread(self._descriptor, _READ_AT_ONCE, len(content))
             content += more

@@ -1,8 +1,8 @@
-"""Sizes in bytes, written for people."""
+"""Sizes in bytes as text for people."""
 
 
 def size_text(size: int) -> str:
-    """`size` bytes in the largest of B, KiB, MiB and GiB that leaves a number of at least 1.
+    """`size` bytes in the largest of the units B, KiB, MiB and GiB that gives a number of at least 1.
 
     >>> size_text(613), size_text(3 * 2**9), size_text(8_388_608), size_text(3 * 2**29)
     ('613 B', '1.5 KiB', '8.0 MiB', '1.50 GiB')
@@ -15,7 +15,7 @@ def size_text(size: int) -> str:
 
 
 def exact_size_text(size: int) -> str:
-    """`size_text`, and every byte of it.
+    """`size_text` together with the exact number of bytes.
 
     >>> exact_size_text(613), exact_size_text(8_388_608)
     ('613 bytes', '8.0 MiB (8,388,608 bytes)')

@@ -1,1 +1,1 @@
-"""PyTorch's fused attention: when it runs (`obstacles.py`), what it takes, and the same in float32."""
+"""PyTorch's fused attention: when it is certain to run (`obstacles.py`), its bytes, and a variant in float32."""

@@ -1,4 +1,4 @@
-"""What PyTorch's fused attention allocates on a CPU: its flash kernel, and oneDNN inside of it."""
+"""The bytes that PyTorch's fused attention allocates on a CPU, in its flash kernel and in oneDNN inside of it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from slicemod.call import AttentionShape
 from slicemod.half_precision import Products
 from slicemod.kernels.fused.onednn_scratch import flash_scratch_bytes, packed_bytes
 
-# The block sizes of PyTorch's CPU flash kernel (ATen/native/cpu/FlashAttentionKernel.cpp): rows of queries by the
-# query count, and columns of keys.
+# The block sizes of PyTorch's CPU flash kernel, from ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch. A block has
+# so many queries (the second number) from this number of queries of the call on (the first), and so many keys.
 _FLASH_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 _FLASH_KEY_BLOCK = 512
 
@@ -15,10 +15,15 @@ _FLASH_KEY_BLOCK = 512
 def cpu_flash_peak(shape: AttentionShape, threads: int, *, training: bool, products: Products | None = None) -> int:
     """Peak bytes of PyTorch's CPU flash kernel beyond inputs, output and input gradients, on `threads` threads.
 
-    A block of scores, its row statistics and its output for each thread, in float32 and, for half precision,
-    once more as the block enters the second product; the log-sum-exp of every row; the additive copy of a bool
-    mask. After ATen/native/cpu/FlashAttentionKernel.cpp. `products`: how the CPU multiplies this half
-    precision, which takes a scratchpad.
+    These are, according to ATen/native/cpu/FlashAttentionKernel.cpp: for each thread, a block of scores, its row
+    statistics and its output, in float32; for half precision the block of weights once more, rounded for the second
+    product; the log-sum-exp of every row; and the additive copy of a bool mask.
+
+    Args:
+        shape: sizes of the call.
+        threads: PyTorch's threads.
+        training: count the backward pass too.
+        products: how oneDNN multiplies the dtype (`cpu_products`); it needs a scratchpad for that.
     """
     rows = min(next(block for least, block in _FLASH_QUERY_BLOCKS if shape.queries >= least), shape.queries)
     keys = min(_FLASH_KEY_BLOCK, shape.keys)

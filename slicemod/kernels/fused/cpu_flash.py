@@ -1,4 +1,4 @@
-"""PyTorch's flash attention for CPUs, called by itself: for inputs that PyTorch is known to take for it."""
+"""PyTorch's flash attention for CPUs, called directly, for inputs for which PyTorch is known to choose it."""
 
 from __future__ import annotations
 

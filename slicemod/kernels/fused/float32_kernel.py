@@ -1,4 +1,4 @@
-"""PyTorch's flash attention in float32 for half precision, on CPUs that have no instructions for it."""
+"""PyTorch's flash attention in float32, for half precision on CPUs that have no instructions to multiply it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms
 from slicemod.plan import SlicePlan
 from slicemod.rounding import ceil_div
 
-# Query, key, value and output of a turn in float32; more heads at a time are no faster.
+# Bytes of query, key, value and output in float32 that one turn may take. More heads at a time were no faster.
 _TURN_BYTES = 2 * 2**20
 
 
@@ -47,7 +47,7 @@ class Float32FlashBytes:
 
 
 class Float32FlashKernel(Kernel):
-    """Some heads at a time are converted to float32, so that no input exists twice as a whole."""
+    """It converts some heads at a time to float32, so that no input exists twice as a whole."""
 
     name: ClassVar[str] = "fused-float32"
     summary: ClassVar[str] = "PyTorch's flash attention in float32, for CPUs that multiply no half precision"
@@ -63,18 +63,19 @@ class Float32FlashKernel(Kernel):
         return fused_obstacle(call)
 
     def pays_off(self, call: CallSpec) -> bool:
-        """PyTorch's own kernel multiplies half precision slowly where the CPU has no instructions for it.
+        """For float16, and for training in bfloat16, on a CPU that cannot multiply them.
 
-        That one converts bfloat16 as it goes in the forward pass, in less memory: converted beforehand it took 0.85 to
-        1.7 times as long, measured with AVX2. The backward pass takes it five times as long, and all of float16 twice
-        and more.
+        Measured with AVX2: PyTorch's own kernel takes twice as long or longer for float16, and five times as long for a
+        backward pass. For bfloat16 in inference it converts while it computes, in less memory; this kernel then takes
+        0.85 to 1.7 times as long.
         """
         return cpu_products(call.dtype) is None and (call.dtype == torch.float16 or call.training)
 
     def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan | None:
-        """As many heads at a time as are fast, and fewer where they do not fit.
+        """As many heads at a time as are fast, or fewer if they do not fit.
 
-        The backward pass spreads heads over the threads, and nothing else, so that a turn has a multiple of them.
+        The backward pass of PyTorch's kernel shares out heads among the threads, and nothing else. So a turn has a
+        multiple of the number of threads if possible.
         """
         shape, threads = call.shape, call.threads
         per_head = 8 * (shape.queries + shape.keys) * max(1, shape.head_dim)

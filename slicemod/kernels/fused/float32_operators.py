@@ -1,7 +1,8 @@
-"""PyTorch's flash attention of half-precision inputs, computed in float32 on CPUs that multiply no half precision.
+"""PyTorch's flash attention for inputs in half precision, computed in float32.
 
-Such a CPU multiplies half-precision matrices tens of times slower than float32 ones, as PyTorch's flash kernel does,
-above all in its backward pass. Some heads at a time are converted, so that no input exists twice as a whole.
+It is for CPUs that have no instructions to multiply half precision. There PyTorch multiplies matrices in half precision
+tens of times slower than in float32, in its flash kernel too, and above all in the backward pass. Some heads at a time
+are converted, so that no input exists twice as a whole.
 """
 
 import math
@@ -18,14 +19,14 @@ from slicemod.torch_internals import cpu_flash_attention_backward, cpu_flash_att
 
 
 def _turns(query: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
-    """The batch item, and as many heads of it, of each turn; slices, so that turns have 4 dimensions."""
+    """The batch item and the heads of each turn, as slices, so that the tensors of a turn have 4 dimensions."""
     for item in range(query.shape[0]):
         for first in range(0, query.shape[1], heads):
             yield slice(item, item + 1), slice(first, min(first + heads, query.shape[1]))
 
 
 def _additive(mask: Tensor | None, turn: tuple[slice, slice]) -> Tensor | None:
-    """The turn's part of a 4-D mask, in float32 and added to the scores."""
+    """The part of a 4-D mask for one turn, as float32 numbers that are added to the scores."""
     if mask is None:
         return None
     item, heads = (part if size > 1 else slice(None) for part, size in zip(turn, mask.shape[:2], strict=True))
@@ -49,7 +50,7 @@ def float32_flash(
     """Attention of query `(B, H, N, D)`, key and value `(B, H, M, D)`, `heads` heads at a time.
 
     Returns:
-        The output `(B, H, N, D)` and, with `keep`, the log-sum-exp of each row `(B, H, N)`, else an empty tensor.
+        The output `(B, H, N, D)`. With `keep` also the log-sum-exp of each row, `(B, H, N)`; otherwise an empty tensor.
     """
     output = empty_heads(query, value.shape[3])
     logsumexp = query.new_empty(query.shape[:3] if keep else 0, dtype=torch.float32)
@@ -66,7 +67,7 @@ def float32_flash(
         output[turn] = part
         if keep:
             logsumexp[turn] = sums
-        del part, sums  # or they would live through the next turn
+        del part, sums  # frees them before the next turn allocates its own
     return output, logsumexp
 
 

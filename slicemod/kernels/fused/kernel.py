@@ -1,4 +1,4 @@
-"""PyTorch's own fused attention: flash, memory-efficient or cuDNN, whichever PyTorch takes."""
+"""PyTorch's own fused attention: flash, memory-efficient or cuDNN, as PyTorch chooses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slicemod.watched import is_watched
 
 
 class FusedKernel(Kernel):
-    """`F.scaled_dot_product_attention`, where it is certain that one of its fused kernels runs."""
+    """`F.scaled_dot_product_attention`, if it is certain that one of its fused kernels runs."""
 
     name: ClassVar[str] = "fused"
     summary: ClassVar[str] = "PyTorch's own: flash, memory-efficient or cuDNN attention"
@@ -30,21 +30,21 @@ class FusedKernel(Kernel):
         return fused_obstacle(call)
 
     def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan | None:
-        """One step: it is never sliced."""
+        """One step, because this kernel is never sliced."""
         peak, shape = fused_peak(call), call.shape
         if peak > free_bytes:
             return None
         return SlicePlan("query", 1, shape.queries, peak, self.name, terms.policy, shape.batch_heads, shape.queries)
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
-        """PyTorch's function; no other kernel of its own may run."""
+        """PyTorch's function, in a way that lets PyTorch run nothing but a fused kernel."""
         output = fused_attention(inputs, more)
         if not more.training or is_watched(*inputs[:3]):
             return output
         return with_second_derivatives(output, inputs, more)
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
-        """Without another question to PyTorch where its answer is known."""
+        """It does not ask PyTorch for its choice again if the answer is known."""
         query, _, _, mask = inputs
         if query.is_cpu and mask is None and not more.enable_gqa:
             flash = differentiable_flash_attention if more.training else flash_attention
@@ -59,7 +59,7 @@ class FusedKernel(Kernel):
 def fused_peak(call: CallSpec) -> int:
     """Peak bytes of PyTorch's fused attention beyond inputs, output and input gradients.
 
-    On CUDA the most that any of its kernels takes.
+    On CUDA it is the most that any of PyTorch's fused kernels takes.
     """
     if call.device.type == "cpu":
         products = cpu_products(call.dtype)

@@ -1,4 +1,4 @@
-"""Why PyTorch would not run a fused kernel on a call, by the conditions of its own sources, or by its own answer."""
+"""Why PyTorch would not run a fused kernel for a call: by the conditions in its sources, or by its own answer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from slicemod.watched import constant_in_graph, is_watched
 def fused_obstacle(call: CallSpec) -> str | None:
     """Why `F.scaled_dot_product_attention` would not run a fused kernel, or None if it would.
 
-    The conditions are those of ATen/native/transformers/sdp_utils_cpp.cpp for the CPU; on CUDA and ROCm PyTorch
-    answers itself, where the tensors are at hand. Devices whose choice cannot be known beforehand count as obstacles.
+    For CPUs the conditions are those in ATen/native/transformers/sdp_utils_cpp.cpp of PyTorch. On CUDA and ROCm PyTorch
+    itself answered when the call was described (`Layout.fuses`). On other devices it cannot be known beforehand what
+    PyTorch chooses, which is an obstacle.
     """
     shape, layout, device = call.shape, call.layout, call.device.type
     if device not in BACKENDS:
@@ -49,9 +50,9 @@ def fused_obstacle(call: CallSpec) -> str | None:
 
 
 def layout_of(inputs: Inputs, arguments: Arguments) -> tuple[Any, ...]:
-    """The fields of `Layout` for the inputs of `F.scaled_dot_product_attention` as they came.
+    """The fields of `Layout` for the caller's tensors.
 
-    Plain values, also while a graph is traced.
+    They are plain values, also while a graph is traced.
     """
     query, key, value, mask = inputs
     same_batch = query.dim() != 4 or (key.shape[0] == query.shape[0] and value.shape[0] == query.shape[0])
@@ -75,8 +76,8 @@ def layout_of(inputs: Inputs, arguments: Arguments) -> tuple[Any, ...]:
 
 
 def fuses_on_cuda(inputs: Inputs, arguments: Arguments) -> bool:
-    """Any of the CUDA kernels takes these arguments of `F.scaled_dot_product_attention`."""
-    # Branches make constants of them in a graph; of dropout PyTorch asks only whether there is any.
+    """Whether one of the fused CUDA kernels takes these arguments of `F.scaled_dot_product_attention`."""
+    # In a graph, `if` and bool() make them constants. Of the dropout PyTorch only wants to know whether there is any.
     settings = 0.5 if arguments.dropout_p > 0 else 0.0, bool(arguments.is_causal), bool(arguments.enable_gqa)
     if not torch.compiler.is_dynamo_compiling():
         return _ask_pytorch(*inputs, *settings)
@@ -94,7 +95,7 @@ def _ask_pytorch(*inputs: Any) -> bool:
 
 
 def _description(tensor: Tensor) -> tuple[Any, ...]:
-    """All that PyTorch looks at, as constants of a graph that is traced."""
+    """Everything of a tensor that PyTorch looks at, as constants if a graph is traced."""
     shape, stride = tuple(index(size) for size in tensor.shape), tuple(index(step) for step in tensor.stride())
     return shape, stride, tensor.dtype, str(tensor.device), tensor.requires_grad
 
@@ -103,14 +104,14 @@ def _description(tensor: Tensor) -> tuple[Any, ...]:
 def _ask_outside_of_the_graph(
     described: tuple[tuple[Any, ...] | None, ...], settings: tuple[float, bool, bool], grad_enabled: bool
 ) -> bool:
-    """`_ask_pytorch` of descriptions: not every version of PyTorch can trace the questions."""
+    """`_ask_pytorch` for descriptions of tensors, because not every version of PyTorch can trace these questions."""
     tensors = [None if description is None else _stand_in(description) for description in described]
     with torch.set_grad_enabled(grad_enabled):
         return _ask_pytorch(*tensors, *settings)
 
 
 def _stand_in(description: tuple[Any, ...]) -> Tensor:
-    """A tensor without memory."""
+    """A tensor without memory, that looks as described."""
     shape, stride, dtype, device, requires_grad = description
     on_meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     stand_in: Tensor = FakeTensor(FakeTensorMode(), on_meta, torch.device(device))

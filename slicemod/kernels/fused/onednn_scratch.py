@@ -1,8 +1,8 @@
-"""What oneDNN's products of half precision allocate inside PyTorch's CPU flash attention: read off torch 2.14.
+"""The bytes that oneDNN allocates for products of half precision inside of PyTorch's CPU flash attention.
 
-The backward pass multiplies transposed blocks, which oneDNN packs into a scratchpad. Where products run on the tiles of
-AMX, the forward pass packs keys and values as a whole. CPUs without instructions for a dtype take another route and
-allocate nothing.
+They were read off the allocations of torch 2.14; `tests/test_memory_promise.py` compares. The backward pass multiplies
+transposed blocks, which oneDNN packs into a scratchpad. With AMX the forward pass packs all keys and values. CPUs
+without instructions for a dtype take another route, and allocate nothing.
 """
 
 from slicemod.half_precision import Products
@@ -18,7 +18,7 @@ _PER_THREAD, _PER_CALL = 640, 512
 def flash_scratch_bytes(rows: int, keys: int, head_dim: int, threads: int, products: Products = "bfloat16") -> int:
     """Bytes of the backward pass for blocks of `rows` queries by `keys` keys.
 
-    To the byte for bfloat16 by AVX512-BF16 or in float32, at its most for the others.
+    They are exact for bfloat16 by AVX512-BF16 and in float32, and an upper limit for the others.
 
     >>> flash_scratch_bytes(256, 512, 64, threads=1)
     230532
@@ -37,8 +37,15 @@ def flash_scratch_bytes(rows: int, keys: int, head_dim: int, threads: int, produ
 
 
 def packed_bytes(heads: int, queries: int, keys: int, head_dim: int, threads: int, rows: int) -> int:
-    """Bytes of the forward pass on the tiles of AMX: keys and values of all `heads`, and in a thread a block of
-    either, beside its blocks of `rows` queries.
+    """Bytes that the forward pass packs with AMX: keys and values of all `heads`, and in each thread one block of each.
+
+    Args:
+        heads: key heads of all batch items.
+        queries: queries of a head.
+        keys: keys of a head.
+        head_dim: channels of a head.
+        threads: PyTorch's threads.
+        rows: queries of a block of PyTorch's kernel.
 
     >>> packed_bytes(heads=8, queries=1024, keys=77, head_dim=40, threads=1, rows=256)
     105872

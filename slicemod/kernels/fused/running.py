@@ -1,4 +1,4 @@
-"""Running PyTorch's fused attention so that nothing else can run in its place."""
+"""Runs PyTorch's fused attention in a way that lets PyTorch run nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.torch_internals import fused_choice
 from slicemod.watched import is_watched
 
-# "math" is left out: it would materialise the scores that a plan promises not to.
+# PyTorch's "math" backend is left out, because it allocates all scores, which no plan counts.
 BACKENDS = {
     "cpu": [SDPBackend.FLASH_ATTENTION],
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
@@ -24,7 +24,7 @@ def fused_attention(inputs: Inputs, more: Arguments) -> Tensor:
     Raises:
         RuntimeError: PyTorch has no fused kernel for these inputs after all.
     """
-    # To ask what PyTorch is about to choose costs a tenth of seeing to it that it has no other choice.
+    # Asking PyTorch for its choice takes a tenth of the time of `sdpa_kernel`, which restricts the choice.
     query, key, value, _ = inputs
     if not is_watched(query, key, value) and is_fused(pytorchs_choice(inputs, more), query):
         return sdpa(inputs, more)
@@ -33,17 +33,17 @@ def fused_attention(inputs: Inputs, more: Arguments) -> Tensor:
 
 
 def sdpa(inputs: Inputs, more: Arguments) -> Tensor:
-    """`F.scaled_dot_product_attention` by whatever PyTorch takes."""
+    """`F.scaled_dot_product_attention` by the backend that PyTorch chooses."""
     return F.scaled_dot_product_attention(
         *inputs, more.dropout_p, more.is_causal, scale=more.scale, enable_gqa=more.enable_gqa
     )
 
 
 def pytorchs_choice(inputs: Inputs, more: Arguments) -> int:
-    """The value of the `SDPBackend` that `F.scaled_dot_product_attention` runs, as PyTorch is set now."""
+    """The value of the `SDPBackend` that `F.scaled_dot_product_attention` would run, with PyTorch's settings of now."""
     return fused_choice(*inputs, more.dropout_p, more.is_causal, scale=more.scale, enable_gqa=more.enable_gqa)
 
 
 def is_fused(choice: int | None, query: Tensor) -> bool:
-    """What `pytorchs_choice` answered is a fused kernel of the query's device."""
+    """Whether `choice`, an answer of `pytorchs_choice`, is a fused kernel of the query's device."""
     return choice in _CHOICES[query.device.type]
