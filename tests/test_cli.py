@@ -145,6 +145,19 @@ def test_a_terminal_is_told_that_pytorch_is_loading(
     assert "needs the package a_package_that_is_missing" in said[-1]
 
 
+def test_a_package_that_a_command_misses_when_it_runs_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "slicemod.planning.plan_plot", None)
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours
+        main(["plan", "sd15-top", "--plot", str(tmp_path / "plan.png")])
+    monkeypatch.delitem(sys.modules, "slicemod.planning.plan_plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    said = refused(capsys, tmp_path, "plan", "sd15-top", "--plot", str(tmp_path / "plan.png"))
+    assert "needs the package matplotlib" in said
+
+
 def test_the_names_that_options_list_are_those_there_are() -> None:
     assert set(plan_options.MODELS) == set(NAMED_UNETS)
     assert set(plan_options.POLICIES) == set(POLICIES)

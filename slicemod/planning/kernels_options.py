@@ -10,11 +10,12 @@ def parser(name: str = "kernels") -> ArgumentParser:
     """The parser of its arguments."""
     options = ArgumentParser(
         f"slicemod {name}",
-        description="Tells which kernels this machine has and why not the others, and for the attention layers of a "
-        "model which kernel takes them, with how many bytes, and why each better one is passed over.",
-        epilog="Inference is of two items, as for guidance, training of one. On a device that this machine does not "
-        "have, the kernels are planned for, and a fused one is taken for granted on CUDA. The first look at the native "
-        "kernel compiles it, which --build does ahead of time.",
+        description="Shows which kernels this machine has, and why it does not have the others. For the attention "
+        "layers of a model it shows which kernel runs, how many bytes that takes, and why each better kernel is passed "
+        "over.",
+        epilog="The batch is two items in inference, as with guidance, and one in training. You can name a device that "
+        "this machine does not have; on CUDA, PyTorch is then assumed to have a fused kernel. The first use of this "
+        "command compiles the native kernel if it can.",
     )
     options.add_argument("--model", nargs="+", default=["sd15", "sdxl"], metavar="MODEL",
                          help=f"{', '.join(MODELS)}, a YAML of configs/, or a diffusers folder "
@@ -23,8 +24,8 @@ def parser(name: str = "kernels") -> ArgumentParser:
     options.add_argument("--device", choices=DEVICES, help="default: this machine's accelerator, or else cpu")
     options.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, float16 elsewhere")
     options.add_argument(
-        "--budget", default="auto", help="for each call, such as 64MiB; %(default)s (the default) is what is free now"
+        "--budget", default="auto", help="for each call, such as 64MiB (default: %(default)s, what is free now)"
     )
-    options.add_argument("--build", action="store_true", help="build the native kernel, say where it lies, and end")
+    options.add_argument("--build", action="store_true", help="compile the native kernel, print where it is, and stop")
     options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return options

@@ -53,8 +53,8 @@ def kernels_table(title: str, kernels: Iterable[Presence]) -> Table:
 def choices_table(title: str, choices: Iterable[LayerChoice], reasons: Reasons) -> Table:
     """A row for every shape of attention, in inference and in training."""
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("step", "layers", "B*H x N x M x D", "kernel", "steps", "peak"):
-        table.add_column(column, justify="left" if column in ("step", "kernel") else "right", no_wrap=True)
+    for column in ("mode", "layers", "B*H x N x M x D", "kernel", "steps", "peak"):
+        table.add_column(column, justify="left" if column in ("mode", "kernel") else "right", no_wrap=True)
     table.add_column("passed over")
     training = False
     for choice in choices:

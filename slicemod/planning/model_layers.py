@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 from slicemod.call import AttentionShape
 from slicemod.planning.layers_alike import LayersAlike
+from slicemod.user_error import UserError
 
 
 class ModelLayers(NamedTuple):
     """The attention layers of a model, for one image in float32.
 
     Attributes:
-        pixels: edge of the images that it was trained on.
+        pixels: edge of the images that it was trained on; where that is not known, of 64 x 64 latents.
         step: edges that it takes are multiples of this.
         layers: those alike together, largest first.
     """
@@ -69,11 +70,17 @@ def recorded_layers(model: str) -> ModelLayers:
     """`layers_of`, by running the UNet.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it has no attention.
     """
     from slicemod.planning.attention_calls import record_attention_calls
     from slicemod.planning.unets import find_unet
 
     source = find_unet(model)
     layers = tuple(record_attention_calls(model, batch=1, itemsize=4))
-    return ModelLayers(source.config["sample_size"] * source.latent_pixels, source.resolution_step, layers)
+    if not layers:
+        raise UserError(
+            f"model: expected one that computes attention; got {model!r}, which has none. Name another one."
+        )
+    latents = source.config.get("sample_size")  # a config need not have it, and may have two of them
+    pixels = latents * source.latent_pixels if isinstance(latents, int) else layers[0].pixels
+    return ModelLayers(pixels, source.resolution_step, layers)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from slicemod.planning.layers_alike import at_resolution
 from slicemod.planning.model_layers import KNOWN_LAYERS, layers_of, recorded_layers
+from slicemod.user_error import UserError
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 
@@ -19,6 +21,21 @@ def test_the_table_has_what_the_unet_computes(model: str) -> None:
     assert set(known.layers) == {at_resolution(layer, known.pixels) for layer in recorded.layers}
     sizes = [layer.shape.scores_bytes for layer in known.layers]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(("sizes", "pixels"), [({"sample_size": 24}, 192), ({"sample_size": None}, 512), ({}, 512)])
+def test_a_folder_need_not_say_its_resolution(sizes: dict[str, int | None], pixels: int, tmp_path: Path) -> None:
+    config = {"block_out_channels": [32, 64], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    config |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    assert layers_of(str(tmp_path)).pixels == pixels
+
+
+def test_a_model_without_attention_is_refused_by_name(tmp_path: Path) -> None:
+    config = {"block_out_channels": [32], "up_block_types": ["UpBlock2D"], "down_block_types": ["DownBlock2D"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mid_block_type": None}))
+    with pytest.raises(UserError, match=f"expected one that computes attention; got '{tmp_path}'"):
+        layers_of(str(tmp_path))
 
 
 def test_another_model_is_recorded_at_its_own_resolution() -> None:
