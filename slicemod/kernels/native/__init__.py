@@ -1,4 +1,5 @@
 """Attention in C++ for x86-64 CPUs.
 
-`build.py` compiles `csrc/`, `binding.py` calls it, and `operators.py` offers it to PyTorch.
+`build.py` compiles `csrc/`, `binding.py` calls the compiled functions, and `operators.py` makes PyTorch operators of
+them.
 """

@@ -1,7 +1,7 @@
-"""The compiled library's functions, called through ctypes on tensors.
+"""Calls the functions of the compiled library on tensors, through ctypes.
 
-The library reads and writes memory at bare addresses. Whatever goes there is checked, and copied where its memory does
-not hold its numbers, by `_readable`, and by nothing else.
+The library reads and writes memory at plain addresses. So every input first goes through `_readable`, which checks it,
+and copies it if its memory does not hold its numbers as they are.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class _Call(ctypes.Structure):
 
 
 class WrongLibraryError(OSError):
-    """A library that is not of attention.cpp, or of another version of it."""
+    """The library was not made of attention.cpp, or of another version of it."""
 
 
 def _functions(library: ctypes.CDLL) -> dict[str, Any]:
-    """The functions of attention.cpp by their names, with their types.
+    """The functions of attention.cpp by name, with their types.
 
     Raises:
-        WrongLibraryError: the library has not all of them, or lays calls out otherwise.
+        WrongLibraryError: a function is missing, or the library expects a `Call` of another size.
     """
     counts = "call_bytes", "forward_bytes", "backward_bytes", "forward_rows", "vector_lanes"
-    passes = {"forward": 6, "backward": 11}  # and how many pointers they take; a null pointer: not wanted
+    passes = {"forward": 6, "backward": 11}  # and how many pointers they take; null for what is not wanted
     try:
         found = {name: library[f"slicemod_{name}"] for name in (*counts, *passes, "best_mode")}
     except AttributeError as error:
@@ -60,16 +60,16 @@ def _functions(library: ctypes.CDLL) -> dict[str, Any]:
 
 
 class NativeLibrary:
-    """The functions of attention.cpp, for tensors.
+    """The functions of attention.cpp, called on tensors.
 
     Attributes:
         path: the library's file.
-        modes: how each dtype's products are computed, one of `FLOAT_MODE`, `BFLOAT_MODE` and `TILED_MODE`.
-        vector_lanes: floats of a vector, 16 with AVX-512 and 8 with AVX2.
-        workspace: gives fresh memory of so many bytes for a pass to compute in.
+        modes: how the products of each dtype are computed, one of `FLOAT_MODE`, `BFLOAT_MODE` and `TILED_MODE`.
+        vector_lanes: floats in a vector: 16 with AVX-512, 8 with AVX2.
+        workspace: allocates the bytes that a pass computes in.
 
     Raises:
-        OSError: the file is no library; a `WrongLibraryError` where it is not one of this version, which is unloaded.
+        OSError: the file is not a library. If it is not of this version, a `WrongLibraryError`; it is then unloaded.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class NativeLibrary:
         try:
             self._functions = _functions(library)
         except WrongLibraryError:
-            _ctypes.dlclose(library._handle)  # or a better one at the same path would be taken for it
+            _ctypes.dlclose(library._handle)  # otherwise the system takes a new file at the same path for this one
             raise
         self.vector_lanes = int(self._functions["vector_lanes"]())
         best = int(self._functions["best_mode"]())
@@ -89,9 +89,9 @@ class NativeLibrary:
         """Query rows of a slice, and workspace bytes of the forward and the backward pass.
 
         Args:
-            dtype: of the tensors, one of `modes`.
+            dtype: the dtype of the tensors, a key of `modes`.
             sizes: `(B, H, N, M, D, Dv)`.
-            threads: how many there will be.
+            threads: how many threads there will be.
         """
         call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), threads=threads)
         setting = self._setting(dtype, call)
@@ -110,22 +110,22 @@ class NativeLibrary:
         scale: float,
         threads: int,
     ) -> None:
-        """Write the output `(B, H, N, Dv)` and what `backward` wants to know of rows, `(2, B, H, N)`, float32.
+        """Write the output `(B, H, N, Dv)`, and two numbers for each row that the backward pass needs.
 
-        That is a product of query and key near the largest of the row, and the base-2 logarithm of the sum of all
-        `exp(scale * (product - that one))`.
+        The first number, the row's shift, is a product of query and key near the largest of the row. The second is the
+        base-2 logarithm of the row's sum of `exp(scale * (product - shift))`.
 
         Args:
-            query: `(B, H, N, D)`, of any strides as all inputs, one of the dtypes in `modes`.
-            key: `(B, H, M, D)`, same dtype.
-            value: `(B, H, M, Dv)`, same dtype.
-            output: fresh memory, as `row_sums`.
-            row_sums: None where it is not wanted.
-            scale: factor of the products, an ordinary one (`slicemod.call.has_ordinary_scale`).
-            threads: how many to use.
+            query: `(B, H, N, D)`, in one of the dtypes in `modes`. The inputs may have any strides.
+            key: `(B, H, M, D)`, in the same dtype.
+            value: `(B, H, M, Dv)`, in the same dtype.
+            output: where to write the output, `(B, H, N, Dv)`.
+            row_sums: where to write the two numbers of each row, `(2, B, H, N)`, float32; None if they are not wanted.
+            scale: factor of the products, an ordinary number (`slicemod.call.has_ordinary_scale`).
+            threads: how many threads to use.
 
         Raises:
-            ValueError: sizes, dtypes or a scale that the library does not compute.
+            ValueError: the library does not compute these sizes, dtypes or scale.
         """
         query, key, value = _readable("query", query), _readable("key", key), _readable("value", value)
         call = _call_of(scale, threads, query=query, key=key, value=value, output=output)
@@ -134,7 +134,7 @@ class NativeLibrary:
     def prepared_forward(
         self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, threads: int
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-        """`forward` without `row_sums`, of any query, key, value and output with these sizes, strides and dtype."""
+        """A function that does `forward` without `row_sums`, for any tensors with these sizes, strides and dtype."""
         call = _call_of(scale, threads, query=query, key=key, value=value, output=output)
         setting = self._setting(query.dtype, call)
         size = self._count("forward_bytes", setting)
@@ -159,19 +159,19 @@ class NativeLibrary:
         scale: float,
         threads: int,
     ) -> None:
-        """Write the gradients of query, key and value, those that are not None.
+        """Write the gradients of query, key and value.
 
         Args:
-            grad_output: `(B, H, N, Dv)`, in the dtype of the inputs, as `output`.
+            grad_output: the gradient of the output, `(B, H, N, Dv)`, in the dtype of the inputs.
             inputs: query, key and value, as for `forward`.
-            output: what `forward` wrote.
-            row_sums: what `forward` wrote.
-            gradients: fresh memory, sized as the inputs.
+            output: the output that `forward` wrote.
+            row_sums: the numbers that `forward` wrote.
+            gradients: where to write the three gradients, each with the sizes of its input; None if one is not wanted.
             scale: as in `forward`.
-            threads: how many to use.
+            threads: how many threads to use.
 
         Raises:
-            ValueError: sizes, dtypes or a scale that do not go together.
+            ValueError: sizes, dtypes and scale do not go together.
         """
         query, key, value = (_readable(*named) for named in zip(("query", "key", "value"), inputs, strict=True))
         grad_output, output = _readable("grad_output", grad_output), _readable("output", output)
@@ -179,7 +179,7 @@ class NativeLibrary:
         tensors = {"query": query, "key": key, "value": value, "output": output, "grad_output": grad_output}
         named = dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True))
         call = _call_of(scale, threads, **tensors, **named, row_sums=row_sums)
-        delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row, the sum of output and its gradient
+        delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row: the sum of output times gradient
         self._run("backward", query.dtype, call, grad_output, query, key, value, output, row_sums, *gradients, delta)
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
@@ -192,7 +192,7 @@ class NativeLibrary:
         return self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
 
     def _count(self, name: str, setting: tuple[Any, ...]) -> int:
-        """What a function of the library counts: bytes or rows."""
+        """The number of bytes or rows that a function of the library returns."""
         count = int(self._functions[name](*setting))
         _check_done(setting, count >= 0)
         return count
@@ -207,9 +207,10 @@ def _check_done(setting: tuple[Any, ...], done: int) -> None:
 
 
 def _address(tensor: Tensor) -> int | None:
-    """Where a tensor's numbers lie in memory; None where what lies there is not its numbers.
+    """The address of a tensor's numbers; None if the memory there does not hold them as they are.
 
-    That is so of a view with the negative bit, of a tensor of zeros without any memory, and between two elements.
+    This is so for a view with the negative bit, for a tensor of zeros that has no memory, and for an address between
+    two elements.
     """
     address = tensor.data_ptr()
     return None if not address or address % tensor.element_size() or tensor.is_neg() else address
@@ -219,7 +220,7 @@ def _readable(name: str, tensor: Tensor) -> Tensor:
     """The tensor, or a copy where the library cannot read its memory.
 
     Raises:
-        ValueError: it is no strided tensor on the CPU.
+        ValueError: the tensor is not a strided tensor on the CPU.
     """
     if not tensor.is_cpu or tensor.layout != torch.strided:
         raise ValueError(
@@ -230,7 +231,7 @@ def _readable(name: str, tensor: Tensor) -> Tensor:
 
 
 def _call_of(scale: float, threads: int, **tensors: Tensor | None) -> _Call:
-    """The call of these tensors, among them query, key, value and output; None is one that is not wanted."""
+    """The `Call` of these tensors, among them query, key, value and output. None for a tensor that is not wanted."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     described = ((name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in given.items())
     return _call(scale, threads, *described)
@@ -239,7 +240,7 @@ def _call_of(scale: float, threads: int, **tensors: Tensor | None) -> _Call:
 Described = tuple[str, torch.dtype, torch.Size, tuple[int, ...]]
 
 
-@lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step, and the library only reads it
+@lru_cache(maxsize=4096)  # a UNet makes the same calls in each step, and the library does not change a `Call`
 def _call(scale: float, threads: int, query: Described, key: Described, value: Described, *others: Described) -> _Call:
     if not has_ordinary_scale(scale):
         raise ValueError(

@@ -1,10 +1,13 @@
-"""The native kernel's library: compiled for this processor when it is first wanted, and kept on disk.
+"""Compiles the native kernel's library for this processor when it is first needed, and keeps it on disk.
 
-`csrc/attention.cpp` needs an x86-64 processor with AVX2, FMA and F16C, Linux, and a C++ compiler, as `torch.compile`
-does. What is missing is said by `native_obstacle`, and attention is then PyTorch's. The compiled library lies in
-`$SLICEMOD_CACHE`, or `slicemod` in the user's cache folder, under a name made of the source, the compiler and the
-processor, and its SHA-256 digest beside it. Since its code runs in this process, it is loaded only from a folder and a
-file that nobody but the user can write to, and only as it was written. `SLICEMOD_NATIVE=0` does without it.
+`csrc/attention.cpp` needs Linux, an x86-64 processor with AVX2, FMA and F16C, and a C++ compiler, as `torch.compile`
+does. If one of these is missing, `native_obstacle` says which, and PyTorch's kernels compute the attention.
+`SLICEMOD_NATIVE=0` does without the library.
+
+The compiled library is kept in `$SLICEMOD_CACHE`, or in `slicemod` below the user's cache folder. Its name is made of
+the source, the compiler and the processor, and a file beside it has its SHA-256 digest. The library's code runs in this
+process. So it is loaded only if nobody but the user can write to the file and the folder, and only if its digest is
+right.
 """
 
 from __future__ import annotations
@@ -30,15 +33,16 @@ from slicemod.kernels.native.binding import NativeLibrary, WrongLibraryError
 
 SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
-# PyTorch's word for the processor, which ATEN_CPU_CAPABILITY can lower, and flags for no more than that.
+# PyTorch's name for what the processor can do, and the compiler's flags for no more than that. (The environment
+# variable ATEN_CPU_CAPABILITY can lower it.)
 _CAPABILITIES = {"AVX2": ("-mno-avx512f",), "AVX512": ()}
 _COMPILERS = ("c++", "g++", "clang++")
-_SECONDS = 600.0  # that a compiler may take; seconds are usual, a minute on a busy machine
-_log = logging.getLogger("slicemod")  # a warning of its is printed where an application has not set up logging
+_SECONDS = 600.0  # most time for the compiler; it usually takes seconds, and a minute on a busy machine
+_log = logging.getLogger("slicemod")  # its warnings are printed even if the application has not set up logging
 
 
 class NativeLibraryWarning(RuntimeWarning):
-    """The native kernel could not be compiled or loaded, and attention is PyTorch's."""
+    """The native kernel could not be compiled or loaded, so PyTorch's kernels compute the attention."""
 
 
 class CompilerError(Exception):
@@ -47,7 +51,7 @@ class CompilerError(Exception):
 
 @dataclass(frozen=True)
 class _Obstacle:
-    """Why there is no library; `failed` where there should be one."""
+    """Why there is no library. `failed` means that there should be one, but compiling or loading it failed."""
 
     reason: str
     failed: bool = False
@@ -78,7 +82,7 @@ _warned_of: set[_Obstacle] = set()
 
 
 def _found() -> NativeLibrary | _Obstacle:
-    """The library or what is in its way, of which a failure is warned once, even where warnings are errors."""
+    """The library, or why there is none. A failure is warned of once, even if warnings are errors."""
     found = _library_or_obstacle()
     if isinstance(found, _Obstacle) and found.failed and found not in _warned_of:
         _warned_of.add(found)
@@ -92,25 +96,25 @@ def _found() -> NativeLibrary | _Obstacle:
 
 
 def native_library() -> NativeLibrary | None:
-    """The library, compiled for this processor where it is wanted for the first time; None where it cannot be."""
+    """The library, which is compiled at its first use; None if there can be none here."""
     found = _found()
     return found if isinstance(found, NativeLibrary) else None
 
 
 def native_obstacle() -> str | None:
-    """Why there is no native kernel here, or None where there is one."""
+    """Why there is no native kernel on this machine; None if there is one."""
     found = _found()
     return found.reason if isinstance(found, _Obstacle) else None
 
 
 def build() -> Path:
-    """Compile the library now, unless that was done before, so that no later process has to.
+    """Compile the library now if it is not compiled yet, so that no later process has to.
 
     Returns:
-        Where it lies.
+        The path of the compiled library.
 
     Raises:
-        RuntimeError: there can be none here; says why.
+        RuntimeError: there can be no library on this machine. The message says why.
     """
     library = native_library()
     if library is None:
@@ -121,25 +125,25 @@ def build() -> Path:
 
 
 def compiler_found() -> str | None:
-    """The C++ compiler that the kernel is built with: $CXX, or the first of the usual ones."""
+    """The C++ compiler that builds the kernel: $CXX, or the first usual one that is installed. None without any."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS[1:]))), None)
 
 
 def _compiled(compiler: str, *, anew: bool = False, seconds: float = _SECONDS) -> Path:
-    """The compiled library, from the cache where it is in there as it was written.
+    """The path of the compiled library. It is taken from the cache if it is there and has the right digest.
 
     Args:
-        compiler: its path.
-        anew: compile it whatever is in the cache.
-        seconds: that the compiler may take.
+        compiler: the path of the compiler.
+        anew: compile the library whatever is in the cache.
+        seconds: how long the compiler may take.
 
     Raises:
-        OSError: the compiler cannot be run, or the cache is no place for code.
-        CompilerError: it ended with an error, or did not end.
+        OSError: the compiler cannot be run, or the cache folder is not safe for code.
+        CompilerError: the compiler ended with an error, or did not end in time.
     """
     version = _ran([compiler, "--version"], seconds)
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    # The model beside the flags: a compiler finds instructions that an old kernel's flags do not list.
+    # The model too, not only the flags: a compiler may find instructions that an old Linux does not list in the flags.
     kind = [line for line in processor.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))]
     flags = [*_FLAGS, *_CAPABILITIES[torch.backends.cpu.get_cpu_capability()]]
     sources = (path.read_bytes() for path in sorted([*SOURCES.glob("[a-z]*.h"), *SOURCES.glob("[a-z]*.cpp")]))
@@ -149,7 +153,7 @@ def _compiled(compiler: str, *, anew: bool = False, seconds: float = _SECONDS) -
     if anew or not _is_as_written(target):
         _log.warning("compiling slicemod's native attention kernel with %s into %s, once", compiler, target.parent)
         started = time.monotonic()
-        # Written beside its place and moved there whole: other processes may be about the same.
+        # Compiled in a folder beside its final place, and then moved: other processes may be doing the same.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built, digest = Path(folder) / target.name, Path(folder) / "digest"
             _ran([compiler, *flags, "-o", str(built), str(SOURCES / "attention.cpp")], seconds)
@@ -162,7 +166,7 @@ def _compiled(compiler: str, *, anew: bool = False, seconds: float = _SECONDS) -
 
 
 def _ran(command: list[str], seconds: float) -> str:
-    """What a command prints; it is ended, with all that it started, when its time is up."""
+    """The output of a command. If it takes too long, it is killed together with the processes that it started."""
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -192,7 +196,7 @@ def _digest(library: Path) -> str:
 
 
 def _is_as_written(library: Path) -> bool:
-    """The library is there, nobody else could have written it, and it has the bytes that were written."""
+    """The library exists, nobody else could have written it, and it has the digest that was written with it."""
     try:
         if _others_may_write(library.lstat()):
             return False
@@ -202,20 +206,20 @@ def _is_as_written(library: Path) -> bool:
 
 
 def _others_may_write(found: os.stat_result) -> bool:
-    """Somebody but this user and root owns a file or folder, or may write to it."""
+    """A file or folder is owned by somebody who is not this user or root, or others may write to it."""
     return found.st_uid not in (os.getuid(), 0) or bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _cache_folder() -> Path:
-    """The folder of compiled libraries, made where there is none.
+    """The folder of compiled libraries. It is made if it does not exist.
 
     Raises:
-        OSError: there is no such folder, or somebody else could put code in there.
+        OSError: the folder cannot be made, or somebody else could put code into it.
     """
     given, caches = os.environ.get("SLICEMOD_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(given or Path(caches or Path.home() / ".cache") / "slicemod")
-    except RuntimeError as error:  # the user of a container need not have a home
+    except RuntimeError as error:  # in a container, the user may have no home folder
         raise FileNotFoundError(f"{error} Set SLICEMOD_CACHE to a folder of your own.") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = folder.resolve()

@@ -1,4 +1,4 @@
-"""The operators `slicemod::native_attention` and its backward: attention by the library of `build.py`."""
+"""The operators `slicemod::native_attention` and its backward pass, which call the library that `build.py` compiles."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,8 +33,8 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ke
     """Attention of query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)`, one of the library's dtypes.
 
     Returns:
-        The output `(B, H, N, Dv)` and, with `keep`, what the backward pass wants to know of rows, `(2, B, H, N)`, else
-        an empty tensor.
+        The output `(B, H, N, Dv)`. With `keep` also the two numbers of each row that the backward pass needs,
+        `(2, B, H, N)`; otherwise an empty tensor.
     """
     output = empty_heads(query, value.shape[3])
     row_sums = _empty_row_sums(query, keep)
@@ -104,9 +104,9 @@ native_attention.register_autograd(_gradients, setup_context=_save_for_backward)
 def prepared_inference(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`native_attention` without gradients, where nobody looks on, of any inputs with these sizes, strides and dtype.
+    """A function that does `native_attention` without gradients, for any inputs with these sizes, strides and dtype.
 
-    And for as long as PyTorch has as many threads as now.
+    It must be called only if nothing watches the operators, and while PyTorch has as many threads as now.
     """
     like_output = empty_heads(query.new_empty(query.shape, device="meta"), value.shape[3])
     sizes, strides = like_output.shape, like_output.stride()

@@ -1,1 +1,1 @@
-"""The sliced kernel: policies make `Slices`, `planner.py` a plan of them, `loop.py` and `chunks.py` follow it."""
+"""The sliced kernel: a policy chooses `Slices`, `planner.py` plans them, `loop.py` or `chunks.py` follows the plan."""

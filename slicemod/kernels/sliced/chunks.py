@@ -1,11 +1,11 @@
-"""The sliced kernel where not even some rows of scores fit: keys in chunks, with a running softmax.
+"""The sliced kernel with the keys in chunks and a running softmax. For plans whose slices do not have all keys.
 
     maximum' = max(maximum, rowmax(scores)),   weights = exp(scores - maximum'),   shrink = exp(maximum - maximum')
     total' = shrink total + rowsum(weights),   output' = shrink output + dropout(weights) value
 
-and in the end `output / total`, after Milakov and Gimelshein, "Online normalizer calculation for softmax"
-(arXiv 1805.02867). Nothing is kept for the backward pass, which runs over the chunks of a turn twice: for the
-statistics of its rows, then for the gradients.
+and in the end `output / total`, according to Milakov and Gimelshein, "Online normalizer calculation for softmax"
+(arXiv 1805.02867). Nothing is kept for the backward pass. It goes over the chunks of a turn twice: first for the
+maximum and total of its rows, then for the gradients.
 """
 
 import torch
@@ -24,18 +24,18 @@ from slicemod.kernels.sliced.loop import (
 
 
 class _RunningSoftmax:
-    """Row maximum and row total of the scores seen so far, `(items * heads, r, 1)` each."""
+    """The maximum and the total of each row over the chunks so far, `(items * heads, r, 1)` each."""
 
     def __init__(self, loop: TurnLoop, query: Tensor) -> None:
         statistics = loop.space.tile("row_statistics", 4, *query.shape[:2], 1)
         self.maximum, self._spare, self.total, self.sums = statistics.unbind()
-        # Not -inf: a row whose first chunk is masked would subtract it from itself.
+        # Not -inf: for a row whose first chunk is all masked, -inf - (-inf) would be NaN.
         self.maximum.fill_(torch.finfo(loop.dtype).min)
         self.total.zero_()
         self._masked = loop.mask is not None
 
     def add(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights of these scores, in their place, and what shrinks the sums of earlier ones."""
+        """The weights of these scores, written over them, and the factor `shrink` for the sums of earlier chunks."""
         maximum = torch.amax(scores, -1, keepdim=True, out=self._spare)
         torch.maximum(maximum, self.maximum, out=maximum)
         weights = scores.sub_(maximum).exp_()
@@ -45,7 +45,7 @@ class _RunningSoftmax:
         return weights, shrink
 
     def finish(self) -> None:
-        """Rows that a mask leaves without a key are all zeros, as in PyTorch's SDPA, and not 0 / 0."""
+        """Sets the total of rows without a key to 1: their output is then zero, as in PyTorch's SDPA, and not 0 / 0."""
         if self._masked:
             self.total.masked_fill_(self.total == 0, 1)
 
@@ -53,7 +53,7 @@ class _RunningSoftmax:
 def chunked_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: SlicedCall
 ) -> tuple[Tensor, Tensor]:
-    """`math_forward` in chunks of `call.keys` keys; keeps no weights.
+    """`math_forward` in chunks of `call.keys` keys. It keeps no weights.
 
     Returns:
         The output `(B, H, N, Dv)` and a tensor without elements.

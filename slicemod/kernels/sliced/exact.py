@@ -1,4 +1,4 @@
-"""`exact`: the slices whose true peak fits and that run at full speed, without a guessed multiplier."""
+"""The policy `exact`: slices whose true peak fits the budget, and which are no larger than what runs at full speed."""
 
 from __future__ import annotations
 
@@ -9,33 +9,41 @@ from slicemod.kernels.sliced.slices import Conditions, Slices, whole
 from slicemod.kernels.sliced.tiles import Tiles, heads_at_once
 from slicemod.plan import NotEnoughMemoryError, largest_square, not_enough
 
-# Scores of one turn of the loop on a CPU: between 4 and 8 MiB they stay in the last-level cache from one pass to the
-# next; at 32 MiB the same attention was measured 10-20% slower.
+# Bytes of scores in one turn of the loop on a CPU. 4 to 8 MiB stay in the last-level cache from one operation on them
+# to the next. On two cores in November 2026, 32 MiB took 10-20% longer than 8; on two busy cores of an AMD EPYC they
+# took as long.
 CPU_CACHED_SCORES = 8 * 2**20
-CPU_LEAST_ROWS = 16  # fewer rows than this cost more in dispatch than the cache gives back
+CPU_LEAST_ROWS = 16  # with fewer rows, the calls of PyTorch cost more than the cache saves
 
-# Scores of one turn on a wide device, as many as 8 heads of 1024 queries by 1024 keys in float32: an estimate, from the
-# blocks of some 128 x 64 numbers in which a GPU computes a product and the number of its processors; not measured.
+# Bytes of scores in one turn on other devices: 8 heads of 1024 queries by 1024 keys in float32. This is an estimate,
+# from the blocks of some 128 x 64 numbers in which a GPU computes a product, and from the number of its processors. It
+# was not measured.
 WIDE_SCORES = 32 * 2**20
-WIDE_LEAST_SIDE = 256  # of a square chunk; smaller ones leave the processors idle
+WIDE_LEAST_SIDE = 256  # of a square chunk; an estimate too: smaller squares leave processors idle
 
-# Rows of all keys below which as much memory goes further in chunks of keys, in inference and in training, where the
-# chunks are gone through twice. Measured with 16384 keys: 4 rows took twice the time of chunks 256 x 256, 16 less.
+# With fewer rows of all keys than this, chunks of keys use the same memory better. The first number is for inference,
+# the second for training, where the chunks are computed twice. Measured on two cores in November 2026 with 16384 keys:
+# rows of 4 took twice the time of chunks of 256 x 256, rows of 16 less time than these. On two busy cores of an AMD
+# EPYC rows of 4, 8 and 16 took 2.3, 1.7 and 1.3 times the time of the chunks.
 FEW_ROWS = {False: 16, True: 8}
-CHUNKS_FOR_ROWS = 1.5  # slices of chunks that take no longer than one slice of few rows
+CHUNKS_FOR_ROWS = 1.5  # so many times as many slices in chunks take no longer than slices of few rows
 
-WELL_USED = 0.8  # of the budget; slices that use less of it are enlarged if that takes no more of them
+WELL_USED = 0.8  # of the budget; slices that use less are made larger if their number does not grow
 
 
 def exact(shape: AttentionShape, given: Conditions) -> Slices:
-    """The fewest slices whose true peak fits, of those that are no larger than what runs at full speed.
+    """The fewest slices whose true peak fits the free bytes, and which are no larger than what runs at full speed.
 
-    On a CPU whole heads or rows of heads, whose scores stay in its cache, and chunks of keys where few rows of one head
-    fit. On a wide device all heads and square chunks, which give it the most to do at a time for the memory they take.
+    On a CPU a slice is some heads, or some rows of heads, and its scores stay in the cache. If only few rows of one
+    head fit, the keys are split into chunks too. On other devices a slice has all heads if possible, and square chunks
+    of queries by keys, which give the device the most work at a time for the memory that they take.
+
+    Raises:
+        NotEnoughMemoryError: not even one row and one key fit.
     """
     on_cpu = given.device_type == "cpu"
     most_scores = CPU_CACHED_SCORES if on_cpu else WIDE_SCORES  # bytes
-    chunks_allowed = given.checkpoint or not given.training  # the weights that are kept otherwise need all keys
+    chunks_allowed = given.checkpoint or not given.training  # weights that are kept need all keys
 
     def fits(heads: int, rows: int, keys: int = 0) -> bool:
         tiles = Tiles.of_slice(shape, heads, rows, keys=keys)
@@ -65,9 +73,9 @@ def exact(shape: AttentionShape, given: Conditions) -> Slices:
 
 
 def _square_chunks(shape: AttentionShape, fits: Callable[[int, int, int], bool]) -> Slices | None:
-    """As many queries as keys at a time, of as many heads of an item as leave squares that are worth it.
+    """As many queries as keys at a time, for as many heads of one batch item as leave squares that are large enough.
 
-    Only where an item has more scores than keep the device busy: a row of all keys does no harm in smaller ones.
+    None if an item has few scores, which can be computed in rows of all keys, or if no square is large enough.
     """
     if shape.heads * shape.queries * shape.keys * shape.score_itemsize <= WIDE_SCORES:
         return None
@@ -83,9 +91,9 @@ def _square_chunks(shape: AttentionShape, fits: Callable[[int, int, int], bool])
 
 
 def _blocks(shape: AttentionShape, fits: Callable[[int, int], bool], given: Conditions) -> Iterator[Slices]:
-    """Whole heads and enough rows of heads that fit, the best ones for the device first."""
-    counts: Sequence[int] = range(shape.heads, 0, -1)  # a wide device wants every head in each launch
-    if given.device_type == "cpu":  # a product per head keeps the cores busy
+    """Slices that fit, of whole heads or of enough rows of some heads. The best ones for the device come first."""
+    counts: Sequence[int] = range(shape.heads, 0, -1)  # a GPU works best on all heads at a time
+    if given.device_type == "cpu":  # the product of one head keeps the cores busy
         most = most_that_fits(shape.heads, lambda heads: fits(heads, shape.queries))
         if most:
             yield Slices("heads", heads_at_once(shape, most), shape.queries)
@@ -97,7 +105,7 @@ def _blocks(shape: AttentionShape, fits: Callable[[int, int], bool], given: Cond
 
 
 def _uses_well(shape: AttentionShape, given: Conditions, slices: Slices) -> bool:
-    """Slices use the budget, or could use more of it and had better not."""
+    """Whether the slices use most of the budget, or would still fit with one more row or head."""
     tiles = Tiles.of_slice(shape, slices.heads, slices.rows)
     if slices.axis == "heads":
         larger = Tiles.of_slice(shape, slices.heads + shape.group, slices.rows)
@@ -107,7 +115,7 @@ def _uses_well(shape: AttentionShape, given: Conditions, slices: Slices) -> bool
 
 
 def most_that_fits(size: int, fits: Callable[[int], bool]) -> int:
-    """Largest of 1..size that fits, or 0; what fits stays so when made smaller."""
+    """The largest number from 1 to `size` that fits; 0 if none does. If a number fits, smaller ones have to fit too."""
     least, most = 0, size
     while least < most:
         middle = (least + most + 1) // 2
@@ -117,7 +125,7 @@ def most_that_fits(size: int, fits: Callable[[int], bool]) -> int:
 
 def _too_small_for_a_row(shape: AttentionShape, given: Conditions) -> NotEnoughMemoryError:
     def least(shape: AttentionShape) -> Tiles:
-        """One row of one head, and one key where these are not all kept for the backward pass."""
+        """The smallest slice: one row of one head, with one key if the weights need not be kept."""
         row, score = Tiles.of_slice(shape, 1, 1), Tiles.of_slice(shape, 1, 1, keys=1)
         if given.training and not given.checkpoint:
             return row

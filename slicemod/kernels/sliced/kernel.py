@@ -1,4 +1,4 @@
-"""The sliced kernel: takes every call on every device, in as many slices as its memory asks for."""
+"""The sliced kernel: runs every call on every device, in as many slices as the memory requires."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from slicemod.watched import is_transformed
 
 
 class SlicedKernel(Kernel):
-    """Matrix products of PyTorch's, a slice of rows or heads at a time, in one reused workspace."""
+    """PyTorch's matrix products on one slice of rows or heads at a time, in one workspace that all slices use."""
 
     name: ClassVar[str] = "math"
     summary: ClassVar[str] = "matrix products of PyTorch's, in slices; takes every call on every device"
     takes_steps: ClassVar[bool] = True
 
     def obstacle(self, call: CallSpec) -> str | None:
-        """None: it can compute every call."""
+        """None, because this kernel can run every call."""
         return None
 
     def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan:
-        """What the policy decides.
+        """The plan that the policy decides.
 
         Raises:
-            NotEnoughMemoryError: the policy has no plan, or one that takes more than is free.
+            NotEnoughMemoryError: the policy has no plan, or its plan takes more than `free_bytes`.
         """
         shape = replace(call.shape, upcast=call.shape.upcast or terms.upcast)
         given = Conditions(max(0, free_bytes), call.device.type, call.training, terms.checkpoint)
@@ -47,7 +47,7 @@ class SlicedKernel(Kernel):
             except NotEnoughMemoryError:
                 return False
 
-        # The webui's policies look at other things than the true peak, and so does who pins the steps.
+        # The webui's policies do not know the true peak, and neither does a user who fixes the steps.
         advice = f"Leave steps={terms.steps} out" if terms.steps is not None else 'Take policy="exact"'
         side = largest_square(shape, fits)
         raise not_enough(f"the plan {plan}", plan.peak_bytes, free_bytes, shape, side, f"{advice}, raise the budget")
@@ -66,5 +66,5 @@ class SlicedKernel(Kernel):
         return output
 
     def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
-        """Nothing: the backward pass computes its slices again."""
+        """0, because the backward pass computes its slices again."""
         return 0

@@ -1,10 +1,10 @@
-"""The sliced kernel: plain matrix products, a turn of heads by rows at a time, in one reused workspace.
+"""The sliced kernel: plain matrix products for some heads and rows at a time (a "turn"), in one workspace.
 
     scores = scale * query key^T + mask,   weights = softmax(scores),   output = dropout(weights) value
 
-The backward pass computes the weights of a turn again from query and key, so that nothing outlives its turn. Fresh
-buffers would cost more in page faults than the arithmetic does, so every product writes into a tile of the
-workspace, or straight into its place in the output.
+The backward pass computes the weights of a turn again from query and key, so nothing has to be kept after a turn. Every
+product is written into a tile of the workspace, or directly into the output: the page faults of newly allocated buffers
+would cost more time than the arithmetic.
 """
 
 import math
@@ -24,10 +24,18 @@ from slicemod.torch_internals import softmax_backward_into
 
 @dataclass(frozen=True)
 class SlicedCall:
-    """What one call of the kernel computes besides its tensors, and in what slices.
+    """The arguments of one call of the kernel besides its tensors, and its slices.
 
-    `heads` and `rows` are those of a slice of the plan, `items` the batch items that it computes together, `keys`
-    the keys of a chunk, 0 for all at once; `seed` draws the dropout of every pass anew.
+    Attributes:
+        dropout_p: probability of dropping an attention weight.
+        is_causal: query `i` sees keys `0..i`.
+        scale: factor of the scores.
+        upcast: compute half precision in float32.
+        heads: batch x heads of a slice.
+        rows: query rows of a slice.
+        seed: the seed of the dropout's random numbers, the same for both passes; None without dropout.
+        items: batch items that are computed together.
+        keys: keys of a chunk; 0 for all at once.
     """
 
     dropout_p: float
@@ -42,7 +50,7 @@ class SlicedCall:
 
 
 class Turn(NamedTuple):
-    """What one turn of the loop covers: batch items, heads and query rows."""
+    """The part of the call that one turn of the loop computes: batch items, heads and query rows."""
 
     items: slice
     heads: slice
@@ -50,7 +58,7 @@ class Turn(NamedTuple):
 
 
 class TurnLoop:
-    """The parts that both passes share: which turns there are, and the weights of one."""
+    """What both passes have in common: the list of turns, the workspace, and the weights of a turn."""
 
     def __init__(
         self,
@@ -76,16 +84,16 @@ class TurnLoop:
         self.space: Workspace
 
     def allocate(self, sizes: dict[str, int]) -> None:
-        """Make the workspace: tiles of so many elements."""
+        """Make the workspace, with tiles of these numbers of elements."""
         self.space = Workspace(sizes, self.query, self.dtype)
 
     def generator(self) -> torch.Generator | None:
-        """Draws the dropout of one pass over the slices, the same in every pass; None without dropout."""
+        """The generator of the dropout's random numbers: the same numbers in every pass. None without dropout."""
         seed = self.call.seed
         return None if seed is None else torch.Generator(self.query.device).manual_seed(int(seed))
 
     def key_turns(self) -> Iterator[tuple[slice, slice, list[Turn]]]:
-        """Batch items, key heads, and the turns that read these: what shares loaded keys."""
+        """Batch items, key heads, and the turns that use the keys and values of these."""
         group, at_once = self.shape.group, self.tiles.heads
         width = max(group, at_once)
         row_ranges = ranges(0, self.shape.queries, self.tiles.rows)
@@ -105,18 +113,18 @@ class TurnLoop:
         return self.space.tile(name, *source.shape).copy_(source).flatten(0, 1)
 
     def place(self, name: str, target: Tensor, turn: Turn) -> Tensor:
-        """Where a product of a turn is written, `(items * heads, r, .)`: in its place, or in a tile for `settle`."""
+        """Where to write a product of a turn, `(items * heads, r, .)`: `target`, or a tile that `settle` copies."""
         part = target[turn]
         return (self.space.tile(name, *part.shape) if self.tiles.stages else part).flatten(0, 1)
 
     def settle(self, written: Tensor, target: Tensor, turn: Turn) -> None:
-        """Copy what was written into a tile to its place."""
+        """Copy what was written into a tile to its place in `target`."""
         if self.tiles.stages:
             part = target[turn]
             part.copy_(written.view(part.shape))
 
     def scaled_query(self, turn: Turn) -> Tensor:
-        """`(items * heads, r, D)`."""
+        """The scaled query of a turn, `(items * heads, r, D)`."""
         return self.copied("query", self.query[turn]).mul_(self.call.scale)
 
     def scores(self, query: Tensor, key: Tensor, turn: Turn, keys: slice) -> Tensor:
@@ -124,7 +132,8 @@ class TurnLoop:
         scores = self.space.tile("scores", query.shape[0], query.shape[1], key.shape[1])
         torch.bmm(grouped(query, key), key.transpose(1, 2), out=grouped(scores, key))
         if self.call.is_causal:
-            # Also the blocks that no query sees: SDPA multiplies their values by zero, which carries NaN on.
+            # Blocks that no query sees are computed too: SDPA multiplies their values by zero, so NaN in a value stays
+            # NaN.
             future = self.space.tile("mask", *scores.shape[1:])
             scores.add_(future.fill_(-math.inf).triu_(turn.rows.start - keys.start + 1))
         if self.mask is not None:
@@ -139,39 +148,39 @@ class TurnLoop:
             return torch.softmax(scores, -1, out=scores)
         maximum = self.space.tile("row_maximum", *scores.shape[:2], 1)
         dead_rows = torch.amax(scores, -1, keepdim=True, out=maximum) == -math.inf
-        # A row without a key has no weights, as in PyTorch's SDPA; its softmax is 0 / 0.
+        # The weights of a row without a key are zero, as in PyTorch's SDPA. The softmax alone would give 0 / 0.
         return torch.softmax(scores, -1, out=scores).masked_fill_(dead_rows, 0)
 
     def _additive(self, part: Tensor) -> Tensor:
         if part.dtype == self.dtype:
             return part
         tile = self.space.tile("mask", *part.shape)
-        # Adding -inf, rather than writing it, sends NaN and inf of the scores where SDPA sends them.
+        # -inf is added and not written over the scores, so that NaN and inf in scores give what they give in SDPA.
         return tile.fill_(-math.inf).masked_fill_(part, 0) if part.dtype == torch.bool else tile.copy_(part)
 
     def softmax_backward(self, grad_weights: Tensor, weights: Tensor) -> Tensor:
-        """`P (dP - sum(P dP))`, in the place of `dP`; the gradient of the output is gone afterwards."""
+        """`P (dP - sum(P dP))`, written over `dP`. On CUDA this also overwrites the tile of the output's gradient."""
         if not weights.is_cuda:
             return softmax_backward_into(grad_weights, weights, -1, self.dtype, grad_input=grad_weights)  # type: ignore[no-any-return]
-        # The operator makes a third tensor of scores there.
+        # On CUDA the operator above allocates a third tensor of scores.
         row_sums = self.space.tile("output", *weights.shape[:2], 1)
         grad_weights.mul_(weights)
         return grad_weights.addcmul_(weights, torch.sum(grad_weights, -1, keepdim=True, out=row_sums), value=-1)
 
     def draw(self, weights: Tensor, generator: torch.Generator) -> Tensor:
-        """Dropout's factor for each weight: 0, or 1 / (1 - p)."""
+        """The dropout's factor for each weight: 0 or 1 / (1 - p)."""
         factor = self.space.tile("dropout", *weights.shape)
         keep = 1 - self.call.dropout_p
         return factor.bernoulli_(keep, generator=generator).div_(keep) if keep > 0 else factor.zero_()
 
 
 def ranges(start: int, stop: int, width: int) -> list[slice]:
-    """`start` to `stop` in parts of `width`, the last one of what is left."""
+    """The range from `start` to `stop` in parts of `width`. The last part may be smaller."""
     return [slice(first, min(first + width, stop)) for first in range(start, stop, width)]
 
 
 def grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
-    """`(heads, r, .)` of a tile as `(key heads, heads per key head * r, .)`: one product per key head."""
+    """`(heads, r, .)` of a tile as `(key heads, heads per key head * r, .)`, for one product per key head."""
     heads, rows, width = per_query_head.shape
     if heads == key.shape[0]:
         return per_query_head
@@ -179,7 +188,7 @@ def grouped(per_query_head: Tensor, key: Tensor) -> Tensor:
 
 
 def _mask_part(mask: Tensor, turn: Turn, keys: slice) -> Tensor:
-    """The part of a 4-D mask that concerns a turn: its own sizes, or 1 where the mask is broadcast."""
+    """The part of a 4-D mask for a turn and some keys. Dimensions along which the mask is broadcast stay 1."""
     return mask[tuple(part if size > 1 else slice(None) for part, size in zip((*turn, keys), mask.shape, strict=True))]
 
 
@@ -189,7 +198,7 @@ def math_forward(
     """Attention of query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)`; `Hk` divides `H`.
 
     Returns:
-        The output `(B, H, N, Dv)`, and the weights `(B, H, N, M)` before dropout if they are to be kept, else an
+        The output `(B, H, N, Dv)`. With `keep_weights` also the weights before dropout, `(B, H, N, M)`; otherwise an
         empty tensor.
     """
     loop = TurnLoop(query, key, value, mask, call)
@@ -214,7 +223,7 @@ def math_forward(
 
 
 def kept_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
-    """`(B, H, N, M)`."""
+    """The shape of the kept weights, `(B, H, N, M)`."""
     return query.shape[0], query.shape[1], query.shape[2], key.shape[2]
 
 
@@ -228,11 +237,11 @@ def math_backward(
     call: SlicedCall,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and mask: those that `needs` names, empty tensors for the others.
+    """Gradients of query, key, value and mask. For those that `needs` leaves out, tensors without elements.
 
     With `P` the weights, `R` the dropout factors and `G` the gradient of the output, per row:
     `dV = (P R)^T G`, `dP = (G V^T) R`, `dS = P (dP - sum(P dP))`, `dQ = scale dS K`, `dK = dS^T (scale Q)`.
-    Gradients of key and value are summed over the slices in the dtype of the scores, float32 for upcast ones.
+    Gradients of key and value are summed over the slices in the dtype of the scores.
     """
     need_query, need_key, need_value, need_mask = needs
     loop = TurnLoop(query, key, value, mask, call, mask_grad=need_mask)
@@ -276,12 +285,12 @@ def math_backward(
 
 
 def accumulator(loop: TurnLoop, name: str, place: Tensor) -> Tensor:
-    """Where the turns sum the gradient of some key heads, `(items * key heads, M, .)`: its place, or a tile."""
+    """Zeros to sum the gradient of some key heads in, `(items * key heads, M, .)`: in `place`, or in a tile."""
     return (loop.space.tile(name, *place.shape) if loop.tiles.accumulates else place).zero_().flatten(0, 1)
 
 
 def settle_sums(loop: TurnLoop, items: slice, key_heads: slice, *sums: tuple[Tensor, Tensor | None]) -> None:
-    """Copy gradients that `accumulator` summed in tiles to their places."""
+    """Copy the gradients that were summed in tiles to their places."""
     for target, summed in sums:
         if loop.tiles.accumulates and summed is not None:
             place = target[items, key_heads]
@@ -289,7 +298,7 @@ def settle_sums(loop: TurnLoop, items: slice, key_heads: slice, *sums: tuple[Ten
 
 
 def add_mask_gradient(loop: TurnLoop, mask_sum: Tensor, grad_scores: Tensor, turn: Turn, keys: slice) -> None:
-    """Add the gradient of some scores to that of the mask, summed over what the mask is broadcast along."""
+    """Add the gradient of some scores to the mask's, summed over the dimensions along which the mask is broadcast."""
     part = _mask_part(mask_sum, turn, keys)
     gradient = grad_scores.view(turn.items.stop - turn.items.start, -1, *grad_scores.shape[1:])
     broadcast = [axis for axis in range(4) if part.shape[axis] != gradient.shape[axis]]

@@ -1,8 +1,8 @@
-"""The sliced kernel as operators of PyTorch, which keep its slices in order.
+"""The sliced kernel as operators of PyTorch.
 
-A loop of slices that the compiler can see is unrolled and reordered, and its memory grows with the number of slices.
-As one operator it is a single node of the graph: compile time does not depend on the number of slices, and their
-order stays ours.
+If a compiler saw the loop over the slices, it would unroll and reorder it, and memory would grow with the number of
+slices. An operator is a single node of the graph: the slices stay in order, and compile time does not depend on their
+number.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def attention(
     """Attention of query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)` in the slices of a `SlicePlan`.
 
     Returns:
-        The output `(B, H, N, Dv)` and, with `keep_weights`, the weights `(B, H, N, M)`, else an empty tensor.
+        The output `(B, H, N, Dv)`. With `keep_weights` also the weights `(B, H, N, M)`; otherwise an empty tensor.
     """
 
     def run(call: SlicedCall) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def attention_backward(
     keys: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and mask, those that are needed, in the slices that ran forward."""
+    """Gradients of query, key, value and mask, computed in the slices of the forward pass. `needs` says which."""
     wanted = (needs[0], needs[1], needs[2], needs[3])
 
     def run(call: SlicedCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(query, key, value, mask, seed, output[1])
     ctx.settings = (*settings, items, heads, rows, keys)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or the kept weights would get a gradient of zeros, as large as they are
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates a gradient of zeros for the kept weights
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:

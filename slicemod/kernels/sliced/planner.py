@@ -1,4 +1,4 @@
-"""From a policy's slices to a plan of the sliced kernel, with the bytes that it then takes."""
+"""Makes the plan of the sliced kernel from the slices of a policy, with the bytes that the kernel will take."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ POLICIES: dict[str, Callable[[AttentionShape, Conditions], Slices]] = {
 
 
 def plan_by_policy(shape: AttentionShape, given: Conditions, policy: str, steps: int | None = None) -> SlicePlan:
-    """What a policy decides, or the plan of a number of slices that is given.
+    """The plan that a policy decides, or the plan with the number of slices that the user gave.
 
-    Policies of the webui look at other things than the free bytes, so that their plans may take more.
+    The policies of the webui do not know the true peak, so their plans may take more than the free bytes.
 
     Raises:
         NotEnoughMemoryError: the policy has no plan.
-        ValueError: there is no such policy.
+        ValueError: there is no policy with this name.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}. Choose one of these.")
@@ -38,7 +38,7 @@ def plan_by_policy(shape: AttentionShape, given: Conditions, policy: str, steps:
     return plan
 
 
-@lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step
+@lru_cache(maxsize=4096)  # a UNet asks for the same plans in each step
 def _plan(
     shape: AttentionShape,
     given: Conditions,
@@ -52,7 +52,7 @@ def _plan(
     tiles = Tiles.of_slice(shape, heads, rows, items, keys)
     if items > 1 and not given.affords(tiles):
         tiles = Tiles.of_slice(shape, heads, rows, keys=keys)
-    if not given.allows(tiles):  # the policy's slices, but a turn of the loop takes less of one
+    if not given.allows(tiles):  # then a turn of the loop computes only a part of a slice
         heads = most_that_fits(tiles.heads, lambda heads: given.allows(Tiles.of_slice(shape, heads, rows))) or 1
         rows = most_that_fits(rows, lambda rows: given.allows(Tiles.of_slice(shape, heads, rows))) or 1
         tiles = Tiles.of_slice(shape, heads, rows)

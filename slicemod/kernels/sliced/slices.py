@@ -1,4 +1,4 @@
-"""What a policy is asked and answers: the conditions of a call, and the slices that it is computed in."""
+"""The input and the answer of a policy: the conditions of a call, and the slices to compute it in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from slicemod.rounding import ceil_div
 
 
 class Slices(NamedTuple):
-    """What a policy answers: the axis it slices, and the batch x heads, query rows and keys (0: all) of a slice."""
+    """A policy's answer.
+
+    Attributes:
+        axis: what is sliced, "query" or "heads".
+        heads: batch x heads of a slice.
+        rows: query rows of a slice.
+        keys: keys of a chunk; 0 for all keys at once.
+    """
 
     axis: Axis
     heads: int
@@ -26,7 +33,14 @@ class Slices(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """What a policy knows besides the sizes."""
+    """What a policy knows besides the sizes of the call.
+
+    Attributes:
+        free_bytes: bytes that the attention may allocate.
+        device_type: "cpu", "cuda", "mps" and so on.
+        training: there will be a backward pass.
+        checkpoint: the backward pass recomputes each slice.
+    """
 
     free_bytes: int
     device_type: str
@@ -38,11 +52,11 @@ class Conditions(NamedTuple):
         return tiles.peak(training=self.training, checkpoint=self.checkpoint)
 
     def affords(self, tiles: Tiles) -> bool:
-        """The tiles fit the free bytes, and each buffer what the device allows one to have."""
+        """The tiles fit the free bytes, and no buffer is larger than the device allows."""
         return self.peak(tiles) <= self.free_bytes and self.allows(tiles)
 
     def allows(self, tiles: Tiles) -> bool:
-        """No buffer is larger than the device allows, whatever is free."""
+        """No buffer is larger than the device allows (`BUFFER_CAPS`)."""
         largest = tiles.largest_buffer(training=self.training, checkpoint=self.checkpoint)
         return largest <= BUFFER_CAPS.get(self.device_type, largest)
 
@@ -53,5 +67,5 @@ def whole(shape: AttentionShape) -> Slices:
 
 
 def balanced_rows(shape: AttentionShape, steps: int) -> Slices:
-    """All heads, and rows in `steps` slices of the same size but for the last."""
+    """All heads, and the rows in `steps` slices of one size; the last slice may be smaller."""
     return Slices("query", shape.batch_heads, max(1, ceil_div(shape.queries, steps)))

@@ -1,7 +1,7 @@
-"""The sliced kernel under `torch.func.grad`, `vjp` and `jacrev`, which do not take operators with gradients of theirs.
+"""The sliced kernel under `torch.func.grad`, `vjp` and `jacrev`, which do not accept custom operators with gradients.
 
-Both passes are a function of autograd in the form that `torch.func` asks for. The backward pass stays in slices;
-differentiating it once more is refused.
+Each pass is an autograd function in the form that `torch.func` requires. The backward pass is computed in slices too. A
+second derivative is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slicemod.kernels.sliced.operators import attention, attention_backward
 def transformed_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, *settings: Any
 ) -> Tensor:
-    """`slicemod::attention` without kept weights; `settings` as there."""
+    """`slicemod::attention` without kept weights; `settings` are its other arguments, in its order."""
     output: Tensor = _Attention.apply(query, key, value, mask, seed, *settings)
     return output
 
@@ -71,7 +71,7 @@ class _Backward(torch.autograd.Function):
 
 
 def _one_after_another(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """How `torch.vmap` runs an operator: for each item of the batch, in the same slices."""
+    """The rule by which `torch.vmap` runs an operator: once for each item of the batch, with the same slices."""
 
     def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         def of(item: int) -> list[Any]:

@@ -1,7 +1,7 @@
-"""The policies: pure functions over ints that answer how many heads, rows and keys a slice has.
+"""The policies that decide as AUTOMATIC1111's webui does. docs/heuristics.md explains them with examples.
 
-The arithmetic of `heuristic`, `doggettx`, `invokeai` and `mps` is that of AUTOMATIC1111's webui (its attention
-optimisations of those names); `exact` is slicemod's own, in `exact.py`.
+They are pure functions from sizes and free bytes to the heads and rows of a slice. Their arithmetic is that of the
+webui's attention optimisations. slicemod's own policy is in `exact.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from slicemod.call import AttentionShape
 from slicemod.kernels.sliced.slices import Conditions, Slices, balanced_rows, whole
 from slicemod.plan import NotEnoughMemoryError, not_enough
 
-SAFETY_FACTOR = 3.3  # covers fragmentation and concurrent allocations
-MOST_STEPS = 64  # what the webui gives up at
-CPU_SLICE_MIB = 32  # InvokeAI: smaller slices are faster due to L2/L3 caches
+# These three numbers are the webui's.
+SAFETY_FACTOR = 3.3  # for fragmentation and what others allocate
+MOST_STEPS = 64  # with more steps, the webui raises an error
+CPU_SLICE_MIB = 32  # InvokeAI's comment: smaller slices are faster because of the L2 and L3 caches
 
 
 def _webui_steps(shape: AttentionShape, available: float) -> int:
-    """Powers of two until 3 (2-byte scores) or 2.5 times the scores fit; an error above 64."""
+    """The smallest power of two of steps with which 3 times the scores fit (2.5 times if not of 2 bytes).
+
+    Raises:
+        NotEnoughMemoryError: more than 64 steps would be needed.
+    """
     required = shape.scores_bytes * (3 if shape.score_itemsize == 2 else 2.5)
     if required <= available:
         return 1
@@ -35,7 +40,7 @@ def _webui_steps(shape: AttentionShape, available: float) -> int:
 
 
 def _invokeai_division(shape: AttentionShape, limit_mib: float) -> int:
-    """1 if the scores fit in `limit_mib`, else the power of two above the quotient."""
+    """1 if the scores fit `limit_mib`; otherwise the power of two above their quotient."""
     size = shape.scores_bytes // 2**20
     if size <= limit_mib:
         return 1
@@ -45,12 +50,12 @@ def _invokeai_division(shape: AttentionShape, limit_mib: float) -> int:
 
 
 def doggettx(shape: AttentionShape, given: Conditions) -> Slices:
-    """What the webui's Doggettx optimisation decides."""
+    """Decides as the webui's Doggettx optimisation."""
     return balanced_rows(shape, _webui_steps(shape, given.free_bytes))
 
 
 def heuristic(shape: AttentionShape, given: Conditions) -> Slices:
-    """Doggettx with a safety factor of 3.3 on the free memory, a cap for CPU caches, and Metal's own rule."""
+    """Doggettx with a safety factor of 3.3 for the free memory, a limit for the caches of CPUs, and `mps` on Metal."""
     if given.device_type == "mps":
         return mps(shape, given)
     steps = _webui_steps(shape, given.free_bytes / SAFETY_FACTOR)
@@ -60,7 +65,7 @@ def heuristic(shape: AttentionShape, given: Conditions) -> Slices:
 
 
 def invokeai(shape: AttentionShape, given: Conditions) -> Slices:
-    """Batch x heads first, then query rows; on a CPU at most 32 MiB of scores at a time."""
+    """Slices of batch x heads, or of query rows if single heads are too large. On a CPU at most 32 MiB of scores."""
     if given.device_type == "mps":
         return mps(shape, given)
     limit = CPU_SLICE_MIB if given.device_type == "cpu" else given.free_bytes / SAFETY_FACTOR / 2**20
@@ -73,7 +78,7 @@ def invokeai(shape: AttentionShape, given: Conditions) -> Slices:
 
 
 def mps(shape: AttentionShape, given: Conditions) -> Slices:
-    """At most 2**30 scores at a time on Metal, whatever is free, and never a multiple of 4096 rows."""
+    """The rule for Metal: by the rows of all heads, whatever is free, and never a multiple of 4096 rows in a slice."""
     rows_of_all_heads = shape.batch_heads * shape.queries
     if rows_of_all_heads <= 2**16:
         return whole(shape)
@@ -84,9 +89,9 @@ def mps(shape: AttentionShape, given: Conditions) -> Slices:
 
 
 def square_resolution(available: float, per_token_pair: float) -> int:
-    """Side in pixels of the largest square image whose `N * N` scores fit, in steps of 64 pixels.
+    """Side in pixels, a multiple of 64, of the largest square image for whose `N * N` scores there is memory.
 
-    `available / per_token_pair` token pairs, `N` of which are `(side / 8) ** 2` latent pixels. The webui's formula,
-    `floor(sqrt(sqrt(available / 2.5)) / 8) * 64`, is this with 2.5 bytes a pair.
+    A score takes `per_token_pair` bytes, and `N = (side / 8) ** 2` is the number of latent pixels. The webui's formula,
+    `floor(sqrt(sqrt(available / 2.5)) / 8) * 64`, is this one with 2.5 bytes for a score.
     """
     return math.floor(math.sqrt(math.sqrt(max(0.0, available) / per_token_pair)) / 8) * 64

@@ -1,4 +1,4 @@
-"""One allocation for all the buffers of a kernel, carved into tiles: fresh buffers cost more than the arithmetic."""
+"""One allocation for all buffers of a kernel, divided into tiles. New buffers would cost more than the arithmetic."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Tiles of `sizes` elements each; a turn of the loop takes the part of a tile that it fills."""
+    """One buffer, divided into named tiles of `sizes` elements. A turn takes the part of a tile that it needs."""
 
     def __init__(self, sizes: dict[str, int], like: Tensor, dtype: torch.dtype) -> None:
         buffer = torch.empty(sum(sizes.values()), dtype=dtype, device=like.device)
@@ -17,6 +17,6 @@ class Workspace:
         return name in self._tiles
 
     def tile(self, name: str, *sizes: int) -> Tensor:
-        """The first elements of the tile `name`, as `sizes`; all of them where a size is -1."""
+        """The first elements of the tile `name`, in the shape `sizes`. All of its elements if a size is -1."""
         tile = self._tiles[name]
         return (tile if -1 in sizes else tile[: math.prod(sizes)]).view(sizes)
