@@ -20,7 +20,7 @@ from slicemod.call import (
 )
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.plan import SlicePlan
-from slicemod.watched import is_transformed
+from slicemod.watched import constant_in_graph, is_transformed
 
 
 def describe(inputs: Inputs, arguments: Arguments, layout: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -61,18 +61,23 @@ def call_spec(
     )
 
 
-def check_plan(plan: SlicePlan, call: CallSpec) -> None:
-    """Checks that the kernel of a plan that the user passed can run the call.
+def check_plan(plan: SlicePlan, described: tuple[Any, ...]) -> None:
+    """Checks that the kernel of a plan that the user passed can run the call that `describe` described.
 
     Raises:
         ValueError: it cannot.
     """
-    obstacle = kernels.kernel_named(plan.kernel).obstacle(call)
+    obstacle = _obstacle_of_plan(plan, *described)
     if obstacle is not None:
         raise ValueError(
             f'plan: expected one made for this call; got one of kernel="{plan.kernel}", and {obstacle}. Leave plan '
             "out, or make one for this call."
         )
+
+
+@constant_in_graph
+def _obstacle_of_plan(plan: SlicePlan, *described: Any) -> str | None:
+    return kernels.kernel_named(plan.kernel).obstacle(call_spec(*described))
 
 
 def follow(plan: SlicePlan, inputs: Inputs, arguments: Arguments) -> Tensor:

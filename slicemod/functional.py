@@ -100,6 +100,8 @@ def planned_attention(
             f"{' and slicing' if slicing is not None else ''}. Pass the one or the other."
         )
     query, key, value, attn_mask = autocast_inputs(query, key, value, attn_mask)
+    if isinstance(scale, Tensor):  # as PyTorch's own takes it; what is remembered by a tensor may change in it
+        scale = scale.item()
     arguments = Arguments(dropout_p, is_causal, scale, enable_gqa)
     known_as = None
     if plan is None and dropout_p == 0:
@@ -126,7 +128,7 @@ def planned_attention(
         return output.reshape(*lead, queries, value.shape[3]), None
     described = describe(inputs, arguments, layout)
     if plan is not None:
-        check_plan(plan, call_spec(*described))
+        check_plan(plan, described)
     elif torch.compiler.is_dynamo_compiling():
         found = _plan_in_graph(slicing, *described)
         if isinstance(found, str):

@@ -14,7 +14,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.config import SliceConfig
-from slicemod.functional import sliced_attention
+from slicemod.functional import planned_attention, sliced_attention
 from slicemod.memory.free_memory import PROBES, MemoryProbe
 from tests.oracle import layer_inputs, layer_like
 from tests.pairwise import pairwise
@@ -119,6 +119,18 @@ def test_settings_in_a_dict_compile_as_well() -> None:
 
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
     torch.testing.assert_close(inputs.run(compiled), inputs.run(attention))
+
+
+@pytest.mark.parametrize("name", SLICINGS)
+def test_a_plan_that_is_given_compiles_as_well(name: str) -> None:
+    inputs = layer_inputs()
+    expected, plan = planned_attention(inputs.query, inputs.key, inputs.value, slicing=SLICINGS[name])
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return sliced_attention(query, key, value, mask, plan=plan)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(inputs.run(compiled), expected)
 
 
 def test_compiled_autocast_is_eager_autocast() -> None:

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
+from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.plan import SlicePlan
 from slicemod.reference import reference_attention
 from tests.oracle import Attention, Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like
@@ -135,6 +137,26 @@ def test_a_one_token_context_gives_query_and_key_no_gradient_at_all(dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_smallest_sizes(dtype: torch.dtype, sizes: dict[str, Any]) -> None:
     assert_as_exact_as_sdpa(three_slices, layer_inputs(dtype, **sizes), ulps=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_without_channels_see_all_keys_alike(dtype: torch.dtype) -> None:
+    values = layer_like(2, 3, 53, 11, dtype).requires_grad_()
+    output = sliced_attention(layer_like(2, 3, 61, 0, dtype), layer_like(2, 3, 53, 0, dtype), values)
+    torch.testing.assert_close(output, values.mean(2, keepdim=True).expand_as(output))
+    output.sum().backward()
+    torch.testing.assert_close(values.grad, torch.full_like(values, 61 / 53))
+
+
+@pytest.mark.parametrize("kernel", ["native", "fused", "math"])
+def test_a_scale_that_is_a_tensor_is_what_it_holds_at_each_call(kernel: str) -> None:
+    inputs, scale, slicing = layer_inputs(), torch.tensor(0.0), SliceConfig(kernel=kernel)
+    if kernel == "native" and native_library() is None:
+        pytest.skip(f"no native kernel: {native_obstacle()}")
+    for number in (0.5, 2.0, 0.25):
+        scale.fill_(number)
+        expected = inputs.run(reference_attention, scale=number)
+        torch.testing.assert_close(inputs.run(sliced_attention, scale=scale, slicing=slicing), expected.float())
 
 
 def test_values_may_be_wider_than_queries() -> None:

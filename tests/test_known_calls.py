@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from slicemod import functional as module
 from slicemod.config import SliceConfig
@@ -316,6 +317,20 @@ def test_who_looks_on_sees_operators_and_the_same_results(training: bool) -> Non
     assert operators == ["slicemod.native_attention.default", *backward]
     for one, other in zip((watched, *watched_grads), (alone, *grads), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", ["native", "fused-float32", "fused", "math"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_checkpoint_runs_again_what_it_ran_at_first(kernel: str, masked: bool) -> None:
+    if kernel == "native" and (masked or native_library() is None):
+        pytest.skip("no native kernel for it")
+    inputs, slicing = layer_inputs(torch.bfloat16).leaves(), SliceConfig(kernel=kernel)
+    mask = torch.rand(1, 3, 1, inputs.key.shape[2]) > 0.3 if masked else None
+    leaves = [inputs.query, inputs.key, inputs.value]
+    output = checkpoint(sliced_attention, *leaves, mask, slicing=slicing, use_reentrant=False)
+    found = torch.autograd.grad(output.sum(), leaves)  # the first run is remembered, and this one looks it up
+    expected = torch.autograd.grad(sliced_attention(*leaves, mask, slicing=slicing).sum(), leaves)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_not_more_calls_are_remembered_than_there_is_room_for(

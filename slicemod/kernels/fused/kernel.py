@@ -38,22 +38,37 @@ class FusedKernel(Kernel):
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """PyTorch's function, in a way that lets PyTorch run nothing but a fused kernel."""
+        if is_watched(*inputs[:3]):
+            return fused_attention(inputs, more)
+        if _is_plain_on_cpu(inputs, more):
+            return _plain_on_cpu(more)(*inputs)
         output = fused_attention(inputs, more)
-        if not more.training or is_watched(*inputs[:3]):
-            return output
-        return with_second_derivatives(output, inputs, more)
+        return with_second_derivatives(output, inputs, more) if more.training else output
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
-        """It does not ask PyTorch for its choice again if the answer is known."""
-        query, _, _, mask = inputs
-        if query.is_cpu and mask is None and not more.enable_gqa:
-            flash = differentiable_flash_attention if more.training else flash_attention
-            return lambda query, key, value, _mask: flash(query, key, value, more.is_causal, more.scale)
+        """It does not ask PyTorch for its choice again if the answer is known.
+
+        Autograd keeps the same tensors as after `attend`, because a checkpoint compares its second run with the first.
+        """
+        query = inputs[0]
+        if _is_plain_on_cpu(inputs, more):
+            return _plain_on_cpu(more)
         if is_fused(more.choice, query) and not more.training:
             return lambda *inputs: sdpa(inputs, more)
         if is_fused(more.choice, query):
             return lambda *inputs: with_second_derivatives(sdpa(inputs, more), inputs, more)
         return super().prepare(plan, inputs, more)
+
+
+def _is_plain_on_cpu(inputs: Inputs, more: Arguments) -> bool:
+    """PyTorch's flash attention for CPUs can be called by itself."""
+    query, _, _, mask = inputs
+    return query.is_cpu and mask is None and not more.enable_gqa
+
+
+def _plain_on_cpu(more: Arguments) -> Run:
+    flash = differentiable_flash_attention if more.training else flash_attention
+    return lambda query, key, value, _mask: flash(query, key, value, more.is_causal, more.scale)
 
 
 def fused_peak(call: CallSpec) -> int:

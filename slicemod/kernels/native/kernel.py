@@ -90,7 +90,7 @@ class NativeKernel(Kernel):
             "dropout": shape.dropout,
             "fewer heads of keys than of queries": shape.group != 1,
             "a scale that is not positive, or that float32 cannot hold": not call.ordinary_scale,
-            "values without channels": not shape.values,
+            "heads without channels": not (shape.head_dim and shape.values),
         }
         if found := [what for what, is_there in there_is.items() if is_there]:
             return f"it does not compute {', '.join(found)}"
