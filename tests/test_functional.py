@@ -110,6 +110,14 @@ def test_the_scale_is_a_factor_of_the_scores(dtype: torch.dtype, scale: float) -
     assert_as_exact_as_sdpa(three_slices, layer_inputs(dtype, scale=scale))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_later_keys_stay_unseen_whatever_the_scale(dtype: torch.dtype, scale: float) -> None:
+    inputs = layer_inputs(dtype, is_causal=True, scale=scale)
+    expected = inputs.run(reference_attention)  # PyTorch's own has NaN here, its infinite scores times the scale
+    assert error(inputs.run(sliced_attention), expected) < 8 * torch.finfo(dtype).eps * expected.norm()
+
+
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 5, 3), (2, 1, 5, 3)], ids=str)
 @pytest.mark.parametrize("kind", ["none", "bool", "additive", "gradient"])
 def test_any_number_of_leading_dimensions(lead: tuple[int, ...], kind: str) -> None:

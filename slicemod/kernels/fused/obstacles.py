@@ -44,6 +44,8 @@ def fused_obstacle(call: CallSpec) -> str | None:
             return f"fused kernels want a mask of bool or {call.dtype}, got one of another dtype"
         if layout.mask_requires_grad:  # PyTorch declines under no_grad too
             return "fused kernels give the mask no gradient"
+    if shape.causal and not call.ordinary_scale:
+        return "fused kernels multiply the -inf of later keys by the scale, which is not positive"
     if device == "cpu":
         return "the CPU's fused kernel has no dropout" if shape.dropout else None
     return None if layout.fuses else "PyTorch has no fused CUDA kernel for these sizes, this dtype or this GPU"

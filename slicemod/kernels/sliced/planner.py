@@ -50,8 +50,9 @@ def _plan(
     axis, heads, rows, keys = chosen
     items = items_at_once(shape, heads, rows)
     tiles = Tiles.of_slice(shape, heads, rows, items, keys)
-    if items > 1 and not given.affords(tiles):
-        tiles = Tiles.of_slice(shape, heads, rows, keys=keys)
+    if items > 1:
+        together = most_that_fits(items, lambda items: given.affords(Tiles.of_slice(shape, heads, rows, items, keys)))
+        tiles = Tiles.of_slice(shape, heads, rows, max(1, together), keys)
     if not given.allows(tiles):  # then a turn of the loop computes only a part of a slice
         heads = most_that_fits(tiles.heads, lambda heads: given.allows(Tiles.of_slice(shape, heads, rows))) or 1
         rows = most_that_fits(rows, lambda rows: given.allows(Tiles.of_slice(shape, heads, rows))) or 1

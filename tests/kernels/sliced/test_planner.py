@@ -467,3 +467,12 @@ def test_powers_of_two_up_to_64() -> None:
         assert plan.steps == 2**power
     with pytest.raises(NotEnoughMemoryError):
         plan_slices(shape, math.floor(required / 64) - 1, policy="doggettx")
+
+
+@pytest.mark.parametrize("free_bytes", [2**18, 2**20, 1_500_007])
+def test_as_many_small_items_are_computed_together_as_fit(free_bytes: int) -> None:
+    shape = AttentionShape(1021, 7, 17, 13, 41, 4)
+    plan, wide = plan_slices(shape, free_bytes), plan_slices(shape, 2**30)
+    assert wide.items > plan.items > 1
+    assert plan.peak_bytes <= free_bytes
+    assert Tiles.of_slice(shape, plan.heads, plan.rows, plan.items + 1).peak(training=False) > free_bytes
