@@ -124,6 +124,11 @@ def planned_attention(
         return output.reshape(*lead, queries, value.shape[3]), None
     arguments = arguments._replace(training=needs_grad(*inputs))
     if is_dynamic(inputs):
+        if plan is not None:
+            raise ValueError(
+                "plan: expected none in a graph with a dynamic number of tokens, as a plan is made for fixed sizes; "
+                f"got {plan}. Leave plan out: such a graph plans when it runs."
+            )
         output = planned_at_run_time(inputs, arguments, _config(slicing))
         return output.reshape(*lead, queries, value.shape[3]), None
     described = describe(inputs, arguments, layout)

@@ -309,3 +309,18 @@ def test_the_backward_operator_is_registered_as_pytorch_wants_it(
         torch.ops.slicemod.attention_backward,
         (grad_output, query, key, value, mask, seed, kept, *settings, items, heads, rows, keys, needs),
     )
+
+
+def test_a_plan_is_refused_by_a_graph_of_any_size() -> None:
+    inputs = layer_inputs(keys=61)
+    plan = planned_attention(inputs.query, inputs.key, inputs.value)[1]
+
+    class Attention(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return sliced_attention(query, key, value, plan=plan)
+
+    tokens = {2: torch.export.Dim("tokens", min=2, max=4096)}
+    with pytest.raises(ValueError, match="plan: expected none in a graph with a dynamic number of tokens"):
+        torch.export.export(
+            Attention(), (inputs.query, inputs.key, inputs.value), dynamic_shapes=[tokens] * 3, strict=False
+        )

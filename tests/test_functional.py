@@ -400,6 +400,29 @@ def test_the_plan_that_is_given_is_followed() -> None:
     assert torch.equal(output, inputs.run(sliced({"steps": 9, "kernel": "math"})))
 
 
+@pytest.mark.parametrize("settings", [{"kernel": "native"}, {"kernel": "auto"}, {"kernel": "math"}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("negative", [False, True])
+def test_the_default_device_changes_nothing(settings: dict[str, Any], training: bool, negative: bool) -> None:
+    if settings["kernel"] == "native" and native_library() is None:
+        pytest.skip(f"no native kernel: {native_obstacle()}")
+    tensors = [layer_like(2, 3, tokens, 11) for tokens in (61, 53, 53)]
+    if negative:  # such a view is copied before the native library reads it
+        tensors[1] = torch.complex(tensors[1], -tensors[1]).conj().imag
+    tensors = [tensor.detach().requires_grad_(training) for tensor in tensors]
+    dropout_p = 0.3 if settings["kernel"] == "math" else 0.0
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(7)
+        output = sliced_attention(*tensors, dropout_p=dropout_p, slicing=settings)
+        return [output, *(torch.autograd.grad(output, tensors, output.detach()) if training else ())]
+
+    expected = results()
+    with torch.device("meta"):
+        for one, other in zip(results(), expected, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_the_output_is_laid_out_for_a_layer_to_merge_its_heads_without_a_copy() -> None:
     output = layer_inputs().run(three_slices)
     assert output.transpose(1, 2).is_contiguous()

@@ -227,7 +227,9 @@ def _readable(name: str, tensor: Tensor) -> Tensor:
             f"{name}: expected a strided tensor on the CPU; got {tensor.layout} on {tensor.device}. "
             "Call sliced_attention, which takes more."
         )
-    return tensor if _address(tensor) is not None else torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    if _address(tensor) is not None:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _call_of(scale: float, threads: int, **tensors: Tensor | None) -> _Call:
@@ -279,4 +281,4 @@ def _call(scale: float, threads: int, query: Described, key: Described, value: D
 
 
 def _bytes(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default device is

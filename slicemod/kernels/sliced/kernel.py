@@ -55,7 +55,7 @@ class SlicedKernel(Kernel):
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """One operator, forward and backward, whatever the number of slices."""
         query, key, value, mask = inputs
-        seed = torch.randint(2**63 - 1, ()) if more.dropout_p > 0 else None
+        seed = torch.randint(2**63 - 1, (), device="cpu") if more.dropout_p > 0 else None
         settings = more.dropout_p, more.is_causal, scale_of(query, more.scale), plan.upcast
         slices = plan.items, plan.heads, plan.rows, plan.keys
         if is_transformed():
