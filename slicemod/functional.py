@@ -101,7 +101,7 @@ def planned_attention(
         )
     query, key, value, attn_mask = autocast_inputs(query, key, value, attn_mask)
     if isinstance(scale, Tensor):  # as PyTorch's own takes it; what is remembered by a tensor may change in it
-        scale = scale.item()
+        scale = scale.item()  # type: ignore[unreachable]
     arguments = Arguments(dropout_p, is_causal, scale, enable_gqa)
     known_as = None
     if plan is None and dropout_p == 0:
