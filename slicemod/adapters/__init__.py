@@ -1,11 +1,11 @@
-"""The hosts that slicemod swaps attention in, a file each; loaded when one is asked for."""
+"""The hosts whose attention slicemod can swap, one file for each. A file is loaded when it is needed."""
 
 from importlib import import_module
 from types import ModuleType
 
 
 def __getattr__(name: str) -> ModuleType:
-    """The file of a host."""
+    """The module of a host."""
     try:
         return import_module(f"slicemod.adapters.{name}")
     except ModuleNotFoundError as error:

@@ -22,10 +22,10 @@ _PARTS = ("norm", "q", "k", "v", "proj_out")
 
 
 class MemoryAwareAttnBlock(nn.Module):
-    """`x + proj_out(attention(q(norm(x)), k(norm(x)), v(norm(x))))`, attention of every pixel to all of them.
+    """`x + proj_out(attention(q(norm(x)), k(norm(x)), v(norm(x))))`, in which every pixel attends to all pixels.
 
     Args:
-        in_channels: channels `C`, a multiple of 32; the width of the one head.
+        in_channels: channels `C`, a multiple of 32. They are also the width of the only head.
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
 
     >>> import torch
@@ -42,14 +42,15 @@ class MemoryAwareAttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(in_channels, in_channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor, **_unused: Any) -> Tensor:
-        """Attend.
+        """Compute the block.
 
         Args:
-            x: `(B, C, height, width)`, or of a video `(B, C, frames, height, width)`, whose pixels all attend to all.
-            _unused: what Stability sgm's decoders pass to every block.
+            x: `(B, C, height, width)`, or for a video `(B, C, frames, height, width)`. Then the pixels of all frames
+                attend to each other.
+            _unused: arguments that the decoders of Stability sgm pass to every block.
 
         Returns:
-            As `x`.
+            A tensor with the sizes of `x`.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
@@ -79,13 +80,13 @@ class AttnBlockHost(ReplacingHost):
     parts = _PARTS
 
     def matches(self, original: nn.Module) -> bool:
-        """An AttnBlock by name, with its norm and projections."""
+        """Whether the class has a known name, and the module has the norm and the projections of an AttnBlock."""
         return type(original).__name__ in _CLASSES and all(
             isinstance(getattr(original, part, None), nn.Module) for part in _PARTS
         )
 
     def misfit(self, module: nn.Module) -> str | None:
-        """A block that was given a function to attend with which is not of its own package."""
+        """That the block holds a function, used by its `forward`, that is not from the module of its class."""
         used = set().union(*map(names_in, forward_methods(type(module)).values()))
         for name in sorted(used & vars(module).keys()):
             function = vars(module)[name]
@@ -94,7 +95,7 @@ class AttnBlockHost(ReplacingHost):
         return None
 
     def replacement(self, original: Any, slicing: SliceConfig) -> MemoryAwareAttnBlock:
-        """MemoryAwareAttnBlock with as many channels."""
+        """A MemoryAwareAttnBlock with as many channels."""
         return MemoryAwareAttnBlock(original.in_channels, slicing)
 
 

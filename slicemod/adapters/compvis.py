@@ -1,4 +1,4 @@
-"""CompVis LDM and its kin: CrossAttention modules become `MemoryAwareCrossAttention` with the same projections."""
+"""CompVis LDM and its copies: a CrossAttention becomes a `MemoryAwareCrossAttention` with the same projections."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ARGUMENTS = tuple(inspect.signature(MemoryAwareCrossAttention.forward).paramete
 
 
 class CrossAttentionHost(ReplacingHost):
-    """Modules with the parts of CrossAttention that are called as it is."""
+    """Modules that have the parts of CrossAttention and are called like it."""
 
     parts = _PARTS
 
     def misfit(self, module: nn.Module) -> str | None:
-        """A layer that is called otherwise, or whose sizes do not fit."""
+        """That the layer is called in another way, or that its sizes do not fit; None if all is well."""
         return _other_call(module) or _other_sizes(module)
 
     def replacement(self, original: Any, slicing: SliceConfig) -> MemoryAwareCrossAttention:
-        """MemoryAwareCrossAttention of the same sizes."""
+        """A MemoryAwareCrossAttention with the same sizes."""
         inner = original.to_q.out_features
         swapped = MemoryAwareCrossAttention(
             original.to_q.in_features,
@@ -48,18 +48,18 @@ class CompVisHost(CrossAttentionHost):
     name = "CompVis LDM"
 
     def matches(self, original: nn.Module) -> bool:
-        """A CrossAttention by name, with its projections."""
+        """Whether the class has a known name, and the module has the projections of a CrossAttention."""
         return type(original).__name__ in _CLASSES and has_parts(original)
 
 
 def has_parts(module: nn.Module) -> bool:
-    """The module has the four projections and a number of heads."""
+    """Whether the module has the four projections and a number of heads."""
     parts = all(isinstance(vars(module)["_modules"].get(part), nn.Module) for part in _PARTS)
     return parts and isinstance(getattr(module, "heads", None), int)
 
 
 def _other_call(module: nn.Module) -> str | None:
-    """That the module's `forward` takes what MemoryAwareCrossAttention's does not; None where it does not."""
+    """That the module's `forward` takes other arguments than MemoryAwareCrossAttention's; None if it does not."""
     arguments = tuple(inspect.signature(type(module).forward).parameters)
     if arguments == _ARGUMENTS[: len(arguments)]:
         return None
@@ -67,7 +67,7 @@ def _other_call(module: nn.Module) -> str | None:
 
 
 def _other_sizes(module: Any) -> str | None:
-    """That the projections' sizes are not those of multi-head attention; None where they are."""
+    """That the projections do not have the sizes of multi-head attention; None if they do."""
     for part in ("to_q", "to_k", "to_v"):
         projection = getattr(module, part)
         if not all(isinstance(getattr(projection, size, None), int) for size in ("in_features", "out_features")):
@@ -94,14 +94,14 @@ def build(unet: Mapping[str, Any], slicing: SliceConfig | Mapping[str, Any] | No
             slicing: {budget: 2GiB, policy: exact}
 
     Args:
-        unet: the block that was there before: `target`, the dotted name of a class, and `params`, its arguments.
+        unet: the former `unet_config`: `target`, the dotted name of a class, and `params`, its arguments.
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
 
     Returns:
         The model that the block describes.
 
     Raises:
-        ValueError: the block has no target, a target that does not exist, or a model without attention to swap.
+        ValueError: the block has no target, the target does not exist, or its model has no attention to swap.
     """
     target = unet.get("target") if isinstance(unet, Mapping) else None
     if not isinstance(target, str):

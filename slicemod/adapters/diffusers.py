@@ -17,13 +17,14 @@ from slicemod.plan import SlicePlan
 
 
 class SlicemodAttnProcessor:
-    """Attention of a diffusers `Attention` layer, in slices; does all that diffusers' default processors do.
+    """Computes the attention of a diffusers `Attention` layer within a memory budget.
 
-    These are AttnProcessor2_0 and, for a layer with added key and value projections, AttnAddedKVProcessor2_0.
+    It does everything that diffusers' default processors do: AttnProcessor2_0, and for a layer with added key and value
+    projections AttnAddedKVProcessor2_0.
 
     Args:
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
-        fused_projections: take the projections that `fuse_qkv_projections` made, as FusedAttnProcessor2_0 does.
+        fused_projections: use the projections that `fuse_qkv_projections` made, as FusedAttnProcessor2_0 does.
 
     Attributes:
         plan: the plan of the last eager call.
@@ -35,7 +36,7 @@ class SlicemodAttnProcessor:
         self.slicing = SliceConfig.of(slicing)
         self.fused_projections = fused_projections
         self.plan: SlicePlan | None = None
-        self.replaced: Any = None  # what `swap_attention` found in its place
+        self.replaced: Any = None  # the processor that `swap_attention` replaced by this one
 
     def __repr__(self) -> str:
         plan = "" if self.plan is None else f", plan: {self.plan}"
@@ -49,17 +50,17 @@ class SlicemodAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attend as `attn`, a diffusers `Attention`, is configured to.
+        """Compute the layer `attn`, a diffusers `Attention`, as it is configured.
 
         Args:
             attn: the layer: projections, norms, residual.
             hidden_states: `(B, N, C)` or `(B, C, height, width)`.
             encoder_hidden_states: `(B, M, C')`; `hidden_states` when left out.
             attention_mask: additive, `(B, 1 or N, M)`, as diffusers' models pass it.
-            temb: embedding for a layer with spatial norm.
+            temb: the embedding for a layer with spatial norm.
 
         Returns:
-            As `hidden_states`.
+            A tensor with the sizes of `hidden_states`.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
@@ -67,7 +68,7 @@ class SlicemodAttnProcessor:
         return self.attend_as(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
     def make_way(self, attn: Any) -> None:
-        """Give `attn`, which has this processor, the one back that was replaced."""
+        """Put the replaced processor back into `attn`, which has this one."""
         attn.set_processor(self.replaced)
 
     def attend_as(
@@ -79,9 +80,10 @@ class SlicemodAttnProcessor:
         temb: Tensor | None,
         more: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """What calling the processor does.
+        """Compute the layer, as calling the processor does.
 
-        `more` turns the query `(B, H, N, D)` and the attention's output `(B, N, H D)` into the output to project.
+        `more`, if it is given, takes the query `(B, H, N, D)` and the output of the attention `(B, N, H D)`, and
+        returns the output to project.
         """
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -100,7 +102,7 @@ class SlicemodAttnProcessor:
 
         mask = attention_mask
         if mask is not None:
-            # A layer with added projections gets masks of the added keys, to which its own keys are appended.
+            # The mask of a layer with added projections is for the added keys. Padding it adds the layer's own keys.
             mask = _key_mask(attn, mask, len(residual), (tokens if added else encoder_hidden_states).shape[1])
         query, key, value = (
             split_heads(projected, attn.heads)
@@ -116,7 +118,7 @@ class SlicemodAttnProcessor:
         output = merge_heads(output).to(query.dtype)
         if more is not None:
             output = more(query, output)
-        del query  # or it would live on beside what the last projection makes
+        del query  # frees it before the last projection allocates its output
         output = attn.to_out[1](project(attn.to_out[0], output))
         if is_image:
             output = output.transpose(1, 2).reshape(residual.shape)
@@ -128,9 +130,10 @@ class SlicemodAttnProcessor:
 
 
 def keep_signature(processor: type) -> None:
-    """Have the signature of a processor's `__call__` at hand.
+    """Keep the signature of a processor's `__call__`.
 
-    diffusers asks for it whenever a layer is called, and to make it takes longer than to launch attention on a GPU.
+    diffusers asks for the signature whenever it calls a layer. Making it each time takes longer than launching
+    attention on a GPU.
     """
     call: Any = processor.__call__
     call.__signature__ = signature(call)
@@ -161,7 +164,7 @@ def _projections(
 def _key_mask(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
     """A mask as diffusers' models pass it, `(B or B H, ..., M)`, as `(B, 1 or H, 1 or N, M)`.
 
-    The layer's own method pads it, and would repeat it for every head unless told that there are no items.
+    The layer's own method pads it. It would also repeat it for every head, unless it is told that there are 0 items.
     """
     mask = attn.prepare_attention_mask(mask, keys, 0)
     return mask.reshape(batch, mask.shape[0] // batch, -1, mask.shape[-1])

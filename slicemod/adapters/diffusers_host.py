@@ -11,8 +11,8 @@ from slicemod.adapters.own_code import altered, methods_from, owner_of, replaced
 from slicemod.config import SliceConfig
 from slicemod.swap import HOSTS
 
-# The processors whose attention SlicemodAttnProcessor computes: plain, of a layer with added projections, of one with
-# fused projections, IP-Adapter's.
+# The processors that SlicemodAttnProcessor can replace: plain ones, those of layers with added projections, those of
+# layers with fused projections, and IP-Adapter's.
 _PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 _ADDED = (
     "AttnAddedKVProcessor",
@@ -24,30 +24,31 @@ _FUSED = ("FusedAttnProcessor2_0",)
 _IP_ADAPTER = ("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor")
 
 _PACKAGE = "diffusers.models.attention_processor"
-_REPLACED = "_slicemod_replaced"  # the name under which a layer keeps the processor whose place ours took
+_REPLACED = "_slicemod_replaced"  # the attribute in which a layer keeps its replaced processor
 
 
 class DiffusersHost:
-    """`diffusers.models.attention_processor.Attention`, known by its name and its processor."""
+    """`diffusers.models.attention_processor.Attention`, which is known by its name and its processor."""
 
     name = "diffusers"
 
     def recognises(self, module: nn.Module) -> bool:
-        """An Attention with a processor."""
+        """Whether the module is called Attention and has a processor."""
         return type(module).__name__ == "Attention" and hasattr(module, "set_processor")
 
     def holder(self, module: nn.Module) -> SlicemodAttnProcessor | None:
-        """The layer's processor where it is one of ours that took another's place."""
+        """The layer's processor, if it is one of slicemod's that replaced another one."""
         processor = _processor(module)
         if not isinstance(processor, SlicemodAttnProcessor):
             return None
-        # To load or unload an IP-Adapter diffusers makes processors anew, by their class alone.
+        # When it loads or unloads an IP-Adapter, diffusers makes new processors of the same class, without our
+        # attribute.
         if processor.replaced is None:
             processor.replaced = vars(module).get(_REPLACED)
         return None if processor.replaced is None else processor
 
     def replaced(self, module: nn.Module) -> str:
-        """The former processor's class, which is all that an IP-Adapter's has changed."""
+        """The class of the former processor. For an IP-Adapter it is its former class, because the object stays."""
         replaced = _processor(module).replaced
         return (replaced if isinstance(replaced, type) else type(replaced)).__name__
 
@@ -56,12 +57,12 @@ class DiffusersHost:
         return type(_processor(module)).__name__
 
     def doubt(self, module: nn.Module) -> str | None:
-        """That the layer is of another package, which has diffusers' layer within it or a class of the same name."""
+        """That the layer's class is from another package than diffusers."""
         owner = type(module).__module__
         return None if owner == _PACKAGE else f"its class {owner}.Attention is not diffusers' own"
 
     def obstacle(self, parent: nn.Module, child: str) -> str | None:
-        """A layer that somebody changed, or whose processor computes something else, is left alone."""
+        """That somebody changed the layer, or that its processor computes something else than plain attention."""
         module = parent.get_submodule(child)
         processor = type(_processor(module))
         has_added = getattr(module, "add_k_proj", None) is not None
@@ -74,7 +75,7 @@ class DiffusersHost:
         return _changed(module, processor) or _acts_within(module)
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> SlicemodAttnProcessor:
-        """Set a `SlicemodAttnProcessor` on the layer; an IP-Adapter's, which has weights, becomes one."""
+        """Set a `SlicemodAttnProcessor`. An IP-Adapter's processor has weights, so it stays and changes its class."""
         module: Any = parent.get_submodule(child)
         replaced = _processor(module)
         if type(replaced).__name__ in _IP_ADAPTER:
@@ -84,18 +85,18 @@ class DiffusersHost:
         processor = SlicemodAttnProcessor(slicing, fused_projections=type(replaced).__name__ in _FUSED)
         processor.replaced = replaced
         module.set_processor(processor)
-        vars(module)[_REPLACED] = replaced  # not through setattr, which would register a module
+        vars(module)[_REPLACED] = replaced  # setattr would register the processor if it is a module
         return processor
 
     def restore(self, parent: nn.Module, child: str) -> str | None:
-        """Set the processor that was there before; whatever else was changed meanwhile stays."""
+        """Set the former processor. Everything else that was changed meanwhile stays."""
         module = parent.get_submodule(child)
         _processor(module).make_way(module)
         self.forget(module)
         return None
 
     def forget(self, module: nn.Module) -> bool:
-        """The layer keeps what was replaced, whichever processor is set on it meanwhile."""
+        """Remove the replaced processor that the layer keeps, whichever processor was set on it meanwhile."""
         return vars(module).pop(_REPLACED, None) is not None
 
 
@@ -114,9 +115,9 @@ def _changed(module: nn.Module, processor: type) -> str | None:
 
 
 def _acts_within(module: nn.Module) -> str | None:
-    """That a hook of diffusers acts on the attention itself, as perturbed-attention guidance does.
+    """That a hook of diffusers changes the attention itself, as perturbed-attention guidance does.
 
-    It takes the place of `F.scaled_dot_product_attention`, of which ours makes no use that it would see.
+    Such a hook replaces `F.scaled_dot_product_attention` while the layer runs, which slicemod's kernels do not call.
     """
     hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
     acting = [name for name, hook in hooks.items() if getattr(hook, "skip_attention_scores", False)]

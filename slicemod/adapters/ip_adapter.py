@@ -1,7 +1,7 @@
-"""IP-Adapter's attention processor of diffusers, in slices: attention to the text, and to each image prompt.
+"""diffusers' attention processor of IP-Adapter within a memory budget: attention to the text and to each image prompt.
 
-Its weights are part of the model, and diffusers looks for its class to set scales. So the processor stays where and
-what it is; swapping changes its class to one that is a `SlicemodAttnProcessor` as well, restoring changes it back.
+The processor's weights are part of the model, and diffusers looks for its class to set scales. So the object stays.
+Swapping changes its class to a subclass that is also a `SlicemodAttnProcessor`, and restoring changes the class back.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ class SlicemodIPAdapterAttnProcessor(SlicemodAttnProcessor, IPAdapterAttnProcess
         temb: Tensor | None = None,
         ip_adapter_masks: Tensor | list[Tensor | None] | None = None,
     ) -> Tensor:
-        """Attend to the text, and to each image prompt with its scale.
+        """Compute attention to the text, plus attention to each image prompt times its scale.
 
         Args:
             attn: the layer.
             hidden_states: `(B, N, C)` or `(B, C, height, width)`.
-            encoder_hidden_states: the text `(B, M, C')` and for each adapter its images `(B, images, tokens, C')`, or
-                one tensor whose last tokens are the image's.
+            encoder_hidden_states: the text `(B, M, C')`, and for each adapter its images `(B, images, tokens, C')`. Or
+                one tensor, whose last tokens are the image's.
             attention_mask: additive, `(B, 1 or N, M)`.
             temb: embedding for a layer with spatial norm.
-            ip_adapter_masks: for each adapter where its images are to be looked at, `(1, images, height, width)`.
+            ip_adapter_masks: for each adapter, where in the picture its images count, `(1, images, height, width)`.
 
         Returns:
-            As `hidden_states`.
+            A tensor with the sizes of `hidden_states`.
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
-            ValueError: there are no image prompts, or masks that are not theirs.
+            ValueError: there are no image prompts, or the masks do not fit them.
         """
         if encoder_hidden_states is None:
             raise ValueError(
@@ -84,7 +84,7 @@ class SlicemodIPAdapterAttnProcessor(SlicemodAttnProcessor, IPAdapterAttnProcess
         return self.attend_as(attn, hidden_states, text, attention_mask, temb, with_images)
 
     def make_way(self, attn: Any) -> None:
-        """Become what it was again; it has never left its layer."""
+        """Change the class back. The object has stayed in its layer."""
         original = self.replaced
         del self.slicing, self.plan, self.replaced
         self.__class__ = original
@@ -92,7 +92,7 @@ class SlicemodIPAdapterAttnProcessor(SlicemodAttnProcessor, IPAdapterAttnProcess
     def _prompts(
         self, images: list[Tensor], masks: list[Tensor | None]
     ) -> Iterator[tuple[int, Tensor, Any, Tensor | None]]:
-        """Adapter, tokens `(B, M, C')`, scale and mask `(1, height, width)` of whatever there is to look at."""
+        """Adapter, tokens `(B, M, C')`, scale and mask `(1, height, width)` of each image prompt that counts."""
         for index, (tokens, scale, mask) in enumerate(zip(images, self.scale, masks, strict=True)):
             if mask is None:
                 if scale != 0:
@@ -128,7 +128,7 @@ keep_signature(SlicemodIPAdapterAttnProcessor)
 
 
 def slice_ip_adapter(processor: Any, slicing: SliceConfig) -> SlicemodIPAdapterAttnProcessor:
-    """Let an IP-Adapter processor of diffusers slice its attention; the same object, with the same weights."""
+    """Make a processor of IP-Adapter compute within a memory budget. It stays the same object with the same weights."""
     processor.replaced = type(processor)
     processor.slicing, processor.plan = slicing, None
     processor.__class__ = SlicemodIPAdapterAttnProcessor

@@ -1,7 +1,8 @@
-"""Which `forward` is known to be plain attention, and nothing more: those of the packages that this was written after.
+"""The code of `forward` that is known to be plain attention and nothing else.
 
-CompVis LDM and Stability sgm live on as copies in other packages, under any module's name, and the class's name says
-little about what a copy computes. So the code is compared: what it does, not how it is laid out or commented.
+Many packages have copies of the attention of CompVis LDM and Stability sgm, in modules of any name, and some copies
+compute something else. The name of a class says little about this. So the code itself is compared, without its layout
+and comments.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from slicemod.adapters.own_code import methods_from, owner_of
 
-# Digests of `forward` and the methods that it calls, and where they were found.
+# Digests of `forward` together with the methods that it calls, and the packages in which they were found.
 KNOWN = {
     # CrossAttention
     "b0029c5252cb5c99": "CompVis latent-diffusion and stable-diffusion, and most packages made from them",
@@ -63,13 +64,13 @@ _NOT_CODE = {"annotation", "returns", "type_comment", "decorator_list", "ctx", "
 
 
 def is_known(kind: type) -> bool:
-    """`forward` of the class, with the methods that it calls, is one of the known ones."""
+    """Whether `forward` of the class, with the methods that it calls, is known to be plain attention."""
     codes = forward_methods(kind)
     return bool(codes) and digest(tuple(codes.values())) in KNOWN
 
 
 def forward_methods(kind: type) -> dict[str, CodeType]:
-    """`forward` and the methods that it calls; nothing where it is not a plain function."""
+    """`forward` and the methods that it calls, by name. Empty if `forward` is not a plain function."""
     owner = owner_of(kind, "forward")
     forward = None if owner is None else vars(owner)["forward"]
     return dict(methods_from(kind, forward.__code__, "forward")) if isinstance(forward, FunctionType) else {}
@@ -77,7 +78,7 @@ def forward_methods(kind: type) -> dict[str, CodeType]:
 
 @functools.lru_cache(maxsize=256)
 def digest(codes: tuple[CodeType, ...]) -> str | None:
-    """The same for the same code in another layout; None where the source cannot be had."""
+    """A digest that is the same for the same code in another layout. None if the source is not available."""
     try:
         sources = [textwrap.dedent(inspect.getsource(code)) for code in codes]
         plain = repr([_plain(ast.parse(source).body[0]) for source in sources])
@@ -87,7 +88,7 @@ def digest(codes: tuple[CodeType, ...]) -> str | None:
 
 
 def _plain(node: Any) -> Any:
-    """A piece of syntax as tuples, without annotations, decorators and texts that nothing is done with."""
+    """A syntax tree as tuples, without annotations, decorators and docstrings."""
     if isinstance(node, ast.AST):
         fields = (_plain(value) for name, value in ast.iter_fields(node) if name not in _NOT_CODE)
         return (type(node).__name__, *fields)

@@ -1,4 +1,4 @@
-"""Attention layers of unknown classes that are made and called as CrossAttention is, where `filter_fn` chooses them."""
+"""Layers of unknown classes that are built and called like CrossAttention. `filter_fn` has to choose them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from slicemod.swap import HOSTS
 
 
 class LookalikeHost(CrossAttentionHost):
-    """Whatever has `to_q`, `to_k`, `to_v`, `to_out` and `heads`, and is no layer of another host."""
+    """Modules with `to_q`, `to_k`, `to_v`, `to_out` and `heads`."""
 
     name = "lookalikes"
 
     def matches(self, original: nn.Module) -> bool:
-        """Not one of ours, with the projections and a number of heads."""
+        """Whether the module has the projections and a number of heads, and is not slicemod's."""
         return not isinstance(original, MemoryAwareCrossAttention) and has_parts(original)
 
     def doubt(self, module: nn.Module) -> str:
-        """That nothing is known of it."""
+        """That nothing is known of the class."""
         return f"{type(module).__name__} only looks like attention"
 
 

@@ -1,8 +1,8 @@
-"""Whether the code that a layer runs is the code that its class was written with.
+"""Whether a layer still runs the code that its class was written with.
 
-Programs put attention of their own into classes and layers of others: hypernetworks, token merging, prompt editing. A
-swap would lose that without a word, so a layer is asked where its code is from. Hooks of accelerate and diffusers,
-which put a `forward` on a layer that calls the one before, are looked through.
+Some programs put their own attention into the classes or layers of others: hypernetworks, token merging, prompt
+editing. A swap would silently lose that. So these functions find out where the code of a layer comes from. Hooks of
+accelerate and diffusers put a `forward` on a layer that calls the former one; these are allowed.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ HOOKS = (ACCELERATE, "diffusers.hooks.hooks")
 
 
 def owner_of(kind: type, name: str) -> type | None:
-    """The class that gives `kind` its `name`; None where that is `nn.Module`, or nobody."""
+    """The class from which `kind` has its attribute `name`. None if that is `nn.Module`, or if no class has it."""
     owner = next((base for base in kind.__mro__ if name in vars(base)), None)
     return None if owner in (nn.Module, object) else owner
 
 
 def replaced_method(kind: type, name: str) -> str | None:
-    """That a method of `kind` is not the one that its class was written with; None where it is, or there is none."""
+    """That a method of `kind` is not the one that its class was written with. None if it is, or does not exist."""
     owner = owner_of(kind, name)
     if owner is None:
         return None
     method = vars(owner)[name]
     if isinstance(method, FunctionType):
         code, written = method.__code__, f"{owner.__qualname__}.{name}"
-        # A wrapper made by functools.wraps takes the function's names; its code keeps its own.
+        # A wrapper made by functools.wraps has the names of the wrapped function, but its code keeps its own name.
         names = {method.__qualname__, getattr(code, "co_qualname", written)}
-        module = method.__globals__.get("__name__", "builtins")  # as a class takes it, where `exec` gives no name
+        module = method.__globals__.get("__name__", "builtins")  # the default is a class's under a nameless `exec`
         if names == {written} and code.co_name == name and module == owner.__module__:
             return None
         method = code
@@ -46,9 +46,10 @@ def _where(method: Any) -> str:
 
 
 def replaced_function(kind: type, name: str) -> str | None:
-    """That a function which the method calls by a name of its module is another one there now.
+    """That somebody replaced a function that the method calls by a name of its module.
 
-    For code that is known to import functions under their own names; those of PyTorch and einops may be wrappers.
+    This is for code that is known to import functions under their own names. Functions of PyTorch and einops may be
+    wrappers, and are not looked at.
     """
     owner = owner_of(kind, name)
     method = None if owner is None else vars(owner)[name]
@@ -64,13 +65,13 @@ def replaced_function(kind: type, name: str) -> str | None:
 
 
 def names_in(code: CodeType) -> set[str]:
-    """What the code, and functions within it, ask of modules and objects."""
+    """The names of globals and attributes that the code uses, functions inside of it included."""
     inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*inner)
 
 
 def methods_from(kind: type, code: CodeType, name: str) -> Iterator[tuple[str, CodeType]]:
-    """The method `name`, which has this code, and the methods of `kind` that it calls: names and codes."""
+    """Names and codes of the method `name`, which has the code `code`, and of the methods of `kind` that it calls."""
     found, waiting = {name: code}, [name]
     while waiting:
         name = waiting.pop(0)
@@ -84,9 +85,9 @@ def methods_from(kind: type, code: CodeType, name: str) -> Iterator[tuple[str, C
 
 
 def altered(module: nn.Module, names: Iterable[str], hooks: Sequence[str] = HOOKS) -> str | None:
-    """That one of these methods was replaced, on the layer's class or on the layer itself; None where none was.
+    """That one of these methods was replaced, on the layer's class or on the layer itself. None if none was.
 
-    `hooks` are the modules whose hooks may be on the layer.
+    `hooks` are the names of the modules whose hooks are allowed on the layer.
     """
     kind = type(module)
     if owner_of(kind, "__call__") is not None:
@@ -102,14 +103,14 @@ def altered(module: nn.Module, names: Iterable[str], hooks: Sequence[str] = HOOK
 
 
 def _without_hooks(forward: Any, hooks: Sequence[str]) -> Any:
-    """What a hook calls in the end."""
+    """The function that the hooks around `forward` call in the end."""
     while isinstance(forward, functools.partial) and forward.func.__module__ in hooks:
         forward = vars(forward)["__wrapped__"]
     return forward
 
 
 def copy_accelerate_hook(source: nn.Module, target: nn.Module) -> None:
-    """Let the hook of accelerate that runs around the `forward` of `source`, or none, run around that of `target`."""
+    """Put the hook of accelerate around the `forward` of `source`, if there is one, around that of `target` too."""
     forward, hook = vars(source).get("forward"), vars(source).get("_hf_hook")
     for name in ("forward", "_hf_hook", "_old_forward"):
         vars(target).pop(name, None)

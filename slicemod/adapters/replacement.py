@@ -1,4 +1,4 @@
-"""Swapping a whole module: one of ours takes a layer's place, with the layer's own parts, hooks and mode."""
+"""Swaps a whole module: one of slicemod's takes its place, with the parts, hooks and mode of the original."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _ORIGINAL = "_slicemod_original"
 
 
 class ReplacingHost(ABC):
-    """A `Host` whose layers are replaced. A swapped layer is known by the original that it holds."""
+    """A `Host` that replaces whole modules. A swapped layer holds the original, and is known by this."""
 
     name: str
     parts: tuple[str, ...]  # the submodules that both have
 
     @abstractmethod
     def matches(self, original: nn.Module) -> bool:
-        """The module, as its authors made it, is of this family."""
+        """Whether the original module is of this family."""
 
     @abstractmethod
     def misfit(self, module: nn.Module) -> str | None:
-        """Why ours would not compute what this layer does, as far as its parts show; None where they do not."""
+        """Why our module would compute something else than this one, judged by its parts; None if nothing shows it."""
 
     @abstractmethod
     def replacement(self, original: Any, slicing: SliceConfig) -> nn.Module:
-        """A module of ours that computes what `original` does, once it has its parts."""
+        """A module of ours that computes the same as `original` after it got the original's parts."""
 
     def recognises(self, module: nn.Module) -> bool:
-        """The module is of this family, or in the place of one that is."""
+        """Whether the module is of this family, or replaced one that is."""
         return self.matches(vars(module).get(_ORIGINAL, module))
 
     def obstacle(self, parent: nn.Module, child: str) -> str | None:
-        """A layer that somebody changed or compiled by itself, or that holds more than its parts, is left alone."""
+        """That somebody changed the layer or compiled it by itself, or that it holds more than its parts."""
         module = parent.get_submodule(child)
         if _compiled(parent, module):
             return "it was compiled by itself; compile it after the swap"
@@ -52,7 +52,7 @@ class ReplacingHost(ABC):
         return f"its class {type(module).__qualname__} has a forward that slicemod does not know"
 
     def holder(self, module: nn.Module) -> nn.Module | None:
-        """The module itself where it is one of ours."""
+        """The module itself, if it is swapped."""
         return module if _ORIGINAL in vars(module) else None
 
     def attends(self, module: nn.Module) -> str:
@@ -64,18 +64,18 @@ class ReplacingHost(ABC):
         return type(vars(module)[_ORIGINAL]).__name__
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> nn.Module:
-        """Put a module with the same parts in the layer's place."""
+        """Put a module with the same parts in the place of the layer."""
         original = parent.get_submodule(child)
-        with torch.device("meta"):  # parts of its own are never used
+        with torch.device("meta"):  # its own parts are never used, so they take no memory
             swapped = self.replacement(original, slicing)
         self._hand_over(original, swapped)
-        # Not through setattr: as a registered child it would double the keys of the state dict.
+        # Not by setattr, which would register the original as a child and add its keys to the state dict.
         vars(swapped)[_ORIGINAL] = original
         setattr(parent, child, swapped)
         return swapped
 
     def restore(self, parent: nn.Module, child: str) -> str | None:
-        """Put the layer itself back, with the parts as they are now: LoRA may have wrapped some meanwhile."""
+        """Put the original back, with the parts as they are now. For example, LoRA may have wrapped some meanwhile."""
         swapped = parent.get_submodule(child)
         original: nn.Module = vars(swapped)[_ORIGINAL]
         lost = _changed(swapped)
@@ -86,11 +86,14 @@ class ReplacingHost(ABC):
         return lost
 
     def forget(self, module: nn.Module) -> bool:
-        """A layer that others put in the place of ours knows nothing of it."""
+        """False, because a module that others put in the place of ours has no note of the swap."""
         return False
 
     def _hand_over(self, source: nn.Module, target: nn.Module) -> None:
-        """Parts, mode and hooks; the same dicts of hooks, so that their handles stay valid."""
+        """Give `target` the parts, the mode and the hooks of `source`.
+
+        The dicts of hooks stay the same objects, so that the handles of hooks stay valid.
+        """
         for part in self.parts:
             setattr(target, part, source.get_submodule(part))
         target.training = source.training
@@ -99,24 +102,24 @@ class ReplacingHost(ABC):
 
 
 def _compiled(parent: nn.Module, module: nn.Module) -> bool:
-    """`torch.compile` made a function of this very module, which calls no other in its place."""
+    """The module itself was compiled. Its compiled code would go on calling it, and not what takes its place."""
     return type(parent).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def _changed(module: nn.Module) -> str | None:
-    """That somebody changed what the layer computes, other than by a hook of accelerate."""
+    """That somebody changed what the layer computes. Hooks of accelerate are allowed."""
     methods = forward_methods(type(module)) or ["forward"]
     return altered(module, methods, hooks=(ACCELERATE,)) or _other_functions(type(module), methods)
 
 
 def _other_functions(kind: type, methods: Iterable[str]) -> str | None:
-    """That a function which known code calls is not the one that it was written with."""
+    """That somebody replaced a function that known code calls."""
     replaced = (replaced_function(kind, name) for name in (methods if is_known(kind) else ()))
     return next((reason for reason in replaced if reason is not None), None)
 
 
 def _more(module: nn.Module, parts: tuple[str, ...]) -> str | None:
-    """That a module holds more than `parts`, and so computes something else; None where it does not."""
+    """That a module holds more than `parts`, and so may compute something else. None if it does not."""
     more = [name for name, _ in module.named_children() if name not in parts]
     more += [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     return f"it holds {', '.join(more)} besides {', '.join(parts)}" if more else None

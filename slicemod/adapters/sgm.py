@@ -5,7 +5,7 @@
       params:
         spatial_transformer_attn_type: softmax-sliced
 
-`register` makes further names for other settings. Models that are built already take `slicemod.swap_attention`.
+`register` makes more names, for other settings. For models that are already built, use `slicemod.swap_attention`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODE = "softmax-sliced"
 
 
 class SlicedCrossAttention(MemoryAwareCrossAttention):
-    """`MemoryAwareCrossAttention` that is made as sgm makes its CrossAttention.
+    """`MemoryAwareCrossAttention` with the constructor of sgm's CrossAttention.
 
     Args:
         query_dim: channels of the input and the output.
@@ -42,7 +42,7 @@ class SlicedCrossAttention(MemoryAwareCrossAttention):
         heads: number of heads.
         dim_head: size of a head.
         dropout: probability of dropping an output channel after the last projection.
-        backend: None; sgm's `sdp_backend`, of which the plan takes the place.
+        backend: has to be None. It is sgm's `sdp_backend`; here the plan chooses the kernel.
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
 
     Raises:
@@ -69,14 +69,14 @@ class SlicedCrossAttention(MemoryAwareCrossAttention):
 
 
 def register(mode: str = MODE, slicing: SliceConfig | Mapping[str, Any] | None = None) -> None:
-    """Make `mode` a name that sgm's transformer blocks take, in the place of `softmax`.
+    """Make `mode` a name that sgm's transformer blocks accept, as they accept `softmax`.
 
     Args:
         mode: a name of your own, for `spatial_transformer_attn_type`.
         slicing: a `SliceConfig`, a dict of its fields, or None for the default one.
 
     Raises:
-        ValueError: the name is one of sgm's own, or a field of `slicing` has none of its accepted values.
+        ValueError: the name is one of sgm's own, or a field of `slicing` has a value that is not accepted.
     """
     made = functools.partial(SlicedCrossAttention, slicing=SliceConfig.of(slicing))
     for block in _blocks():
@@ -87,7 +87,7 @@ def register(mode: str = MODE, slicing: SliceConfig | Mapping[str, Any] | None =
 
 
 def _blocks() -> list[Any]:
-    """The classes of sgm that look an attention mode up."""
+    """The classes of sgm that look up attention modes."""
     blocks = [sgm_attention.BasicTransformerBlock, sgm_attention.BasicTransformerSingleLayerBlock]
     if find_spec("sgm.modules.video_attention"):  # since the video models
         from sgm.modules.video_attention import VideoTransformerBlock
@@ -101,9 +101,10 @@ def _is_ours(made: Any) -> bool:
 
 
 def _keep_our_modes(block: Any) -> None:
-    """Let a BasicTransformerBlock take our modes where xformers is missing.
+    """Make a BasicTransformerBlock keep our modes if xformers is not installed.
 
-    Its `__init__` takes every mode but `softmax` for one of xformers', and turns it into `softmax` without them.
+    Its `__init__` believes that every mode other than `softmax` needs xformers, and replaces it by `softmax` without
+    them.
     """
     original = block.__init__
     signature = inspect.signature(original)

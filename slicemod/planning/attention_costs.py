@@ -1,4 +1,4 @@
-"""What one attention call takes of a step's memory, for each way to compute it."""
+"""The memory of one attention call within a step, for each way to compute it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from slicemod.planning.memory_timeline import AttentionCost
 
 
 def full_attention_cost(call: CallSpec, *, upcast: bool) -> AttentionCost:
-    """Scores of every pair, as diffusers' AttnProcessor has them: two such tensors at a time.
+    """Full attention as diffusers' AttnProcessor computes it, which holds two tensors of all scores at a time.
 
-    In training the weights are kept, and the two are gradients. With `upcast`, diffusers' `upcast_attention`, scores
-    are float32; weights in the inputs' dtype are kept besides, and freed before the second gradient is made. A CPU
-    whose products are "widened" has those of a head in float32 besides.
+    In training the weights are kept, and the two tensors are gradients. With `upcast`, which is diffusers'
+    `upcast_attention`, scores are float32. Weights in the dtype of the inputs are then kept too, and freed before the
+    second gradient is made. A CPU whose products are "widened" (`cpu_products`) also holds the scores of one head in
+    float32.
     """
     shape = call.shape
     pairs = shape.batch_heads * shape.queries * shape.keys
@@ -29,12 +30,12 @@ def full_attention_cost(call: CallSpec, *, upcast: bool) -> AttentionCost:
 
 
 def fused_attention_cost(call: CallSpec) -> AttentionCost:
-    """PyTorch's fused kernel, whether or not it is certain to run."""
+    """Attention by PyTorch's fused kernel, whether or not it is certain to run."""
     kept = kernel_named("fused").kept_bytes(call.shape, training=call.training)
     return AttentionCost(kept, fused_peak(call) - kept)
 
 
 def planned_attention_cost(call: CallSpec, plan: SlicePlan) -> AttentionCost:
-    """slicemod's attention by a plan."""
+    """Attention by one of slicemod's plans."""
     kept = kernel_named(plan.kernel).kept_bytes(call.shape, training=call.training)
     return AttentionCost(kept, plan.peak_bytes - kept)

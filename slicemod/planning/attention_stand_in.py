@@ -1,4 +1,4 @@
-"""A stand-in for PyTorch's attention that computes nothing and tells what was asked of it."""
+"""A stand-in for PyTorch's attention, which computes nothing and records its calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AttentionStandIn:
     """What `F.scaled_dot_product_attention` is while `installed`: its output is empty, and its gradients are too.
 
     Args:
-        recorder: told when a call works and what it keeps for its backward pass.
+        recorder: is told when a call works, and what it keeps for its backward pass.
         device_type: that the step is planned for; it decides about fused kernels and the dtype of scores.
         training: the step needs gradients.
 

@@ -1,8 +1,8 @@
-"""What is allocated and freed in the course of one step, in order: recorded once, then a sum over ints.
+"""What one step allocates and frees, in order. It is recorded once; the peak is then a sum over whole numbers.
 
-The recorder sees every operator and notes when the storage of a result is made and when its last reference goes. On
-the device "meta" nothing is allocated, yet storages live exactly as long as those of the real step. The attention's own
-memory is left open: a timeline has places for it, and `Timeline.peak` fills in what one way to compute it takes.
+The recorder sees every operator. It notes when the storage of a result is made, and when its last reference is gone. On
+the device "meta" nothing is allocated, but storages live exactly as long as in the real step. The memory of attention
+itself is left open: a timeline has places for it, and `Timeline.peak` fills in the bytes of one way to compute it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 
 from slicemod.torch_internals import TorchDispatchMode, tree_leaves
 
-# Bytes that an operator allocates beyond its results and frees again, given itself, its arguments and its result;
-# several where one follows the other.
+# A function from an operator, its arguments and its result to the bytes that it allocates beyond its results and frees
+# again. Several numbers if one follows the other.
 Temporaries = Callable[[Any, Sequence[Any], Any], Sequence[int]]
 
 
 class AttentionCost(NamedTuple):
-    """Bytes that one attention call keeps from forward to backward, and holds on top while either of them runs."""
+    """Bytes that an attention call keeps from forward to backward, and bytes that it needs on top while it runs."""
 
     kept: int
     working: int
 
 
 class StepPeak(NamedTuple):
-    """Bytes at the moment of a step when most are held, by what they are for.
+    """The bytes that are held at the peak of a step, by what they are for.
 
-    `activations` are all tensors that are none of the others, the operators' temporaries included.
+    `activations` are all tensors that are not in the other fields, and the temporary memory of operators.
     """
 
     weights: int
@@ -43,20 +43,20 @@ class StepPeak(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(self)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """One step as rows of ints, in the order in which things happened.
+    """One step as rows of whole numbers, in the order of events.
 
     Attributes:
-        activations, gradients: bytes that a row allocates, negative where it frees them, `(E,)` int64.
-        temporaries: bytes that come and go within a row, `(E,)` int64.
-        calls: the attention call of a row, or -1, `(E,)` int64.
-        keeps: 1 where what that call keeps is allocated, -1 where it is freed, `(E,)` int64.
-        works: 1 where that call holds what it works with, `(E,)` int64.
+        activations, gradients: bytes that a row allocates, negative if it frees them, `(E,)` int64.
+        temporaries: bytes that are allocated and freed within a row, `(E,)` int64.
+        calls: the number of the attention call of a row, or -1, `(E,)` int64.
+        keeps: 1 in the row where the call allocates what it keeps, -1 where this is freed, `(E,)` int64.
+        works: 1 in the rows where the call runs, `(E,)` int64.
         weights, optimizer: bytes that are held all the time.
     """
 
@@ -70,8 +70,8 @@ class Timeline:
     optimizer: int
 
     def peak(self, costs: Sequence[AttentionCost]) -> StepPeak:
-        """The moment when most is held, where the attention calls take `costs`."""
-        kept, working = torch.tensor([*costs, (0, 0)]).unbind(1)  # row -1 answers for rows without a call
+        """The peak of the step if the attention calls take `costs`."""
+        """The most bytes that the rest of the step holds while one attention call runs; other calls keep `costs`."""
         attention = (self.keeps * kept[self.calls]).cumsum(0) + self.works * working[self.calls]  # (E,)
         activations = self.activations.cumsum(0) + self.temporaries
         gradients = self.gradients.cumsum(0)
@@ -81,20 +81,20 @@ class Timeline:
         )
 
     def held_at_attention(self, costs: Sequence[AttentionCost]) -> int:
-        """Most bytes that are held beside an attention call's own while one runs; other calls keep what `costs` say."""
+        """The most bytes that the rest of the step holds while an attention call runs. Other calls keep `costs`."""
         kept = torch.tensor([*(cost.kept for cost in costs), 0])[self.calls]
         held = (self.activations + self.gradients + self.keeps * kept).cumsum(0) - self.works * kept
         return self.weights + self.optimizer + int(torch.where(self.works == 1, held, 0).max())
 
     def has_the_rows_of(self, other: Timeline) -> bool:
-        """The two record the same operators, of whatever sizes."""
+        """Whether both timelines record the same operators, of any sizes."""
         return all(torch.equal(getattr(self, name), getattr(other, name)) for name in ("calls", "keeps", "works"))
 
     def between(self, other: Timeline, numerator: int, denominator: int) -> Timeline:
-        """`self + (other - self) * numerator / denominator`, for steps that differ in sizes alone.
+        """`self + (other - self) * numerator / denominator`, for two steps that differ only in sizes.
 
         Raises:
-            ValueError: the steps do not consist of the same rows.
+            ValueError: the steps do not have the same rows.
         """
         if not self.has_the_rows_of(other):
             raise ValueError(
@@ -121,7 +121,7 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
     """Records a timeline while it is entered.
 
     Args:
-        temporaries: what operators allocate and free within themselves.
+        temporaries: the temporary memory of operators.
     """
 
     def __init__(self, temporaries: Temporaries) -> None:
@@ -133,7 +133,7 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
         self._gradients: set[int] = set()  # rows that allocated a gradient
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Counts no storage of `tensors`, which exist already."""
+        """Does not count the storages of `tensors`, which exist already."""
         for tensor in tensors:
             self._follow(tensor.untyped_storage(), birth=-1)
 
@@ -142,16 +142,16 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
         self._gradients |= {self._births[id(tensor.untyped_storage())] for tensor in tensors}
 
     def keep_for_backward(self, marker: Tensor, call: int) -> None:
-        """`marker`, which was just made, stands for what attention `call` keeps for its backward pass."""
+        """The tensor `marker`, which was just made, stands for what attention `call` keeps for its backward pass."""
         birth = self._births[id(marker.untyped_storage())]
         self._rows[birth] = _Row(call=call, keeps=1)
 
     def work(self, call: int) -> None:
-        """Attention `call` holds what it works with, now."""
+        """Attention `call` runs now."""
         self._rows.append(_Row(call=call, works=1))
 
     def hold_for_a_while(self, size: int) -> None:
-        """`size` bytes come and go, now."""
+        """`size` bytes are allocated and freed now."""
         self._rows.append(_Row(temporary=size))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,7 +165,7 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
         return result
 
     def timeline(self, weights: int, optimizer: int) -> Timeline:
-        """What was recorded."""
+        """The timeline that was recorded."""
         allocated, temporaries, calls, keeps, works, births = torch.tensor(self._rows).unbind(1)
         own = torch.arange(len(births))
         gradient = torch.isin(torch.where(births < 0, own, births), torch.tensor(sorted(self._gradients)))

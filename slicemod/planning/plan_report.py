@@ -1,4 +1,4 @@
-"""How plans are shown: tables for the terminal, and plain dictionaries for JSON."""
+"""Shows plans: as tables for the terminal, and as plain dictionaries for JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _answer(layer: LayerPlan) -> tuple[str, ...]:
 
 
 def step_table(planner: StepPlanner, plans: Sequence[ResolutionPlan]) -> Table:
-    """What the whole step holds at its peak, a row for every way to compute attention at every resolution."""
+    """The parts of the peak of the whole step: a row for every way to compute attention at every resolution."""
     trained = ["gradients", "optimizer"] if planner.kind.training else []
     parts = ["weights", "activations", *trained, "attention", "total"]
     table = Table(title="peak of the whole step", title_justify="left", box=SIMPLE, pad_edge=False)
@@ -56,7 +56,7 @@ def step_table(planner: StepPlanner, plans: Sequence[ResolutionPlan]) -> Table:
 
 
 def remarks(planner: StepPlanner, plans: Sequence[ResolutionPlan]) -> Iterator[str]:
-    """What remains to be said below the tables, a line each."""
+    """The lines below the tables: the largest image of each way, and the budget or the error of each resolution."""
     for way in planner.ways:
         pixels = planner.largest(way)
         largest = f"{pixels} x {pixels}" if pixels else "none"
@@ -70,7 +70,7 @@ def remarks(planner: StepPlanner, plans: Sequence[ResolutionPlan]) -> Iterator[s
 
 
 def as_json(plan: ResolutionPlan) -> dict[str, Any]:
-    """One resolution: bytes and counts alone."""
+    """The plan of one resolution as a dictionary for JSON."""
     return {
         "pixels": plan.pixels,
         "budget": plan.budget,

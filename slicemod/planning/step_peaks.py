@@ -1,8 +1,9 @@
-"""The peak of a UNet's step at any resolution, for each way to compute its attention, and where each stops fitting.
+"""The peak of a UNet's step at any resolution, for each way to compute its attention, and the largest that fits.
 
-A step is traced at two resolutions. Everything but attention grows in proportion to the pixels, so that the rows of
-the two timelines give those of every other resolution; attention is counted by its own formulas. Only on a CPU is that
-not the whole truth: PyTorch convolves tiny images in another way, which takes less than what is told for them.
+A step is traced at two resolutions. Everything except attention grows in proportion to the pixels, so the rows of the
+two timelines give the rows of every other resolution. Attention is counted by its own formulas. On a CPU one thing is
+not
+proportional: PyTorch convolves tiny images in another way, which takes less than what is predicted for them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet'
 
 
 class LayerPlan(NamedTuple):
-    """The plan of all attention layers of one shape, or the error that says why there is none."""
+    """The plan of all attention layers with one shape, or the error that says why there is none."""
 
     shape: AttentionShape
     layers: int
@@ -44,9 +45,9 @@ class ResolutionPlan:
 
     Attributes:
         pixels: edge of the square image.
-        budget: bytes that the rest of the step leaves for attention: `SliceConfig.budget` of these plans.
-        layers: every shape of attention, largest scores first.
-        peaks: of the whole step, for each way to compute attention that is possible.
+        budget: bytes that the rest of the step leaves for attention. It is the budget of these plans.
+        layers: every shape of attention, those with the largest scores first.
+        peaks: the peak of the whole step, for each possible way to compute attention.
     """
 
     pixels: int
@@ -56,14 +57,14 @@ class ResolutionPlan:
 
 
 class StepPlanner:
-    """Plans one kind of step of one UNet on a device with so much memory.
+    """Plans one kind of step of one UNet on a device with a given amount of memory.
 
     Args:
         source: the UNet.
         kind: what the step is.
         memory: bytes for the whole step, weights included.
-        slicing: policy and kernel of slicemod's attention; its budget is what the rest of the step leaves.
-        progress: told what is being done, where that takes seconds.
+        slicing: policy and kernel of slicemod's attention. Its budget is replaced by what the rest of the step leaves.
+        progress: is told what is being done if that takes seconds.
 
     Raises:
         UserError: `source` describes no UNet, or one without attention.
@@ -95,7 +96,7 @@ class StepPlanner:
 
     @property
     def ways(self) -> tuple[Way, ...]:
-        """The ways to compute attention that can be planned: whether PyTorch fuses is not known on every device."""
+        """The ways to compute attention that can be planned. Not on every device is it known whether PyTorch fuses."""
         return tuple(way for way in WAYS if way != "fused" or self.kind.device_type in BACKENDS)
 
     def plan(self, pixels: int) -> ResolutionPlan:
@@ -105,7 +106,7 @@ class StepPlanner:
         return self._plans[pixels]
 
     def largest(self, way: Way) -> int:
-        """Edge in pixels of the largest square image whose step fits, up to `HIGHEST_RESOLUTION`; 0 where none does."""
+        """Edge in pixels of the largest square image whose step fits, up to `HIGHEST_RESOLUTION`; 0 if none fits."""
         least, most = 0, HIGHEST_RESOLUTION // self.resolution_step
         while least < most:
             middle = (least + most + 1) // 2
@@ -113,7 +114,7 @@ class StepPlanner:
         return least * self.resolution_step
 
     def fits(self, way: Way, pixels: int) -> bool:
-        """The step fits the memory, and no tensor of full attention exceeds what the device gives at once."""
+        """Whether the step fits the memory, and no tensor of full attention is larger than the device allows."""
         plan = self.plan(pixels)
         scores = max(layer.shape.scores_bytes for layer in plan.layers) if way == "full attention" else 0
         if scores > BUFFER_CAPS.get(self.kind.device_type, scores):
@@ -121,7 +122,7 @@ class StepPlanner:
         return way in plan.peaks and plan.peaks[way].total <= self.memory
 
     def at(self, pixels: int) -> tuple[Timeline, list[CallSpec]]:
-        """The timeline and the attention calls at a resolution, from those that were traced."""
+        """The timeline and the attention calls at a resolution, computed from the two traced steps."""
         first, second = self._traced
         low, high = (steps * self.resolution_step for steps in TRACED_STEPS)
         step = first.between(second, pixels**2 - low**2, high**2 - low**2)

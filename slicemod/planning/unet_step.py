@@ -1,4 +1,4 @@
-"""One step of a UNet, run on the device "meta" and thus without memory: inference, or a step of training."""
+"""Runs one step of a UNet on the device "meta", and so without memory: a step of inference or of training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class StepKind(NamedTuple):
     """What a step is, apart from its resolution.
 
     Attributes:
-        dtype: of weights, latents, activations and gradients.
-        batch: items in the UNet's batch, two an image with classifier-free guidance.
-        device_type: that is simulated.
+        dtype: the dtype of weights, latents, activations and gradients.
+        batch: items in the UNet's batch; with classifier-free guidance two for each image.
+        device_type: the device that is simulated.
         training: forward, backward and a step of AdamW, instead of forward alone.
         checkpoint_blocks: the UNet's own gradient checkpointing is on.
     """
@@ -44,10 +44,10 @@ class TracedStep(NamedTuple):
     layers: int
 
     def between(self, other: TracedStep, part: int, whole: int) -> TracedStep:
-        """The step `part / whole` of the way to the `other` one, which has another resolution alone.
+        """The step at `part / whole` of the way to the `other` one, which differs only in its resolution.
 
         Raises:
-            ValueError: the steps do not consist of the same operators.
+            ValueError: the steps do not run the same operators.
         """
 
         def scaled(a: AttentionShape, b: AttentionShape) -> AttentionShape:
@@ -59,9 +59,9 @@ class TracedStep(NamedTuple):
 
 
 def trace_step(source: UnetSource, kind: StepKind, pixels: int) -> TracedStep:
-    """Runs one step on square images of `pixels` by `pixels`, with neither weights nor the device.
+    """Runs one step on square images of `pixels` by `pixels`, without weights and without the device.
 
-    In training this is any step but the first: AdamW's state is there when it begins.
+    A training step is not the first one: AdamW's state exists when it begins.
 
     Raises:
         UserError: `source` describes no UNet.
@@ -90,14 +90,14 @@ def trace_training(
     given: Sequence[Tensor] = (),
     mode: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - has no state
 ) -> TracedStep:
-    """A step of AdamW, any but the first: its state is there when it begins.
+    """Runs a training step of AdamW. It is not the first one: AdamW's state exists when it begins.
 
     Args:
-        unet: without memory, on the device "meta" or of fake tensors. Gradients that it has stay and are added to.
-        loss: runs it forward.
-        device_type: that is simulated.
-        given: what exists besides.
-        mode: that of fake tensors; it is entered for the step.
+        unet: the UNet without memory, on the device "meta" or of fake tensors. If it has gradients, they are added to.
+        loss: runs the UNet forward, and returns the loss.
+        device_type: the device that is simulated.
+        given: other tensors that exist already.
+        mode: the mode of the fake tensors, which is entered for the step.
     """
     recorder = _recorder(device_type)
     stand_in = AttentionStandIn(recorder, device_type, training=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from slicemod.user_error import UserError
 
-# The differences to UNet2DConditionModel's defaults in the models' published unet/config.json.
+# Where the published unet/config.json of each model differs from UNet2DConditionModel's defaults.
 NAMED_UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     # The two upper levels of sd15, where almost all of its attention is.
@@ -53,10 +53,12 @@ _DEFAULT_LEVELS = (320, 640, 1280, 1280)  # UNet2DConditionModel's own block_out
 
 
 class UnetSource(NamedTuple):
-    """What builds a UNet: the arguments of `UNet2DConditionModel`, and what its latents and its context are.
+    """What is needed to build a UNet and its inputs.
 
-    `latent_pixels` is the edge in image pixels that one latent pixel stands for; `context_tokens` is how many tokens
-    the cross-attention looks at.
+    Attributes:
+        config: the arguments of `UNet2DConditionModel`.
+        latent_pixels: the edge, in pixels of the image, of the square that one latent pixel stands for.
+        context_tokens: how many tokens the cross-attention looks at.
     """
 
     config: Mapping[str, Any]
@@ -65,7 +67,7 @@ class UnetSource(NamedTuple):
 
     @property
     def resolution_step(self) -> int:
-        """Edges in pixels that autoencoder and UNet halve down to whole latents are multiples of this."""
+        """The edge of an image has to be a multiple of this, so that autoencoder and UNet can halve it."""
         levels = len(self.config.get("block_out_channels", _DEFAULT_LEVELS))
         return int(self.latent_pixels * 2 ** (levels - 1))
 
@@ -113,7 +115,7 @@ def _unet_of_folder(folder: Path) -> UnetSource:
 
 
 def _pixels_per_latent(levels: int) -> int:
-    """Edge in pixels of what one latent stands for: AutoencoderKL halves between its blocks."""
+    """The edge in pixels that one latent stands for. AutoencoderKL halves the edge between two of its blocks."""
     return int(2 ** (levels - 1))
 
 
@@ -134,7 +136,7 @@ def meta_unet(source: UnetSource, dtype: torch.dtype) -> Any:
     """The `UNet2DConditionModel` on the device "meta", with weights of `dtype` that take no memory.
 
     Raises:
-        UserError: its arguments build no UNet.
+        UserError: its arguments do not build a UNet.
     """
     build: Any = UNet2DConditionModel  # diffusers' classes have no types
     try:
