@@ -71,7 +71,7 @@ class Timeline:
 
     def peak(self, costs: Sequence[AttentionCost]) -> StepPeak:
         """The peak of the step if the attention calls take `costs`."""
-        """The most bytes that the rest of the step holds while one attention call runs; other calls keep `costs`."""
+        kept, working = torch.tensor([*costs, (0, 0)]).unbind(1)  # index -1 is the added (0, 0): no call
         attention = (self.keeps * kept[self.calls]).cumsum(0) + self.works * working[self.calls]  # (E,)
         activations = self.activations.cumsum(0) + self.temporaries
         gradients = self.gradients.cumsum(0)
