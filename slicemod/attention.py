@@ -108,6 +108,7 @@ class MemoryAwareCrossAttention(nn.Module):
         return project(self.to_out, output if additional_tokens is None else output[:, -own_tokens:])
 
     def extra_repr(self) -> str:
+        """Sizes, slicing and the last plan, in the module's `repr`."""
         plan = "" if self.plan is None else f", plan: {self.plan}"
         return f"heads={self.heads}, dim_head={self.dim_head}, {self.slicing}{plan}"
 

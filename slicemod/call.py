@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import index
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from slicemod.watched import PlainValues
 
 # On these devices the sliced kernel computes half precision in float32 tiles, because SDPA's kernels have their scores
 # in float32 there. bfloat16 has 8 significant bits: a large score, rounded to it, may change its weight by whole
@@ -141,7 +143,10 @@ class AttentionShape:
 
         In self-attention the keys change with the queries. The keys of a context, such as a text, stay as they are.
         """
-        queries = (side // 8) ** 2
+        return self.with_queries((side // 8) ** 2)
+
+    def with_queries(self, queries: int) -> AttentionShape:
+        """The same attention with another number of queries, and of keys where these are the same tokens."""
         keys = queries if self.keys == self.queries else self.keys
         mask = self.mask
         if mask is not None:
@@ -242,7 +247,7 @@ def attention_sizes(
     dropout_p: float,
     is_causal: bool,
     upcast: bool,
-) -> tuple[Any, ...]:
+) -> PlainValues:
     """The arguments of `AttentionShape` for query `(B, H, N, D)`, key `(B, Hk, M, D)`, value `(B, Hk, M, Dv)`.
 
     They are plain ints and bools, also while a graph is traced. A symbolic size becomes a constant of the graph then,
@@ -268,13 +273,13 @@ def constant_bool(condition: bool) -> bool:
     return True if condition else False  # noqa: SIM210 - bool() of a symbolic condition stays symbolic
 
 
-def _mask_sizes(mask: Tensor, query: Tensor) -> tuple[Any, ...]:
+def _mask_sizes(mask: Tensor, query: Tensor) -> PlainValues:
     has_grad = mask.requires_grad and torch.is_grad_enabled()
     return (*(index(size) for size in mask.shape), mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype)
 
 
 @lru_cache(maxsize=4096)
-def attention_shape(sizes: tuple[Any, ...]) -> AttentionShape:
+def attention_shape(sizes: PlainValues) -> AttentionShape:
     """The `AttentionShape` that `attention_sizes` described."""
     *plain, mask = sizes
     return replace(AttentionShape(*plain), mask=None if mask is None else MaskShape(*mask))

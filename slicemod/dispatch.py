@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,10 +18,10 @@ from slicemod.call import (
 )
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.plan import SlicePlan
-from slicemod.watched import constant_in_graph, is_transformed
+from slicemod.watched import PlainValues, constant_in_graph, is_transformed
 
 
-def describe(inputs: Inputs, arguments: Arguments, layout: tuple[Any, ...]) -> tuple[Any, ...]:
+def describe(inputs: Inputs, arguments: Arguments, layout: PlainValues) -> PlainValues:
     """The arguments of `call_spec` for 4-D inputs: plain values, which become constants if a graph is traced.
 
     Args:
@@ -40,8 +38,8 @@ def describe(inputs: Inputs, arguments: Arguments, layout: tuple[Any, ...]) -> t
 
 
 def call_spec(
-    sizes: tuple[Any, ...],
-    layout: tuple[Any, ...],
+    sizes: PlainValues,
+    layout: PlainValues,
     device: str,
     dtype: torch.dtype,
     training: bool,
@@ -61,7 +59,7 @@ def call_spec(
     )
 
 
-def check_plan(plan: SlicePlan, described: tuple[Any, ...]) -> None:
+def check_plan(plan: SlicePlan, described: PlainValues) -> None:
     """Checks that the kernel of a plan that the user passed can run the call that `describe` described.
 
     Raises:

@@ -16,13 +16,13 @@ from slicemod.dispatch import call_spec, check_plan, describe, follow
 from slicemod.graph_operators import is_dynamic, planned_at_run_time, refused
 from slicemod.kernels.fused.obstacles import layout_of
 from slicemod.kernels.kernel import Arguments, Inputs
-from slicemod.known_calls import KNOWN_CALLS, KnownCall, key_of
+from slicemod.known_calls import KNOWN_CALLS, CallKey, KnownCall, key_of
 from slicemod.layers.inputs import as_four_dims, autocast_inputs, check_inputs
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.watched import constant_in_graph
 
 
-def sliced_attention(
+def sliced_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,7 +75,7 @@ def sliced_attention(
     )[0]
 
 
-def planned_attention(
+def planned_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -165,7 +165,7 @@ def _plan_in_graph(slicing: SliceConfig | Mapping[str, Any] | None, *described: 
         return str(error)
 
 
-def _remember(key: tuple[Any, ...], plans: CallPlans, inputs: Inputs, arguments: Arguments) -> None:
+def _remember(key: CallKey, plans: CallPlans, inputs: Inputs, arguments: Arguments) -> None:
     best = plans.best
     run = None if best is None else kernels.kernel_named(best.kernel).prepare(best, inputs, arguments)
     KNOWN_CALLS.remember(key, KnownCall(plans, arguments, run))

@@ -57,7 +57,7 @@ def planned_at_run_time(inputs: Inputs, arguments: Arguments, slicing: SliceConf
 
 
 @torch.library.custom_op("slicemod::attention_of_any_size", mutates_args=())
-def _attention_of_any_size(
+def _attention_of_any_size(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
     query: Tensor,
     key: Tensor,
     value: Tensor,

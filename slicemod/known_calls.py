@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from slicemod.kernels.fused.running import pytorchs_choice
 from slicemod.kernels.kernel import Arguments, Inputs, Run
 from slicemod.torch_internals import differentiates_forward
 from slicemod.watched import is_watched
+
+CallKey: TypeAlias = tuple[Hashable, ...]  # only compared as a whole: nothing reads its parts
 
 
 class KnownCall(NamedTuple):
@@ -40,7 +42,7 @@ class KnownCalls:
     """
 
     def __init__(self, most: int = 4096) -> None:
-        self._calls: dict[tuple[Any, ...], KnownCall] = {}
+        self._calls: dict[CallKey, KnownCall] = {}
         self.most = most
 
     def __len__(self) -> int:
@@ -50,11 +52,11 @@ class KnownCalls:
         """Forget all calls."""
         self._calls.clear()
 
-    def find(self, key: tuple[Any, ...] | None) -> KnownCall | None:
+    def find(self, key: CallKey | None) -> KnownCall | None:
         """What is known of the call with this key."""
         return None if key is None else self._calls.get(key)
 
-    def remember(self, key: tuple[Any, ...], known: KnownCall) -> None:
+    def remember(self, key: CallKey, known: KnownCall) -> None:
         """Keep what is known of a call."""
         if len(self._calls) >= self.most:
             self._calls.clear()
@@ -66,9 +68,7 @@ KNOWN_CALLS = KnownCalls()
 _DEFAULT = SliceConfig()
 
 
-def key_of(
-    inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[str, Any] | None
-) -> tuple[Any, ...] | None:
+def key_of(inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[str, Any] | None) -> CallKey | None:
     """The key of a call, or None if the call must not be remembered.
 
     On CUDA, which kernel PyTorch takes depends on PyTorch's settings too, so PyTorch is asked each time, and its answer

@@ -16,4 +16,4 @@ def round_up(size: int, multiple: int) -> int:
     >>> round_up(7, 4)
     8
     """
-    return -(-size // multiple) * multiple
+    return ceil_div(size, multiple) * multiple

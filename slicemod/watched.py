@@ -2,7 +2,7 @@
 outside of a traced graph."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from slicemod.torch_internals import compiling_frames, dispatch_modes, innermost_transformation, tracing_state
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What a function that is `constant_in_graph` is handed: a tracer takes tuples of plain values as constants, no records.
+PlainValues: TypeAlias = tuple[Any, ...]
 
 
 def constant_in_graph(function: Function) -> Function:

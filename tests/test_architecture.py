@@ -157,33 +157,6 @@ def test_importing_the_package_brings_in_no_framework() -> None:
     assert ran.stderr == ""
 
 
-def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """The module, and the classes, functions and methods without a leading underscore."""
-    yield "module", tree
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            yield node.name, node
-            for member in node.body if isinstance(node, ast.ClassDef) else []:
-                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and not member.name.startswith("_"):
-                    yield f"{node.name}.{member.name}", member
-
-
-# Documented where PyTorch and Lightning call them.
-INHERITED = re.compile(r"(.*\.)?(extra_repr|(training|validation)_step|configure_optimizers|on_\w+)")
-
-
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_whatever_is_public_has_a_docstring(path: Path) -> None:
-    bare = [
-        name
-        for name, node in public_definitions(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and not ast.get_docstring(node)
-        and not INHERITED.fullmatch(name)
-    ]
-    assert bare == []
-
-
 @pytest.mark.parametrize("folder", ["slicemod", "tests", "train_scripts"])
 def test_no_file_is_a_dumping_ground(folder: str) -> None:
     names = {path.stem for path in (ROOT / folder).rglob("*.py")}

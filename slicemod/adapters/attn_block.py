@@ -69,6 +69,7 @@ class MemoryAwareAttnBlock(nn.Module):
         return out
 
     def extra_repr(self) -> str:
+        """Sizes, slicing and the last plan, in the module's `repr`."""
         plan = "" if self.plan is None else f", plan: {self.plan}"
         return f"in_channels={self.in_channels}, {self.slicing}{plan}"
 

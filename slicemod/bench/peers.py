@@ -22,6 +22,7 @@ from slicemod.config import SliceConfig
 from slicemod.functional import sliced_attention
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.reference import reference_attention
+from slicemod.rounding import ceil_div
 from slicemod.swap import swap_attention
 from slicemod.user_error import UserError
 
@@ -315,7 +316,7 @@ def all_peers(budget: str) -> tuple[Peer, ...]:
         DiffusersProcessor("diffusers-full", lambda _: AttnProcessor(), scores_held=1.0),
         # "auto" of diffusers' set_attention_slice halves the heads, "max" takes one at a time.
         DiffusersProcessor(
-            "diffusers-sliced", lambda layer: SlicedAttnProcessor(-(-layer.heads // 2)), scores_held=0.5
+            "diffusers-sliced", lambda layer: SlicedAttnProcessor(ceil_div(layer.heads, 2)), scores_held=0.5
         ),
         DiffusersProcessor("diffusers-sliced-max", lambda _: SlicedAttnProcessor(1), scores_held=0.2),
         CompVisLayer("ldm"),

@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from slicemod.bench.comparing import Measurement, Setting
 from slicemod.bench.results import Results
 from slicemod.bench.tables import by_peer, largest_sizes
+from slicemod.rounding import ceil_div
 
 _COLOURS = {"slicemod": "#c8452d", "sdpa": "#1f6f9f", "diffusers": "#4f7f4a"}
 _OTHERS = "#73777d"
@@ -204,7 +205,7 @@ _COLUMNS = 2  # in which the text is read at the width of a page
 
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     wide = min(count, _COLUMNS)
-    high = -(-count // wide)
+    high = ceil_div(count, wide)
     width = wide * (_LEFT + _PANEL_WIDTH + _RIGHT)
     height = high * (_ABOVE + _PANEL_HEIGHT + _BELOW) + _HEAD
     figure = Figure(figsize=(width, height))

@@ -65,6 +65,7 @@ class LargeProduct:
         self.left, self.right = torch.randn(2, size, size, device=device).to(dtype).unbind()
 
     def __call__(self) -> object:
+        """One product."""
         return self.left @ self.right
 
     @property

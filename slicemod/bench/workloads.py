@@ -20,7 +20,7 @@ from slicemod.bench.bench_options import WORK_NAMES
 from slicemod.bench.peers import FULL, REFERENCE, Peer
 from slicemod.call import AttentionShape
 from slicemod.planning.attention_calls import record_attention_calls
-from slicemod.planning.layers_alike import LayersAlike, at_resolution
+from slicemod.planning.layers_alike import LayersAlike
 from slicemod.planning.unets import find_unet, meta_inputs
 from slicemod.user_error import UserError
 
@@ -196,7 +196,7 @@ class UnetWork(Work):
     def attention(self) -> list[tuple[AttentionShape, int]]:
         """The calls of all layers."""
         calls = record_attention_calls(self.model, batch=self.batch, itemsize=4)
-        return [(at_resolution(call, self.size).shape, call.layers) for call in calls]
+        return [(call.at_resolution(self.size).shape, call.layers) for call in calls]
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def find_works(
             works += [UnetWork(model, size, batch, checkpoint_blocks) for size in sizes]
             continue
         calls = record_attention_calls(model, batch=batch, itemsize=4)[:largest]
-        works += [_layer_of(model, at_resolution(call, size)) for call in calls for size in sizes]
+        works += [_layer_of(model, call.at_resolution(size)) for call in calls for size in sizes]
     return works
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Hashable
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slicemod.half_precision import cpu_products
+from slicemod.rounding import ceil_div
 from slicemod.torch_internals import differentiates_forward, has_any_global_hook, is_any_autocast_enabled
 from slicemod.watched import is_watched
 
@@ -32,7 +34,7 @@ _ROUNDS = 5
 _CLEARLY = 0.9  # the halves have to take less than this share of the time of the whole
 
 # Whether halves are faster, by everything that this depends on.
-_known_sizes: dict[tuple[Any, ...], bool] = {}
+_known_sizes: dict[tuple[Hashable, ...], bool] = {}
 _MOST_KNOWN_SIZES = 4096
 
 
@@ -124,7 +126,7 @@ def _in_halves(linear: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = linear.weight.t(), linear._parameters["bias"]
     rows = x.view(-1, x.shape[-1])
     output = x.new_empty(len(rows), linear.out_features)
-    half = -(-len(rows) // 2)
+    half = ceil_div(len(rows), 2)
     for part in (slice(None, half), slice(half, None)):
         if bias is None:
             torch.mm(rows[part], weight, out=output[part])

@@ -13,7 +13,7 @@ from slicemod.call import AttentionShape, CallSpec, upcasts
 from slicemod.choose import Answer, answers
 from slicemod.config import SliceConfig
 from slicemod.plan import SlicePlan
-from slicemod.planning.layers_alike import LayersAlike, at_resolution
+from slicemod.planning.layers_alike import LayersAlike
 
 INFERENCE_BATCH, TRAINING_BATCH = 2, 1  # guidance has two items an image
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -94,7 +94,7 @@ def choices(
     """
     for training, batch in ((False, INFERENCE_BATCH), (True, TRAINING_BATCH)):
         for alike in layers:
-            shape = replace(at_resolution(alike, pixels).shape, batch=batch)
+            shape = replace(alike.at_resolution(pixels).shape, batch=batch)
             call = _call(shape, device, dtype, training=training)
             yield LayerChoice(alike.layers, training, call.shape, tuple(answers(call, SliceConfig(), free_bytes)))
 

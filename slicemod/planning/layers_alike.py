@@ -20,9 +20,7 @@ class LayersAlike:
         """Queries and keys are the same tokens, and grow together with the image."""
         return self.shape.queries == self.shape.keys
 
-
-def at_resolution(call: LayersAlike, pixels: int) -> LayersAlike:
-    """The same layers on a square image of another edge, a multiple of 64 pixels."""
-    queries = call.shape.queries * pixels**2 // call.pixels**2
-    keys = queries if call.is_self_attention else call.shape.keys
-    return LayersAlike(replace(call.shape, queries=queries, keys=keys), call.layers, pixels)
+    def at_resolution(self, pixels: int) -> LayersAlike:
+        """The same layers on a square image of another edge, a multiple of 64 pixels."""
+        shape = self.shape.with_queries(self.shape.queries * pixels**2 // self.pixels**2)
+        return replace(self, shape=shape, pixels=pixels)

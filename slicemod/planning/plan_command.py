@@ -68,7 +68,8 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     console = Console(width=max(Console().width, 110))
     console.print(f"{title}\n", highlight=False)
-    console.print(attention_table(plans))
+    layers_of = [(str(plan.pixels), plan.layers) for plan in plans]
+    console.print(attention_table("attention layers, by slicemod", "pixels", layers_of))
     console.print(step_table(planner, plans))
     for remark in remarks(planner, plans):
         console.print(remark, highlight=False)

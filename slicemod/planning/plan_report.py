@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,22 +14,30 @@ from slicemod.plan import SlicePlan
 from slicemod.planning.step_peaks import LayerPlan, ResolutionPlan, StepPlanner
 
 
-def attention_table(plans: Sequence[ResolutionPlan]) -> Table:
-    """A row for every shape of attention at every resolution."""
-    table = Table(title="attention layers, by slicemod", title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("pixels", "layers", "B*H x N x M x D", "kernel", "axis", "steps", "peak"):
+def attention_table(title: str, image: str, layers_of: Iterable[tuple[str, Sequence[LayerPlan]]]) -> Table:
+    """A row for every shape of attention in every image.
+
+    Args:
+        title: of the table.
+        image: what images are called by, the head of the first column.
+        layers_of: what each of them is called, and its layers.
+    """
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in (image, "layers", "B*H x N x M x D", "kernel", "axis", "steps", "peak"):
         table.add_column(column, justify="left" if column in ("kernel", "axis") else "right", no_wrap=True)
-    for plan in plans:
+    for name, layers in layers_of:
         table.add_section()
-        for layer in plan.layers:
+        for layer in layers:
             shape = layer.shape
             sizes = f"{shape.batch_heads} x {shape.queries} x {shape.keys} x {shape.head_dim}"
-            table.add_row(str(plan.pixels), str(layer.layers), sizes, *_answer(layer))
+            table.add_row(name, str(layer.layers), sizes, *_answer(layer))
     return table
 
 
 def _answer(layer: LayerPlan) -> tuple[str, ...]:
     plan = layer.plan
+    if plan is None:
+        return "the model's own", "-", "-", "-"
     if not isinstance(plan, SlicePlan):
         return "-", "-", "-", "none fits"
     sliced = plan.axis if plan.steps > 1 else "-"

@@ -32,11 +32,14 @@ TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet'
 
 
 class LayerPlan(NamedTuple):
-    """The plan of all attention layers with one shape, or the error that says why there is none."""
+    """The plan of all attention layers with one shape, or the error that says why there is none.
+
+    None where the attention is not slicemod's.
+    """
 
     shape: AttentionShape
     layers: int
-    plan: SlicePlan | NotEnoughMemoryError
+    plan: SlicePlan | NotEnoughMemoryError | None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from diffusers import UNet2DConditionModel
 
 from slicemod.bench.memory import peak_memory
 from slicemod.planning.attention_calls import record_attention_calls
-from slicemod.planning.layers_alike import at_resolution
 from slicemod.user_error import UserError
 
 
@@ -38,7 +37,7 @@ def test_calls_scaled_to_a_resolution_are_those_recorded_there(tmp_path: Path) -
     )
     unet.save_pretrained(tmp_path / "unet")
     calls = record_attention_calls(str(tmp_path), batch=1, itemsize=4)
-    scaled = {at_resolution(call, 128).shape for call in calls}
+    scaled = {call.at_resolution(128).shape for call in calls}
     seen = set()
     for module in unet.modules():
         if type(module).__name__ == "Attention":

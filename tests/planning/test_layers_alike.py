@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from slicemod.call import AttentionShape
-from slicemod.planning.layers_alike import LayersAlike, at_resolution
+from slicemod.planning.layers_alike import LayersAlike
 
 
 def test_cross_attention_keeps_its_keys_at_every_resolution() -> None:
     call = LayersAlike(AttentionShape(1, 8, 4096, 77, 40, 2), 5, 512)
-    assert at_resolution(call, 1024).shape == AttentionShape(1, 8, 16384, 77, 40, 2)
+    assert call.at_resolution(1024).shape == AttentionShape(1, 8, 16384, 77, 40, 2)
 
 
 def test_self_attention_has_as_many_keys_as_queries_at_every_resolution() -> None:
     call = LayersAlike(AttentionShape(1, 8, 1024, 1024, 80, 2), 5, 512)
     assert call.is_self_attention
-    assert at_resolution(call, 256) == LayersAlike(AttentionShape(1, 8, 256, 256, 80, 2), 5, 256)
+    assert call.at_resolution(256) == LayersAlike(AttentionShape(1, 8, 256, 256, 80, 2), 5, 256)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from slicemod.planning.layers_alike import at_resolution
 from slicemod.planning.model_layers import KNOWN_LAYERS, layers_of, recorded_layers
 from slicemod.user_error import UserError
 
@@ -18,7 +17,7 @@ DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 def test_the_table_has_what_the_unet_computes(model: str) -> None:
     known, recorded = KNOWN_LAYERS[model], recorded_layers(model)
     assert (known.pixels, known.step) == (recorded.pixels, recorded.step)
-    assert set(known.layers) == {at_resolution(layer, known.pixels) for layer in recorded.layers}
+    assert set(known.layers) == {layer.at_resolution(known.pixels) for layer in recorded.layers}
     sizes = [layer.shape.scores_bytes for layer in known.layers]
     assert sizes == sorted(sizes, reverse=True)
 

@@ -12,7 +12,7 @@ from slicemod.call import CallSpec, constant_bool
 from slicemod.kernels.fused.running import BACKENDS, pytorchs_choice
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.torch_internals import FakeTensor, FakeTensorMode
-from slicemod.watched import constant_in_graph, is_watched
+from slicemod.watched import PlainValues, constant_in_graph, is_watched
 
 
 def fused_obstacle(call: CallSpec) -> str | None:
@@ -51,7 +51,7 @@ def fused_obstacle(call: CallSpec) -> str | None:
     return None if layout.fuses else "PyTorch has no fused CUDA kernel for these sizes, this dtype or this GPU"
 
 
-def layout_of(inputs: Inputs, arguments: Arguments) -> tuple[Any, ...]:
+def layout_of(inputs: Inputs, arguments: Arguments) -> PlainValues:
     """The fields of `Layout` for the caller's tensors.
 
     They are plain values, also while a graph is traced.
@@ -96,7 +96,7 @@ def _ask_pytorch(*inputs: Any) -> bool:
     )
 
 
-def _description(tensor: Tensor) -> tuple[Any, ...]:
+def _description(tensor: Tensor) -> PlainValues:
     """Everything of a tensor that PyTorch looks at, as constants if a graph is traced."""
     shape, stride = tuple(index(size) for size in tensor.shape), tuple(index(step) for step in tensor.stride())
     return shape, stride, tensor.dtype, str(tensor.device), tensor.requires_grad
@@ -104,7 +104,7 @@ def _description(tensor: Tensor) -> tuple[Any, ...]:
 
 @constant_in_graph
 def _ask_outside_of_the_graph(
-    described: tuple[tuple[Any, ...] | None, ...], settings: tuple[float, bool, bool], grad_enabled: bool
+    described: tuple[PlainValues | None, ...], settings: tuple[float, bool, bool], grad_enabled: bool
 ) -> bool:
     """`_ask_pytorch` for descriptions of tensors, because not every version of PyTorch can trace these questions."""
     tensors = [None if description is None else _stand_in(description) for description in described]
@@ -112,7 +112,7 @@ def _ask_outside_of_the_graph(
         return _ask_pytorch(*tensors, *settings)
 
 
-def _stand_in(description: tuple[Any, ...]) -> Tensor:
+def _stand_in(description: PlainValues) -> Tensor:
     """A tensor without memory, that looks as described."""
     shape, stride, dtype, device, requires_grad = description
     on_meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")

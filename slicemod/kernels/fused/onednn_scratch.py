@@ -6,7 +6,7 @@ without instructions for a dtype take another route, and allocate nothing.
 """
 
 from slicemod.half_precision import Products
-from slicemod.rounding import round_up
+from slicemod.rounding import ceil_div, round_up
 
 _LEAST_PACKED_TOKENS = 64  # fewer queries or keys are not packed for the tiles
 _KEYS_PACKED_AT_ONCE = 512
@@ -30,7 +30,7 @@ def flash_scratch_bytes(rows: int, keys: int, head_dim: int, threads: int, produ
         return threads * (4 * round_up(max(keys, rows) * head_dim, 64) + 128) + 4  # a product in float32, a counter
     columns = min(round_up(head_dim, 16), _COLUMN_BLOCK)
     split = threads if head_dim <= _COLUMN_BLOCK else 1  # wide heads may be split by columns instead
-    block = min(-(-keys // split), _KEY_BLOCK)
+    block = min(ceil_div(keys, split), _KEY_BLOCK)
     transposed_keys = threads * (2 * rows * (block + columns) + 4 * block * columns + _PER_THREAD) + _PER_CALL
     transposed_rows = 4 * rows * min(head_dim, _COLUMN_BLOCK) + threads * (128 * round_up(keys, 32) + 1024)
     return max(transposed_keys, transposed_rows) + 4  # and a counter

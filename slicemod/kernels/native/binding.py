@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class _Call(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int64),
     ]
+
+
+class _Setting(NamedTuple):
+    """What every function of the library takes first: how products are computed, the dtype's number, and the call."""
+
+    mode: int
+    element: int
+    call: Any  # a reference, as ctypes makes it
 
 
 class WrongLibraryError(OSError):
@@ -188,21 +196,21 @@ class NativeLibrary:
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in (*tensors, workspace))
         _check_done(setting, self._functions[name](*setting, *addresses))
 
-    def _setting(self, dtype: torch.dtype, call: _Call) -> tuple[Any, ...]:
-        return self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call)
+    def _setting(self, dtype: torch.dtype, call: _Call) -> _Setting:
+        return _Setting(self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call))
 
-    def _count(self, name: str, setting: tuple[Any, ...]) -> int:
+    def _count(self, name: str, setting: _Setting) -> int:
         """The number of bytes or rows that a function of the library returns."""
         count = int(self._functions[name](*setting))
         _check_done(setting, count >= 0)
         return count
 
 
-def _check_done(setting: tuple[Any, ...], done: int) -> None:
+def _check_done(setting: _Setting, done: int) -> None:
     if not done:
         raise RuntimeError(
-            f"native attention: expected a library with mode and type {setting[:2]}; got one without. "
-            "Set SLICEMOD_NATIVE=0 and report this."
+            f"native attention: expected a library with mode {setting.mode} and type {setting.element}; got one "
+            "without. Set SLICEMOD_NATIVE=0 and report this."
         )
 
 

@@ -20,7 +20,7 @@ from slicemod.operator import operator
 
 
 @operator("slicemod::attention")
-def attention(
+def attention(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -60,7 +60,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, *settings
 
 
 @operator("slicemod::attention_backward")
-def attention_backward(
+def attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,

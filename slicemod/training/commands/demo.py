@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from slicemod import NotEnoughMemoryError, SliceConfig, SlicePlan
+from slicemod import SliceConfig, SlicePlan
 from slicemod.memory.sizes import size_text
 from slicemod.training.commands.fit_command import fit
-from slicemod.training.common.interruption import TrainingInterruptedError
+from slicemod.training.commands.script import exit_status
 from slicemod.training.common.last_checkpoint import last_checkpoint
 from slicemod.training.common.lightning_cli import SlicemodCLI
 from slicemod.training.common.pictures import read_metric, save_digit_grid, save_loss_curve
@@ -47,15 +47,7 @@ class DemoError(UserError):
 def main() -> int:
     """Runs the whole demo in the current folder, the root of a clone; returns the exit status."""
     torch.set_float32_matmul_precision("highest")
-    try:
-        _run()
-    except (UserError, NotEnoughMemoryError) as error:
-        print(f"demo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (TrainingInterruptedError, KeyboardInterrupt):
-        print("demo: interrupted. Run it again; the autoencoder is kept once it is trained.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("demo", _run, kept="the autoencoder is kept once it is trained")
 
 
 def _run() -> None:

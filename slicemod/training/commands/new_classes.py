@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from slicemod import NotEnoughMemoryError
 from slicemod.training.commands.fit_command import fit
-from slicemod.training.common.interruption import TrainingInterruptedError
+from slicemod.training.commands.script import exit_status
 from slicemod.training.common.last_checkpoint import last_checkpoint
 from slicemod.training.common.pictures import save_digit_grid
 from slicemod.training.digits.conditional_accuracy import DigitReader
@@ -40,15 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
     A way whose checkpoint exists is measured again without training.
     """
-    try:
-        run(list(arguments) or list(WAYS))
-    except (UserError, NotEnoughMemoryError) as error:
-        print(f"new_classes: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (TrainingInterruptedError, KeyboardInterrupt):
-        print("new_classes: interrupted. Run it again; what is finished is kept.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("new_classes", lambda: run(list(arguments) or list(WAYS)), kept="what is finished is kept")
 
 
 def run(ways: Sequence[str]) -> dict[str, tuple[float, float]]:

@@ -30,14 +30,17 @@ class StopBetweenSteps(pl.Callback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on signals are noted."""
         if threading.current_thread() is threading.main_thread():  # Python takes handlers from no other thread
             self._received = None
             self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Notes the step, which tells at the batch's end whether it is done."""
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Ends training here, between two steps, if any process got a signal."""
         if trainer.global_step == self._step:
             return  # gradients are still accumulating, and no checkpoint holds them
         received = self._received
@@ -45,9 +48,11 @@ class StopBetweenSteps(pl.Callback):
             raise TrainingInterruptedError(received or signal.SIGTERM, between_steps=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Signals do again what they did before."""
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """The same, and an interruption says after which step it came."""
         self._restore()
         if isinstance(exception, TrainingInterruptedError):
             exception.step = trainer.global_step

@@ -46,6 +46,7 @@ class LastCheckpoint(ModelCheckpoint):
         return Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on there is something to save."""
         super().on_train_start(trainer, pl_module)
         self._training = True
 
@@ -62,6 +63,7 @@ class LastCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves once more, with the optimizer's state."""
         super().on_train_end(trainer, pl_module)
         if self.last_model_path:
             trainer.save_checkpoint(self.last_model_path, weights_only=False)  # the optimizer's state too

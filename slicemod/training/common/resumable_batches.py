@@ -189,12 +189,14 @@ class SettlesSteps(pl.Callback):
             _count_as_done(stored, len(batches) - batches.left, batches.left)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hands the position of a checkpoint to the batches."""
         if self._position is not None and isinstance(trainer.train_dataloader, ResumableBatches):
             trainer.train_dataloader.load_state_dict(self._position)  # Lightning does not where an epoch was done
             self._position = None
         self._settle(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """After each optimizer step, what was drawn counts as trained on."""
         if trainer.global_step != self._step:
             self._settle(trainer)
 

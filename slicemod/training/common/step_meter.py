@@ -26,6 +26,7 @@ class StepMeter(pl.Callback):
         self._seen: set[tuple[int, ...]] = set()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Starts the clock."""
         if pl_module.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats(pl_module.device)
         self._start = time.perf_counter()
@@ -33,6 +34,7 @@ class StepMeter(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Logs seconds, peak memory and slices of the batch."""
         if pl_module.device.type == "cpu":
             peak = _peak_resident()
         else:

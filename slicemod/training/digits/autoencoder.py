@@ -59,6 +59,7 @@ class AutoencoderModule(pl.LightningModule):
         self.val_psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
 
     def training_step(self, batch: DigitBatch, batch_idx: int) -> Tensor:
+        """The error of the decoded images, with the KL term."""
         images = batch["image"]  # (B, 1, S, S)
         posterior = self.autoencoder.encode(images).latent_dist
         noise = torch.Generator(self.device).manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
@@ -69,11 +70,13 @@ class AutoencoderModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: DigitBatch, batch_idx: int) -> None:
+        """Logs the PSNR of decoded images."""
         latents = self.autoencoder.encode(batch["image"]).latent_dist.mode()
         self.val_psnr(self.autoencoder.decode(latents).sample, batch["image"])
         self.log("autoencoder/psnr", self.val_psnr, on_epoch=True)
 
     def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
+        """AdamW under a one-cycle schedule."""
         optimizer = torch.optim.AdamW(self.autoencoder.parameters(), lr=self.recipe.learning_rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.recipe.learning_rate, total_steps=self.recipe.max_steps, pct_start=0.1

@@ -63,7 +63,7 @@ class LatentDiffusion(pl.LightningModule):
         lora: of the adapters.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - these are the keys of users' configs
         self,
         unet: UNet2DConditionModel,
         autoencoder: AutoencoderKL,
@@ -157,6 +157,7 @@ class LatentDiffusion(pl.LightningModule):
         return self.seed * 1_000_003 + batch["number"]
 
     def training_step(self, batch: DigitBatch, batch_idx: int) -> Tensor:
+        """The denoising loss of a batch."""
         assert self._train_latents is not None  # on_fit_start made them
         latents = self._train_latents[batch["index"]]
         loss = self.diffusion_loss(latents, batch["label"], self.batch_seed(batch))
@@ -164,9 +165,11 @@ class LatentDiffusion(pl.LightningModule):
         return self._mean.weigh(loss, len(latents))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the gradient the mean over the images of all batches of the step."""
         self._mean.settle(self.parameters(), self.trainer.accumulate_grad_batches)
 
     def validation_step(self, batch: DigitBatch, batch_idx: int) -> None:
+        """Logs the denoising loss, and PSNR and SSIM of images that are denoised in one step."""
         latents, labels = self.encode(batch["image"]), batch["label"]
         count = len(labels)
         self.val_loss(self.diffusion_loss(latents, labels, noise_seed=batch_idx), weight=count)
@@ -207,6 +210,7 @@ class LatentDiffusion(pl.LightningModule):
         self._train_latents = self.encode(images.to(self.device))  # (N, c, h, w)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and the schedule that the config names."""
         parameters = [*self.unet.parameters(), *self.class_embedder.parameters()]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         return build_optimizer(self.trainer, trained, self.make_optimizer, self.make_lr_scheduler)

@@ -125,7 +125,7 @@ class CaptionedFolder(pl.LightningDataModule):
         shuffle_seed: chooses the order of the batches, and crop and flip of each image in each epoch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - these are the keys of users' configs
         self,
         folder: str,
         cache: str,

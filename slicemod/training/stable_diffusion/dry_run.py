@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from slicemod import SlicePlan, restore_attention
-from slicemod.call import AttentionShape, CallSpec, processors_of
+from slicemod.call import CallSpec, processors_of
 from slicemod.choose import plans_of
 from slicemod.kernels import kernel_named
 from slicemod.memory.sizes import size_text
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak
-from slicemod.planning.step_peaks import TRACED_STEPS
+from slicemod.planning.plan_report import attention_table
+from slicemod.planning.step_peaks import TRACED_STEPS, LayerPlan
 from slicemod.planning.unet_step import TracedStep, trace_training
 from slicemod.planning.unets import meta_inputs
 from slicemod.training.common.weight_average import WeightAverage
@@ -40,13 +41,13 @@ class BucketForecast:
     Attributes:
         bucket: the image size.
         images: how many of those to train on fall into it.
-        plans: of each distinct attention, with the number of layers that compute it; None where it is not slicemod's.
+        layers: every shape of attention, largest scores first.
         peak: of the step, in its parts.
     """
 
     bucket: Bucket
     images: int
-    plans: tuple[tuple[int, AttentionShape, SlicePlan | None], ...]
+    layers: tuple[LayerPlan, ...]
     peak: StepPeak
 
 
@@ -79,11 +80,11 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
         calls = [replace(call, processors=processors_of(device)) for call in traced.calls]
         answers = {call: _answer(model, call) for call in set(calls)}
         peak = traced.timeline.peak([answers[call][1] for call in calls])
-        layers = Counter(calls[: traced.layers])
-        largest_first = sorted(layers.items(), key=lambda item: -item[0].shape.scores_bytes)
-        plans = tuple((count, call.shape, answers[call][0]) for call, count in largest_first)
+        counted_calls = Counter(calls[: traced.layers])
+        largest_first = sorted(counted_calls.items(), key=lambda item: -item[0].shape.scores_bytes)
+        layers = tuple(LayerPlan(call.shape, count, answers[call][0]) for call, count in largest_first)
         forecasts.append(
-            BucketForecast(bucket, images, plans, peak._replace(weights=peak.weights + copies, optimizer=state))
+            BucketForecast(bucket, images, layers, peak._replace(weights=peak.weights + copies, optimizer=state))
         )
     return forecasts
 
@@ -156,18 +157,7 @@ def optimizer_bytes(module: nn.Module, make_optimizer: Callable[[Iterable[nn.Par
 
 def plan_table(forecasts: Sequence[BucketForecast]) -> Table:
     """A row for each bucket and attention."""
-    table = Table(title="attention layers", title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("bucket", "layers", "B*H x N x M x D", "kernel", "axis", "steps", "peak"):
-        table.add_column(column, justify="left" if column in ("kernel", "axis") else "right", no_wrap=True)
-    for row in forecasts:
-        table.add_section()
-        for layers, shape, plan in row.plans:
-            sizes = f"{shape.batch_heads} x {shape.queries} x {shape.keys} x {shape.head_dim}"
-            told = ("the model's own", "-", "-", "-")
-            if plan is not None:
-                told = (plan.kernel, plan.axis if plan.steps > 1 else "-", str(plan.steps), size_text(plan.peak_bytes))
-            table.add_row(str(row.bucket), str(layers), sizes, *told)
-    return table
+    return attention_table("attention layers", "bucket", [(str(row.bucket), row.layers) for row in forecasts])
 
 
 def peak_table(forecasts: Sequence[BucketForecast]) -> Table:

@@ -91,7 +91,7 @@ class StableDiffusion(pl.LightningModule):
         UserError: the settings do not go together, or the model cannot be read.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - these are the keys of users' configs
         self,
         source: str,
         config_source: str | None = None,
@@ -273,6 +273,7 @@ class StableDiffusion(pl.LightningModule):
         )
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        """The denoising loss of a batch."""
         self._files = batch["files"]
         torch.manual_seed(self.seed * 1_000_003 + batch["numbers"][0])  # of dropout
         loss = self.denoising_losses(batch).mean()
@@ -281,6 +282,7 @@ class StableDiffusion(pl.LightningModule):
         return self._mean.weigh(loss, len(batch["mean"]))
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        """Adds a batch to the losses at the timesteps of validation."""
         count = len(batch["mean"])
         for name, metric in self.val_losses.items():
             losses = self.denoising_losses(batch, torch.full((count,), int(name)))
@@ -288,10 +290,12 @@ class StableDiffusion(pl.LightningModule):
             self.log(f"val/loss_t{name}", cast(MeanMetric, metric), batch_size=count)
 
     def on_validation_epoch_end(self) -> None:
+        """Logs the mean of these losses."""
         means = [cast(MeanMetric, metric).compute() for metric in self.val_losses.values()]
         self.log("val/loss", torch.stack(means).mean(), prog_bar=True, sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the gradient the mean over the step's images, and ends a run whose gradients are not finite."""
         self._mean.settle(self.parameters(), self.trainer.accumulate_grad_batches)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             return  # fp16's loss scaling skips the steps whose gradients overflow
@@ -352,6 +356,7 @@ class StableDiffusion(pl.LightningModule):
         agree_on_budget(self.unet, self.attention, self.device)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and the schedule that the config names."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return build_optimizer(self.trainer, trained, self.make_optimizer, self.make_lr_scheduler)
 

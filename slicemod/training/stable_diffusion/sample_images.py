@@ -80,6 +80,7 @@ class SampleImages(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
+        """Draws and logs the images."""
         # The last batch and not the epoch's end: an average of the weights is taken out again there.
         if not is_last_validation_batch(trainer, batch_idx):
             return

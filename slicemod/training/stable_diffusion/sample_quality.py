@@ -62,6 +62,7 @@ class SampleQuality(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
+        """Measures and logs KID or FID."""
         if not is_last_validation_batch(trainer, batch_idx):
             return
         model, data = require_stable_diffusion(trainer, pl_module, "SampleQuality")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slicemod.planning.unets import CLIP_TOKENS
+from slicemod.rounding import round_up
 from slicemod.training.stable_diffusion.content_hash import module_digest
 from slicemod.training.stable_diffusion.pretrained import Pretrained, load_part, reading_part
 from slicemod.user_error import UserError
@@ -106,7 +107,7 @@ def tell_of_cut(encoders: CaptionCutter, captions: Sequence[str], what: str) -> 
     if not cut:
         return None
     caption, tokens, kept = max(cut, key=lambda one: one.tokens)
-    need = -(-tokens // CHUNK) * CHUNK
+    need = round_up(tokens, CHUNK)
     shown = repr(caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN]}...")
     return (
         f"{len(cut)} of {len(captions)} {what} have more than {kept} tokens and are cut there; the longest,"
@@ -147,7 +148,7 @@ def require_max_tokens(max_tokens: int) -> None:
     if max_tokens < CHUNK or max_tokens % CHUNK:
         raise UserError(
             f"max_tokens must be a multiple of {CHUNK}, which CLIP takes at once, got {max_tokens}: use"
-            f" {max(1, -(-max_tokens // CHUNK)) * CHUNK}."
+            f" {max(CHUNK, round_up(max_tokens, CHUNK))}."
         )
 
 

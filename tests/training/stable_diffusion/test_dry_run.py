@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from slicemod import SlicePlan
 from slicemod.bench.memory import peak_memory
 from slicemod.training.commands.fit_command import fit
 from slicemod.training.common.step_meter import current_plans
@@ -51,9 +52,9 @@ def test_a_dry_run_tells_the_plans_that_training_takes_and_trains_nothing(
     (row,) = [row for row in forecasts if (row.bucket.height // 2, row.bucket.width // 2) == latents]
     taken = current_plans(run.model.swap_report).values()
     wanted = {
-        (plan.axis, plan.steps, plan.slice_size)
-        for _, shape, plan in row.plans
-        if plan is not None and shape.queries == shape.keys
+        (layer.plan.axis, layer.plan.steps, layer.plan.slice_size)
+        for layer in row.layers
+        if isinstance(layer.plan, SlicePlan) and layer.shape.queries == layer.shape.keys
     }
     assert any(plan.steps > 1 for plan in taken)
     assert wanted
