@@ -1,8 +1,8 @@
 // Attention on x86-64 CPUs with AVX2, AVX-512 or AMX, forward and backward, in blocks that stay in a core's cache.
 //
-// The kernel for what PyTorch's operators cannot give: scores that never leave the cache in float32, and half precision
-// that is rounded where SDPA rounds it and nowhere else. build.py beside this folder compiles this file for the machine
-// it runs on, and binding.py calls the functions at its end; nothing here allocates, the caller passes the workspace.
+// PyTorch's operators cannot do two things that this kernel does: keep float32 scores in the cache, and round half
+// precision only where SDPA rounds it. build.py, beside this folder, compiles this file for the machine it runs on.
+// binding.py calls the functions at the end of this file. Nothing here allocates memory; the caller passes a workspace.
 
 #include "backward.h"
 #include "forward.h"
@@ -21,7 +21,7 @@ struct Call {
     Index threads;
 };
 
-// One head of the rows' shifts and logarithms, (2, batch, heads, queries); null where they are not wanted.
+// The shifts and logarithms of one head's rows, from a (2, batch, heads, queries); null if they are not wanted.
 inline RowSums kept_of(float *row_sums, const Sizes &sizes, Index head) {
     if (!row_sums) return {nullptr, nullptr};
     float *shifts = row_sums + head * sizes.queries;
@@ -43,7 +43,8 @@ void forward(const Call &call, void *query, void *key, void *value, void *output
         void begin() const { Mode::begin(); }
         void end() const { Mode::end(); }
         void operator()(Index unit, Index thread) const {
-            // Of all heads some blocks before the others, so that threads take rows apart where there are enough of these.
+            // Units are in the order: some blocks of every head, then the next ones of every head, and so on. So
+            // threads work on different rows if there are enough.
             const Sizes &sizes = call.sizes;
             const Index some = blocks / std::gcd(blocks, call.threads), heads = sizes.batch * sizes.heads;
             const Index block = unit / (heads * some) * some + unit % some;
@@ -130,7 +131,7 @@ void backward(const Call &call, void *grad_output, void *query, void *key, void 
 enum Modes { kFloat = 0, kBfloat = 1, kTiled = 2 };
 enum Elements { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-// Calls run(Mode, Element), and returns true, for those that this library has.
+// Calls run(Mode, Element) and returns true if this library has the mode and the element type.
 template <class Run>
 bool dispatch(int mode, int element, const Run &run) {
     if (mode == kFloat) {
@@ -151,7 +152,7 @@ bool dispatch(int mode, int element, const Run &run) {
 
 extern "C" {
 
-// The best mode for bfloat16 that this processor has and the system lets us use.
+// The best mode for bfloat16 that the processor has and that the system allows.
 int slicemod_best_mode() {
 #if HAS_AMX
     constexpr int kRequest = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
@@ -160,13 +161,14 @@ int slicemod_best_mode() {
     return HAS_BF16 ? kBfloat : kFloat;
 }
 
-// Bytes of a call's sizes and strides, which the caller lays out as well.
+// The size of `Call`. binding.py checks that it lays out a call in the same way.
 Index slicemod_call_bytes() { return sizeof(Call); }
 
-// Lanes of a vector: 16 with AVX-512, 8 with AVX2.
+// The number of lanes of a vector: 16 with AVX-512, 8 with AVX2.
 Index slicemod_vector_lanes() { return kWidth; }
 
-// Queries of a slice, and below bytes of the workspace that a pass needs: -1 of what this library does not have.
+// The number of queries of a slice, and below the bytes of the workspace of each pass. -1 if this library does not have
+// the mode and type.
 Index slicemod_forward_rows(int mode, int element, const Call *call) {
     Index rows = -1;
     dispatch(mode, element, [&](auto m, auto) {
@@ -191,7 +193,7 @@ Index slicemod_backward_bytes(int mode, int element, const Call *call) {
     return bytes;
 }
 
-// The passes: 1 when done, 0 where this library does not have the mode and type.
+// The passes return 1 when they are done, and 0 if this library does not have the mode and type.
 int slicemod_forward(int mode, int element, const Call *call, void *query, void *key, void *value, void *output,
                      float *row_sums, char *memory) {
     return dispatch(mode, element, [&](auto m, auto e) {

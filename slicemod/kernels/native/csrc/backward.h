@@ -1,7 +1,8 @@
-// Backward, for a block of keys and one block of queries after another, transposed so that no product needs a
-// transposed operand but small ones: S^T = K Q^T, P^T = 2^(c (S^T - m) - L), dP^T = V G^T, dS^T = P^T (dP^T - D),
-// dV += P^T G, dK += dS^T Q, dQ^T += K^T dS^T, where G is the output's gradient, D = sum(G O), and the forward pass
-// kept the shift m of each row and the base-2 logarithm L of its sum.
+// The backward pass. It takes a block of keys, and for it one block of queries after another:
+//   S^T = K Q^T,  P^T = 2^(c (S^T - m) - L),  dP^T = V G^T,  dS^T = P^T (dP^T - D),
+//   dV += P^T G,  dK += dS^T Q,  dQ^T += K^T dS^T.
+// G is the gradient of the output, D = sum(G O), and the forward pass kept the shift m of each row and the base-2
+// logarithm L of its sum. Everything is transposed, because then only small operands of products have to be transposed.
 
 #pragma once
 
@@ -17,15 +18,15 @@ struct Backward {
     const Sizes sizes;
     Index threads, strip, parts, queries, keys, head_lanes, value_lanes, head_columns, value_columns;
     struct Space {
-        Lane *key, *key_transposed, *value;                      // a block of keys
+        Lane *key, *key_transposed, *value;                      // of a block of keys
         float *grad_key, *grad_value;
-        Lane *query_columns, *query_lanes, *grad_columns, *grad_lanes;  // a block of queries
+        Lane *query_columns, *query_lanes, *grad_columns, *grad_lanes;  // of a block of queries
         float *shifts, *logs, *delta;
-        float *scores, *grad_weights;                                   // both, some keys at a time
+        float *scores, *grad_weights;                                   // of both blocks, some keys at a time
         Lane *weights, *grad_scores, *grad_score_lanes;
     };
 
-    // Heads are shared out; one is shared by several threads where there are too few.
+    // Threads take different heads. If there are too few heads, several threads share one, each for a part of its keys.
     Backward(const Sizes &of, Index on_threads) : sizes(of), threads(on_threads) {
         const Index heads = of.batch * of.heads;
         parts = heads % threads == 0 || heads >= 4 * threads ? 1 : ceil_div(2 * threads, heads);
@@ -61,7 +62,7 @@ struct Backward {
         space.grad_score_lanes = arena.take<Lane>(keys / per_lane * queries);
         return space;
     }
-    // Of the gradients of all queries of a head, transposed, a block of queries after another.
+    // Floats of the gradients of all queries of a head: transposed, one block of queries after another.
     Index grad_query_floats() const { return ceil_div(sizes.queries, queries) * queries * head_columns; }
     Index thread_bytes() const {
         Arena arena{nullptr};
@@ -73,7 +74,7 @@ struct Backward {
         return std::min(threads, units()) * thread_bytes() + grad_query_buffers() * round_up(grad_query_floats() * 4, 64);
     }
 
-    // P^T and dS^T of `some` keys, the first of them at `start` of the block, by a block of queries.
+    // P^T and dS^T for `some` keys, from number `start` of the block on, and a block of queries.
     void weigh(const Space &space, Index start, Index some, Index count, Index padded, Index width, float c) const {
         const Vector factor = all(c);
         const Index lanes = width / Mode::per_lane, key_lanes = padded / Mode::per_lane;
@@ -113,7 +114,7 @@ struct Backward {
         ds = p * (dp - load(space.delta + j));
     }
 
-    // Gradients of the keys of one unit, and what these keys add to those of all queries.
+    // The gradients of the keys of one unit, and what these keys add to the gradients of all queries.
     template <class Element>
     void differentiate(const Space &space, float *grad_query, const Matrix<Element> &query, const Matrix<Element> &key,
                        const Matrix<Element> &value, const Matrix<Element> &grad, const RowSums &kept,
@@ -136,7 +137,7 @@ struct Backward {
                 pack_columns<Mode>(space.grad_columns, value_lanes, grad, start, rows, width);
                 pack_lanes<Mode>(space.grad_lanes, value_columns, grad, start, rows, width);
                 for (Index j = 0; j < width; j += kWidth) {
-                    // No weight for what is no query.
+                    // Padding rows get the logarithm infinity, so that their weights are 0.
                     store(space.shifts + j, load_first(kept.shifts + start + j, rows - j));
                     store(space.logs + j, load_first(kept.logs + start + j, rows - j, all(INFINITY)));
                     store(space.delta + j, load_first(delta + start + j, rows - j));
@@ -147,7 +148,7 @@ struct Backward {
                                     some, width, head_lanes, false});
                     Mode::multiply({space.grad_weights, width, space.value + row * value_lanes, value_lanes,
                                     space.grad_columns, some, width, value_lanes, false});
-                    // What is no query has no scores, not even against a key that is infinite.
+                    // Padding rows get scores of 0, because 0 times an infinite key would be NaN.
                     for (Index i = 0; rows < width && i < some; i++)
                         for (float *all : {space.scores, space.grad_weights})
                             std::fill(all + i * width + rows, all + (i + 1) * width, 0.0f);
@@ -172,7 +173,7 @@ struct Backward {
         }
     }
 
-    // Write the gradients of a head's queries, the sum of `count` transposed parts.
+    // Writes the gradients of a head's queries: the sum of `count` transposed parts.
     template <class Element>
     void settle(const Matrix<Element> &to, const float *parts_of, Index count, Index stride, float scale) const {
         for (Index start = 0; start < sizes.queries; start += queries) {

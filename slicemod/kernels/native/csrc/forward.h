@@ -1,10 +1,13 @@
-// Forward, for a block of queries and one block of keys after another, with a running softmax over the latter
-// (arXiv 2112.05682, 2205.14135): S = Q K^T, P = 2^(c (S - m)), O = O 2^(c (m_old - m)) + P V, c = scale log2(e).
-// The shift m of a row is the maximum of the first scores. Weights in bfloat16 are as exact above 1 as below it, so m is
-// raised to the maximum so far, and what was summed is scaled, only where weights have grown large.
-// The difference comes before the factor: a score that is the shift has the weight 1 however large it is, where
-// c S - c m would be what rounding leaves of it, thousands for scores of 2^40. Only where weights are rounded to bfloat16,
-// and near zero, is the latter as good; it takes an instruction less.
+// The forward pass. It takes a block of queries, and for it one block of keys after another, with a running softmax
+// over these (arXiv 2112.05682, 2205.14135): S = Q K^T, P = 2^(c (S - m)), O = O 2^(c (m_old - m)) + P V, c = scale
+// log2(e).
+//
+// The shift m of a row is first the maximum of its first scores. Weights in bfloat16 are as exact above 1 as below. So
+// m is raised to the maximum so far, and the sums are scaled, only when the weights have become large.
+//
+// The exponent is c (S - m) and not c S - c m. A score that equals the shift then has the weight 1, however large it
+// is. With c S - c m the exponent would be a rounding error, which is thousands for scores of 2^40. If weights are
+// rounded to bfloat16 and the shift is near zero, c S - c m is as good, and it takes one instruction less.
 
 #pragma once
 
@@ -18,7 +21,8 @@
 
 namespace {
 
-// A block of queries is as large as leaves some for every thread: keys and values are packed anew for each.
+// Blocks of queries are large, because keys and values are packed again for each block. But every thread should get
+// several blocks.
 constexpr Index kMostQueries = 1024, kLeastQueries = 128, kBlocksOfThread = 4;
 
 template <class Mode>
@@ -54,8 +58,8 @@ struct Forward {
         return arena.used;
     }
 
-    // Raises the shifts of some queries to the maxima of a chunk of scores, and scales what was summed by then to them.
-    // Returns whether a shift is far from zero.
+    // Raises the shifts of some queries to the maxima of a chunk of scores, and scales the sums so far by the
+    // difference. Returns whether a shift is far from zero.
     bool raise_shifts(const Space &space, Index width, Index start, Index rows, float c, float *sums,
                       bool has_output) const {
         alignas(64) float maxima[round_up(most_strip<Mode>, kWidth)] = {};
@@ -89,7 +93,8 @@ struct Forward {
         return far;
     }
 
-    // Weights of a chunk of scores. `sums` and these weights become `new_sums`, the largest of which is returned.
+    // Computes the weights of a chunk of scores. `new_sums` becomes `sums` plus these weights; returns its largest
+    // number.
     template <bool Far, class Width>
     float weigh(const Space &space, Width width, Index lane, Index lanes, Index start, Index rows, float c,
                 const float *sums, float *new_sums) const {
@@ -119,7 +124,7 @@ struct Forward {
                 }
             }
             store(new_sums + row * kWidth, sum);
-            most = larger(sum, most);  // of a sum that is not a number, `most`
+            most = larger(sum, most);  // keeps `most` if the sum is NaN
         }
         return largest_of(most);
     }
@@ -172,7 +177,7 @@ struct Forward {
                             return weigh<true>(space, columns, lane, lanes, row, some, c, sums, new_sums);
                         return weigh<false>(space, columns, lane, lanes, row, some, c, sums, new_sums);
                     };
-                    // A loop of a length that the compiler knows is unrolled.
+                    // The compiler unrolls the loop if it knows its length.
                     const auto weigh_all = [&] {
                         return width == Mode::chunk ? weigh_chunk(std::integral_constant<Index, Mode::chunk>{})
                                                     : weigh_chunk(width);
@@ -190,7 +195,7 @@ struct Forward {
         }
         for (Index row = 0; row < rows; row++) {
             float sum = sum_of(load(space.sums + row * kWidth));
-            const bool dead = sum == 0;  // no key that the query may look at
+            const bool dead = sum == 0;  // the query has no key with a weight
             const Vector by = all(dead ? 0 : 1 / sum);
             for (Index j = 0; j < sizes.value_dim; j += kWidth)
                 output.set(start + row, j, load(space.output + row * value_columns + j) * by);

@@ -1,4 +1,4 @@
-// The tensors: types of their elements, and one head as a matrix of any strides.
+// The tensors: the types of their elements, and one head as a matrix with any strides.
 
 #pragma once
 
@@ -24,7 +24,8 @@ struct Bfloat16 {
     static void store(Type *to, Index count, Vector values) { store_bfloat16(to, count, values); }
 };
 
-// What the forward pass keeps of rows for the backward pass: shifts, and base-2 logarithms of the sums of weights.
+// What the forward pass keeps of each row for the backward pass: its shift, and the base-2 logarithm of its sum of
+// weights.
 struct RowSums {
     float *shifts, *logs;
 };
@@ -38,7 +39,7 @@ struct Matrix {
 
     Matrix from_row(Index start) const { return {data + start * row_stride, row_stride, column_stride, columns}; }
 
-    // kWidth columns of a row in float32, zeros beyond the last one.
+    // kWidth columns of a row in float32, with zeros beyond the last column.
     Vector floats(Index row, Index column) const {
         const Type *from = data + row * row_stride + column * column_stride;
         if (column_stride == 1) return Element::load(from, columns - column);
@@ -63,7 +64,7 @@ Matrix<Element> head_of(void *data, const Strides &strides, Index batch, Index h
     return {start, strides.row, strides.column, columns};
 }
 
-// Brings a row into the second-level cache, while others are worked on.
+// Fetches a row into the second-level cache while other rows are used.
 template <class Element>
 void prefetch(const Matrix<Element> &of, Index row) {
     const char *start = reinterpret_cast<const char *>(of.data + row * of.row_stride);

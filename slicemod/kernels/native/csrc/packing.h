@@ -1,4 +1,4 @@
-// Rows of a tensor, packed as the operands of products.h.
+// Packs rows of a tensor as operands of products.h.
 
 #pragma once
 
@@ -6,14 +6,14 @@
 
 namespace {
 
-// Lanes of so many columns where these are summed over.
+// The number of lanes for this many columns, if the product sums over the columns.
 template <class Mode>
 Index lanes_of(Index columns) {
     return round_up(ceil_div(columns, Mode::per_lane), Mode::k_step);
 }
 
-// How many rows ahead of packing a row is fetched: in a layer's layout those of a head lie so far apart that a processor
-// does not guess the next.
+// A row is fetched this many rows before it is packed. In a layer's layout the rows of a head are so far apart that the
+// processor does not fetch the next one by itself.
 constexpr Index kAhead = 24;
 
 // Rows as A: (rows, lanes), with `padded` rows.
@@ -70,7 +70,8 @@ void pack_transposed(Lane *to, Index columns, const Matrix<Element> &from, Index
         }
 }
 
-// Rows of scores that are computed together: more for wide heads, whose packed keys and values leave the cache.
+// How many rows of scores are computed together. More for wide heads, because their packed keys and values do not stay
+// in the cache.
 template <class Mode>
 constexpr Index most_strip = 2 * Mode::strip;
 template <class Mode>

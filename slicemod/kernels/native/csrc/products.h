@@ -1,12 +1,12 @@
-// Products C (+)= A B of packed operands.
+// Products C = A B, or C += A B, of packed operands.
 //
-// Operands are packed in 32-bit lanes along the dimension that is summed: a lane is one float, or two bfloat16. Three
-// modes multiply lanes:
+// Operands are packed into lanes of 32 bits along the dimension that the product sums over: a lane is one float, or two
+// bfloat16. Three modes multiply lanes:
 //   Float      fused multiply-add of floats; half-precision inputs are converted while they are packed
 //   Bfloat     the dot products of AVX512-BF16
 //   Tiled      the same by the tiles of AMX
-// A is (m, k) row by row. B is (k, n) in panels of up to kPanel columns, each panel k rows of its own width. Sizes along
-// n are multiples of kWidth, along k of Mode::k_step, tokens are padded to Mode::step; what is beyond the tensor is zero.
+// A is (m, k), row by row. B is (k, n) in panels of up to kPanel columns; each panel is k rows of the panel's width. n
+// is a multiple of kWidth, and k one of Mode::k_step. Tokens are padded to a multiple of Mode::step. Padding is zero.
 
 #pragma once
 
@@ -22,7 +22,7 @@ namespace {
 
 constexpr Index kPanel = (kWidth == 16 ? 4 : 3) * kWidth;  // columns of a panel of B
 
-// Where row l of columns j .. j + kWidth - 1 of a packed B with k rows and n columns begins.
+// The address of row l, columns j to j + kWidth - 1, of a packed B with k rows and n columns.
 inline Lane *panel(Lane *b, Index k, Index n, Index l, Index j) {
     const Index start = j / kPanel * kPanel;
     return b + start * k + l * std::min(kPanel, n - start) + (j - start);
@@ -30,7 +30,7 @@ inline Lane *panel(Lane *b, Index k, Index n, Index l, Index j) {
 
 struct FloatLanes {
     static constexpr Index per_lane = 1, step = kWidth;
-    static constexpr float most_sum = 0;  // float32 is the more exact the nearer the exponents are to zero
+    static constexpr float most_sum = 0;  // always raise shifts: float32 is more exact for exponents near zero
     static constexpr float near = 0;
     // kWidth lanes along the columns of a row.
     template <class Element>
@@ -48,8 +48,8 @@ struct FloatLanes {
 #if HAS_BF16
 struct BfloatLanes {
     static constexpr Index per_lane = 2, step = 32;
-    static constexpr float most_sum = 65536;  // of weights, before shifts are raised
-    static constexpr float near = 1024;  // exponents of shifts whose rounding is nothing beside that of weights
+    static constexpr float most_sum = 65536;  // the sum of weights above which shifts are raised
+    static constexpr float near = 1024;  // a shift up to this exponent rounds less than the weights do
     template <class Element>
     static Lanes along(const Matrix<Element> &from, Index row, Index lane) {
         return pairs(from, row, 2 * lane);
@@ -62,14 +62,14 @@ struct BfloatLanes {
     }
     static Vector exp2(Vector x) { return exp2_coarse(x); }
     static Lanes both(Vector low, Vector high) { return bfloat_pairs(low, high); }
-    // Adds weights to a sum as they are rounded, so that a weight beside which all others are nothing is all of the sum.
+    // Adds the rounded weights to a sum, so that a weight beside which all others vanish is equal to the sum.
     static Vector add_both(Vector sum, Lanes weights) {
         return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)all(Lane{0x3f803f80}));  // each times 1
     }
     static Lanes interleaved(Vector low, Vector high) { return interleaved_pairs(low, high); }
 
    private:
-    // 32 columns of a row as they are, zeros beyond the last one.
+    // 32 columns of a row, unchanged, with zeros beyond the last column.
     template <class Element>
     static Lanes pairs(const Matrix<Element> &from, Index row, Index column) {
         const std::uint16_t *start = from.data + row * from.row_stride + column * from.column_stride;
@@ -95,15 +95,16 @@ struct Product {
     const Lane *b;
     Index m, n, k;
     bool add;
-    Index b_start = 0, b_rows = k;  // the first row to take of a panel of B, and how many a panel has
+    Index b_start = 0, b_rows = k;  // the first row to use of each panel of B, and the number of rows of a panel
     const Lane *panel(Index j) const { return b + j * b_rows + b_start * std::min(kPanel, n - j); }
 };
 
-// Lanes that are summed before the sum is added to C: sums of sums are more exact than one long sum, and so much of a
-// panel of B stays in the first-level cache.
+// How many lanes are summed before the sum is added to C. Sums of short sums are more exact than one long sum, and this
+// much of a panel of B stays in the first-level cache.
 constexpr Index kSummed = kWidth == 16 ? 128 : 256;
 
-// Loops around registers are unrolled by name: of those that GCC unrolls later, it keeps sums on the stack.
+// Loops over registers are unrolled by this pragma. GCC unrolls them too late otherwise, and keeps the sums on the
+// stack.
 #define UNROLLED _Pragma("GCC unroll 16")
 
 template <class Dot, int Rows, int Columns>
@@ -129,7 +130,8 @@ inline void block(const Product &of, const Lane *a, const Lane *b, Index k, floa
             store(to + kWidth * j, add ? load(to + kWidth * j) + sums[i][j] : sums[i][j]);
 }
 
-// Some rows at a time that leave the sums in registers: 24 of 32 of them, or 12 of 16, beside a row of B and a lane of A.
+// So many rows at a time that the sums stay in registers. They take 24 of 32 registers, or 12 of 16; the others are for
+// a row of B and a lane of A.
 template <class Dot, int Rows, int Columns>
 inline void rows_of_panel(const Product &of, Index first_row, const Lane *a, const Lane *b, Index k, float *c, bool add) {
     Index i = first_row;
@@ -166,7 +168,7 @@ inline void multiply_by_vectors(const Product &of) {
 }
 
 struct FloatMode : FloatLanes {
-    // 240 keys are whole panels of 24 columns, which 256 are not.
+    // 240 is a multiple of 24, the columns of a panel with AVX2; 256 is not.
     static constexpr Index k_step = 1, strip = 24, chunk = kWidth == 16 ? 256 : 240, forward_keys = chunk,
                            block_queries = 128, block_keys = 480;
     static Vector dot(Vector sum, Lanes a, Lanes b) {
@@ -189,8 +191,8 @@ struct BfloatMode : BfloatLanes {
 
 #if HAS_AMX
 struct TiledMode : BfloatLanes {
-    // Of the backward pass: rows of 128 scores, a power of two, would crowd in few sets of the cache, as a tile is
-    // stored 16 rows at a time.
+    // Why block_queries is 160: a tile is stored 16 rows at a time, and rows of 128 scores, a power of two, would fall
+    // into few sets of the cache.
     static constexpr Index k_step = 16, strip = 32, chunk = 64, forward_keys = 256, block_queries = 160, block_keys = 640;
 
     static void begin() {
@@ -204,7 +206,7 @@ struct TiledMode : BfloatLanes {
     }
     static void end() { _tile_release(); }
 
-    // 32 by 32 sums in tiles 0 to 3, or 16 where fewer rows or columns are left.
+    // Computes 32 by 32 sums in tiles 0 to 3, or 16 along a dimension that has no more left.
     template <bool TwoRows, bool TwoColumns>
     static void tiles(const Product &of, const Lane *a, const Lane *b, Index width, float *c) {
         const Index c_bytes = 4 * of.c_stride, a_bytes = 4 * of.a_stride, b_bytes = 4 * width;
@@ -258,7 +260,7 @@ struct TiledMode : BfloatLanes {
 };
 #endif
 
-// What the passes take for granted, as they work by whole vectors, chunks and blocks.
+// The passes work on whole vectors, chunks and blocks, so they rely on these conditions.
 template <class Mode>
 constexpr bool fits = Mode::step % kWidth == 0 && Mode::chunk % Mode::step == 0 && Mode::forward_keys % Mode::chunk == 0 &&
                       Mode::block_queries % Mode::step == 0 && Mode::block_keys % Mode::step == 0 &&

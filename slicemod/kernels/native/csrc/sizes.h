@@ -1,4 +1,4 @@
-// Integer types, and sizes and strides of the tensors.
+// Integer types, and the sizes and strides of the tensors.
 
 #pragma once
 

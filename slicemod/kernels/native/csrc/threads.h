@@ -1,4 +1,4 @@
-// Threads, and the memory that each works in.
+// Threads, and the memory of each thread.
 
 #pragma once
 
@@ -6,14 +6,16 @@
 
 #include "sizes.h"
 
-// PyTorch has loaded its OpenMP runtime, whichever it is: its threads are taken by name, so that there are no others.
+// PyTorch has already loaded an OpenMP runtime. These two functions of the runtime are called by their names, so that
+// PyTorch's threads are used and no others are started.
 extern "C" void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
 extern "C" int omp_get_thread_num();
 
 namespace {
 
-// Calls body(unit, thread) for each unit on that many threads. Each thread has a range of units, and helps with others'
-// when it is done: units side by side write to the same cache lines, where heads are not as wide as whole ones.
+// Calls body(unit, thread) for each unit, on `threads` threads. Each thread has a range of units, and helps with other
+// ranges when its own is done. The ranges keep threads apart: neighbouring units may write to the same cache lines,
+// because heads need not be a whole number of cache lines wide.
 template <class Body>
 void parallel(Index units, Index threads, const Body &body) {
     constexpr Index kMostRanges = 64;
@@ -40,7 +42,7 @@ void parallel(Index units, Index threads, const Body &body) {
         &shared, static_cast<unsigned>(std::min(threads, units)), 0);
 }
 
-// Hands out parts of a workspace, each at a cache line of its own; without memory it only counts.
+// Divides a workspace into parts, each of which starts at a cache line. Without memory it only counts the bytes.
 struct Arena {
     char *memory;
     Index used = 0;

@@ -1,4 +1,4 @@
-// Vectors of `kWidth` lanes of 32 bits, as wide as the processor has them.
+// Vectors of `kWidth` lanes of 32 bits, as wide as the processor's.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace {
 
-// 2^f within 2e-8 before rounding, for f in [-1/2, 1/2].
+// 2^f for f in [-1/2, 1/2]. The polynomial is within 2e-8 of it, before rounding to float.
 inline Vector exp2_of_fraction(Vector f) {
     Vector p = all(1.53458098e-4f);
     p = fmadd(p, f, all(1.33999312e-3f));

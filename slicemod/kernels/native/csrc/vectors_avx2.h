@@ -1,4 +1,4 @@
-// Vectors of 8 lanes, by AVX2 with FMA and F16C. The same names as in vectors_avx512.h, but for products of bfloat16.
+// Vectors of 8 lanes by AVX2, FMA and F16C. The names are those of vectors_avx512.h, without products of bfloat16.
 
 #pragma once
 
@@ -15,7 +15,7 @@ using Lanes = __m256i;  // of 32 bits
 
 constexpr Index kWidth = 8;
 
-// The first `count` of 8.
+// A mask of the first `count` of 8 lanes.
 inline __m256i first(Index count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -32,13 +32,13 @@ inline Vector load_first(const float *from, Index count, Vector others) {
                       : _mm256_blendv_ps(others, load_first(from, count), _mm256_castsi256_ps(first(count)));
 }
 inline void store(float *to, Vector values) { _mm256_storeu_ps(to, values); }
-// A masked store takes as long as a dozen others: only where there is need.
+// A masked store takes as long as a dozen plain ones, so it is used only if it is needed.
 inline void store_first(float *to, Index count, Vector values) {
     count >= 8 ? store(to, values) : _mm256_maskstore_ps(to, first(count), values);
 }
 inline Vector fmadd(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vector fmsub(Vector a, Vector b, Vector c) { return _mm256_fmsub_ps(a, b, c); }
-inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }  // of a that is not a number, b
+inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }  // b if a is NaN
 inline float sum_of(Vector values) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -55,14 +55,14 @@ inline Vector as_floats(Lanes lanes) { return _mm256_castsi256_ps(lanes); }
 inline Lanes no_lanes() { return _mm256_setzero_si256(); }
 inline Lanes all(Lane lane) { return _mm256_set1_epi32(static_cast<int>(lane)); }
 inline Lanes load(const Lane *from) { return _mm256_loadu_si256(reinterpret_cast<const Lanes *>(from)); }
-// Loaded once, not by every multiplication that takes it: loads are what a core has too few of.
+// Keeps the value in a register. Otherwise every multiplication would load it again, and loads limit the speed.
 inline void keep_in_register(Lanes &lanes) { asm("" : "+x"(lanes)); }
 inline void store(Lane *to, Lanes lanes) { _mm256_storeu_si256(reinterpret_cast<Lanes *>(to), lanes); }
 inline void store_first(Lane *to, Index count, Lanes lanes) {
     store_first(reinterpret_cast<float *>(to), count, as_floats(lanes));
 }
 
-// ---- half precision: the first `count` elements, 8 where there are more, zeros beyond
+// ---- half precision: the first `count` elements, at most 8, with zeros beyond
 
 inline __m128i load_halves(const std::uint16_t *from, Index count) {
     if (count >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
@@ -102,11 +102,11 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
 
 inline Vector exp2_of_fraction(Vector f);  // in vectors.h
 
-// As exact as that. For x below 128; 0 for x below -126.5, where AVX-512 goes on to denormal numbers. The sum with
-// `shifter` is rounded to a whole number, whose last bits are the exponent with its bias.
+// 2^x for x below 128, as exact as `exp2_of_fraction`. It is 0 for x below -126.5, where the AVX-512 version goes on to
+// denormal numbers. x plus `shifter` is rounded to a whole number, whose last bits are the exponent with its bias.
 inline Vector exp2_fine(Vector x) {
     const Vector shifter = all(12582912.0f + 127);  // 1.5 * 2^23, and the bias of an exponent
-    x = larger(all(-127.0f), x);                    // of x that is not a number, x
+    x = larger(all(-127.0f), x);                    // x if x is NaN
     const Vector shifted = x + shifter;
     const Vector f = x - (shifted - shifter);
     return exp2_of_fraction(f) * as_floats(_mm256_slli_epi32(as_lanes(shifted), 23));
@@ -114,7 +114,7 @@ inline Vector exp2_fine(Vector x) {
 
 // ---- lanes
 
-// 8 by 8 lanes, transposed in registers.
+// Transposes 8 by 8 lanes in registers.
 inline void transpose(Lanes (&rows)[8]) {
     Lanes t[8];
     for (int i = 0; i < 8; i += 2) {

@@ -1,4 +1,4 @@
-// Vectors of 16 lanes, by AVX-512. The same names as in vectors_avx2.h, and what products of bfloat16 need besides.
+// Vectors of 16 lanes by AVX-512. The names are those of vectors_avx2.h, and more for products of bfloat16.
 
 #pragma once
 
@@ -19,7 +19,7 @@ using Lanes = __m512i;  // of 32 bits
 
 constexpr Index kWidth = 16;
 
-// The first `count` of 16, all where there are more.
+// A mask of the first `count` of 16 lanes; of all lanes if there are more.
 inline __mmask16 first(Index count) {
     return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << std::max<Index>(count, 0)) - 1);
 }
@@ -35,7 +35,7 @@ inline void store(float *to, Vector values) { _mm512_storeu_ps(to, values); }
 inline void store_first(float *to, Index count, Vector values) { _mm512_mask_storeu_ps(to, first(count), values); }
 inline Vector fmadd(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vector fmsub(Vector a, Vector b, Vector c) { return _mm512_fmsub_ps(a, b, c); }
-inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }  // of a that is not a number, b
+inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }  // b if a is NaN
 inline float sum_of(Vector values) { return _mm512_reduce_add_ps(values); }
 inline float largest_of(Vector values) { return _mm512_reduce_max_ps(values); }
 
@@ -44,11 +44,11 @@ inline Vector as_floats(Lanes lanes) { return _mm512_castsi512_ps(lanes); }
 inline Lanes no_lanes() { return _mm512_setzero_si512(); }
 inline Lanes all(Lane lane) { return _mm512_set1_epi32(static_cast<int>(lane)); }
 inline Lanes load(const Lane *from) { return _mm512_loadu_si512(from); }
-inline void keep_in_register(Lanes &) {}  // compilers do
+inline void keep_in_register(Lanes &) {}  // with 32 registers, compilers do this by themselves
 inline void store(Lane *to, Lanes lanes) { _mm512_storeu_si512(to, lanes); }
 inline void store_first(Lane *to, Index count, Lanes lanes) { _mm512_mask_storeu_epi32(to, first(count), lanes); }
 
-// ---- half precision: the first `count` elements, 16 where there are more, zeros beyond
+// ---- half precision: the first `count` elements, at most 16, with zeros beyond
 
 inline Vector load_float16(const std::uint16_t *from, Index count) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from));
@@ -80,7 +80,7 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
 
 inline Vector exp2_of_fraction(Vector f);  // in vectors.h
 
-// For weights that are rounded to bfloat16: a cubic of the fraction in [0, 1), within 8e-5 of it.
+// 2^x for weights that are rounded to bfloat16: a cubic polynomial of the fraction in [0, 1), within 8e-5.
 inline Vector exp2_coarse(Vector x) {
     const Vector f = _mm512_reduce_ps(x, 1);  // x - floor(x)
     Vector p = all(0.07802449f);
@@ -90,7 +90,7 @@ inline Vector exp2_coarse(Vector x) {
     return _mm512_scalef_ps(p, x);  // takes the floor itself
 }
 
-// As exact as `exp2_of_fraction`.
+// 2^x, as exact as `exp2_of_fraction`.
 inline Vector exp2_fine(Vector x) {
     const Vector f = _mm512_reduce_ps(x, 0);  // x - round(x)
     return _mm512_scalef_ps(exp2_of_fraction(f), x - f);
@@ -98,7 +98,7 @@ inline Vector exp2_fine(Vector x) {
 
 // ---- lanes
 
-// 16 by 16 lanes, transposed in registers.
+// Transposes 16 by 16 lanes in registers.
 inline void transpose(Lanes (&rows)[16]) {
     Lanes t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -125,7 +125,7 @@ inline void transpose(Lanes (&rows)[16]) {
 }
 
 #if HAS_BF16
-// Pairs of bfloat16 in lanes: `low` and `high` one after the other, and taking turns.
+// Pairs of bfloat16 in lanes: first all of `low`, then all of `high`; and one of `low`, one of `high` in turn.
 inline Lanes bfloat_pairs(Vector low, Vector high) { return (Lanes)_mm512_cvtne2ps_pbh(high, low); }
 inline Lanes interleaved_pairs(Vector low, Vector high) {
     const Lanes turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
