@@ -72,7 +72,7 @@ class AttentionShape:
         mask: sizes of the attention mask; None without one.
 
     Raises:
-        ValueError: a size is negative, or `heads` is no multiple of `key_heads`.
+        ValueError: a size is negative, `itemsize` is not 2, 4 or 8, or `heads` is not a multiple of `key_heads`.
 
     >>> AttentionShape(1, 8, 4096, 4096, 40, 2).scores_bytes
     268435456
@@ -292,7 +292,7 @@ def _product_reads(matrices: Tensor) -> bool:
 
 
 def upcasts(device_type: str, itemsize: int) -> bool:
-    """Scores of elements of so many bytes are computed in float32 on such a device, whether or not it is asked for."""
+    """Whether the sliced kernel computes in float32 on this type of device, even without `SliceConfig.upcast`."""
     return device_type in _UPCASTING_DEVICES and itemsize < 4
 
 

@@ -34,7 +34,7 @@ TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet'
 class LayerPlan(NamedTuple):
     """The plan of all attention layers with one shape, or the error that says why there is none.
 
-    None where the attention is not slicemod's.
+    The plan is None if slicemod does not compute the attention.
     """
 
     shape: AttentionShape

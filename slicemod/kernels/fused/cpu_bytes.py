@@ -6,8 +6,8 @@ from slicemod.call import AttentionShape
 from slicemod.half_precision import Products
 from slicemod.kernels.fused.onednn_scratch import flash_scratch_bytes, packed_bytes
 
-# The block sizes of PyTorch's CPU flash kernel, from ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch. A block has
-# so many queries (the second number) from this number of queries of the call on (the first), and so many keys.
+# The block sizes of PyTorch's CPU flash kernel, from ATen/native/cpu/FlashAttentionKernel.cpp of PyTorch. For a call
+# with at least the first number of queries, a block has the second number of queries.
 _FLASH_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
 _FLASH_KEY_BLOCK = 512
 

@@ -10,8 +10,8 @@ from slicemod.kernels.sliced.tiles import Tiles, heads_at_once
 from slicemod.plan import NotEnoughMemoryError, largest_square, not_enough
 
 # Bytes of scores in one turn of the loop on a CPU. 4 to 8 MiB stay in the last-level cache from one operation on them
-# to the next. On two cores in November 2026, 32 MiB took 10-20% longer than 8; on two busy cores of an AMD EPYC they
-# took as long.
+# to the next. On two cores in November 2026, 32 MiB took 10-20% longer than 8; on two busy cores of an AMD EPYC (Zen 4)
+# they took as long.
 CPU_CACHED_SCORES = 8 * 2**20
 CPU_LEAST_ROWS = 16  # with fewer rows, the calls of PyTorch cost more than the cache saves
 
@@ -24,9 +24,9 @@ WIDE_LEAST_SIDE = 256  # of a square chunk; an estimate too: smaller squares lea
 # With fewer rows of all keys than this, chunks of keys use the same memory better. The first number is for inference,
 # the second for training, where the chunks are computed twice. Measured on two cores in November 2026 with 16384 keys:
 # rows of 4 took twice the time of chunks of 256 x 256, rows of 16 less time than these. On two busy cores of an AMD
-# EPYC rows of 4, 8 and 16 took 2.3, 1.7 and 1.3 times the time of the chunks.
+# EPYC (Zen 4) rows of 4, 8 and 16 took 2.3, 1.7 and 1.3 times the time of the chunks.
 FEW_ROWS = {False: 16, True: 8}
-CHUNKS_FOR_ROWS = 1.5  # so many times as many slices in chunks take no longer than slices of few rows
+CHUNKS_FOR_ROWS = 1.5  # chunks of keys are taken if they are at most this many times the number of slices of few rows
 
 WELL_USED = 0.8  # of the budget; slices that use less are made larger if their number does not grow
 
