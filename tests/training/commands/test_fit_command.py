@@ -111,7 +111,9 @@ def test_a_run_continued_from_an_interruption_ends_where_an_uninterrupted_one_do
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_that_last_continues_from(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_leaves_a_checkpoint_that_last_continues_from(
+    signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = write_config(tmp_path, tiny_config() | {"attention": None})
     command = [sys.executable, "-m", "slicemod.cli", "fit", "--config", config]
     environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
@@ -133,8 +135,8 @@ def test_a_signal_leaves_a_checkpoint_that_last_continues_from(tmp_path: Path, s
     assert f"slicemod fit --config {config} --trainer.max_steps 450 --ckpt_path last" in paragraph
     step = read_checkpoint(newest_checkpoint(tmp_path))["global_step"]
     assert f"after step {step}." in paragraph
-    more = [*command, "--ckpt_path", "last", "--trainer.max_steps", str(step + 2)]
-    subprocess.run(more, cwd=tmp_path, env=environment, check=True, timeout=PATIENCE, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    fit(["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", str(step + 2)])
     assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == step + 2
 
 

@@ -31,22 +31,49 @@ from tests.training.tiny_stable_diffusion import (
 )
 
 ROOT = Path(__file__).parents[3]
+ENCODERS = "slicemod.training.stable_diffusion.lightning_module.load_text_encoders"
 PATIENCE = 120  # seconds for a subprocess to import everything on a busy machine
 
 
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A configuration with everything that has a state: averages, accumulation, a schedule, crops and flips."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("slicemod.training.stable_diffusion.lightning_module.load_text_encoders", letter_encoders)
+    folder = tmp_path_factory.mktemp("survival")
     content = tiny_config(
         "sd15_full.yaml",
-        write_tiny_model(tmp_path / "sd15", "sd15"),
-        write_images(tmp_path / "images"),
+        write_tiny_model(folder / "sd15", "sd15"),
+        write_images(folder / "images"),
         data={"crops": 2, "flip": True, "batch_size": 1},
         trainer={"max_steps": 5, "accumulate_grad_batches": 2, "val_check_interval": 3},
     )
-    return write_config(tmp_path, content)
+    return write_config(folder, content)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ENCODERS, letter_encoders)
+
+
+def fitted(folder: Path, config: str, *options: str) -> Path:
+    """The folder, with a run of the configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(ENCODERS, letter_encoders)
+        fit(["fit", "--config", config, *options])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The last state of a run that nothing stopped."""
+    return final_state(fitted(tmp_path_factory.mktemp("whole"), config))
+
+
+@pytest.fixture(scope="module")
+def one_step(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of one step."""
+    return fitted(tmp_path_factory.mktemp("one"), config, "--trainer.max_steps", "1") / "checkpoints" / "last.ckpt"
 
 
 def run(folder: Path, config: str, *options: str, **environment: str) -> subprocess.Popen[str]:
@@ -84,16 +111,6 @@ def assert_identical(first: Any, second: Any, place: str = "") -> None:
         assert torch.equal(first, second), place
     else:
         assert first == second, place
-
-
-@pytest.fixture
-def uninterrupted(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The last state of a run that nothing stopped."""
-    (tmp_path / "whole").mkdir()
-    monkeypatch.chdir(tmp_path / "whole")
-    fit(["fit", "--config", config])
-    monkeypatch.chdir(tmp_path)
-    return final_state(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -228,12 +245,12 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_is_taken(
     assert read_checkpoint(last)["global_step"] == 5
 
 
-def spoil(path: Path) -> None:
-    """Makes one weight of a checkpoint no number."""
+def spoil(path: Path, spoilt: Path) -> None:
+    """Writes a checkpoint with one weight that is no number."""
     content = read_checkpoint(path)
     first = next(iter(content["state_dict"].values()))
     first.view(-1)[0] = float("nan")
-    torch.save(content, path)
+    torch.save(content, spoilt)
 
 
 def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_taken(
@@ -241,7 +258,7 @@ def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_
 ) -> None:
     fit(["fit", "--config", config, "--trainer.max_steps", "4"])
     checkpoints = tmp_path / "checkpoints"
-    spoil(checkpoints / "last.ckpt")
+    spoil(checkpoints / "last.ckpt", checkpoints / "last.ckpt")
     fit(["fit", "--config", config, "--ckpt_path", "last"])
     assert "last.ckpt holds values that are no finite numbers (nan or inf) in 1 of" in capsys.readouterr().err
     assert read_checkpoint(checkpoints / "last.ckpt")["global_step"] == 5
@@ -256,18 +273,16 @@ def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_
     ],
 )
 def test_a_checkpoint_that_holds_no_numbers_is_refused(
-    command: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, config: str, one_step: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(["fit", "--config", config, "--trainer.max_steps", "1"])
-    spoil(tmp_path / "checkpoints" / "last.ckpt")
-    assert main([*command.format(config=config).split(), "checkpoints/last.ckpt"]) == 2
+    spoil(one_step, tmp_path / "spoilt.ckpt")
+    assert main([*command.format(config=config).split(), "spoilt.ckpt"]) == 2
     assert "holds values that are no finite numbers" in capsys.readouterr().err
 
 
-def test_an_optimizer_that_holds_no_numbers_is_refused(config: str, tmp_path: Path) -> None:
-    fit(["fit", "--config", config, "--trainer.max_steps", "1"])
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    content = read_checkpoint(last)
+def test_an_optimizer_that_holds_no_numbers_is_refused(config: str, one_step: Path, tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    content = read_checkpoint(one_step)
     content["optimizer_states"][0]["state"][3]["exp_avg"].fill_(float("inf"))
     torch.save(content, last)
     with pytest.raises(UserError, match=r"no finite numbers .* exp_avg of weight 3"):
@@ -291,11 +306,12 @@ def test_a_signal_while_latents_are_cached_says_that_they_are_kept(
         return encode(self, images)
 
     monkeypatch.setattr(FrozenStages, "encode_images", stopped)
+    before = signal.signal(signum, signal.default_int_handler)  # a shell may have it ignored, in the background
     assert main(["fit", "--config", config]) == 128 + signum
     said = capsys.readouterr().err
     assert f"slicemod fit: stopped by {signum.name} before the first step. Latents and embeddings cached so far" in said
     assert "are kept in cache" in said
-    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.signal(signum, before) is signal.default_int_handler
     assert main(["fit", "--config", config]) == 0
     captions = 5 + 1  # of the images, and the empty one
     latents = len(list((tmp_path / "cache").rglob("*.safetensors"))) - captions
