@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from slicemod.functional import planned_attention, sliced_attention
     from slicemod.memory.free_memory import free_memory
     from slicemod.plan import NotEnoughMemoryError, SlicePlan
+    from slicemod.sdpa_mode import sliced_sdpa
+    from slicemod.sdpa_report import SdpaReport
     from slicemod.swap import SwapReport, restore_attention, swap_attention
 
 __version__ = "0.1.0"
@@ -24,6 +26,7 @@ __all__ = [
     "AttentionShape",
     "MemoryAwareCrossAttention",
     "NotEnoughMemoryError",
+    "SdpaReport",
     "SliceConfig",
     "SlicePlan",
     "SwapReport",
@@ -33,6 +36,7 @@ __all__ = [
     "planned_attention",
     "restore_attention",
     "sliced_attention",
+    "sliced_sdpa",
     "swap_attention",
 ]
 

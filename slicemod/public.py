@@ -9,6 +9,8 @@ from slicemod.explained import explain
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.memory.free_memory import free_memory
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
+from slicemod.sdpa_mode import sliced_sdpa
+from slicemod.sdpa_report import SdpaReport
 from slicemod.swap import SwapReport, restore_attention, swap_attention
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "AttentionShape",
     "MemoryAwareCrossAttention",
     "NotEnoughMemoryError",
+    "SdpaReport",
     "SliceConfig",
     "SlicePlan",
     "SwapReport",
@@ -25,5 +28,6 @@ __all__ = [
     "planned_attention",
     "restore_attention",
     "sliced_attention",
+    "sliced_sdpa",
     "swap_attention",
 ]

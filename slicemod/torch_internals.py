@@ -41,6 +41,10 @@ dispatch_modes: Callable[[], int] = private("torch._C._len_torch_dispatch_stack"
 compiling_frames: Callable[[], object] = private("torch._C._dynamo.eval_frame.get_eval_frame_callback")
 innermost_transformation: Callable[[], object] = private("torch._C._functorch.peek_interpreter_stack")
 
+# The torch function modes of this thread: how many, and the one at a place.
+function_modes: Callable[[], int] = private("torch._C._len_torch_function_stack")
+function_mode_at: Callable[[int], object] = private("torch._C._get_function_stack_at")
+
 # Tensors with sizes, strides and a device but without memory, to ask PyTorch about.
 FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor")
 FakeTensorMode: Any = private("torch._subclasses.fake_tensor.FakeTensorMode")
@@ -57,6 +61,9 @@ has_any_global_hook: Callable[[], bool] = private("torch.nn.modules.module._has_
 
 # The value of the SDPBackend that F.scaled_dot_product_attention would take.
 fused_choice: Callable[..., int] = private("torch._fused_sdp_choice")
+
+# F.scaled_dot_product_attention as an operator, which `sliced_sdpa` leaves alone.
+sdpa_operator: Callable[..., Tensor] = private("torch.ops.aten.scaled_dot_product_attention.default")
 
 # PyTorch's flash attention for the CPU, which also returns the log-sum-exp of each row, and its backward pass.
 cpu_flash_attention: Callable[..., tuple[Tensor, Tensor]] = private("torch._scaled_dot_product_flash_attention_for_cpu")

@@ -35,6 +35,8 @@ ORDER = (
     "explained.py",
     "graph_operators.py",
     "functional.py",
+    "sdpa_report.py",
+    "sdpa_mode.py",
     "reference.py",
     "attention.py",
     "swap.py",
@@ -179,5 +181,6 @@ def test_all_public_names_exist_and_are_all_that_design_promises() -> None:
         "plan_slices",
         "restore_attention",
         "sliced_attention",
+        "sliced_sdpa",
         "swap_attention",
     }

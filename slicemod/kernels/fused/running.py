@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slicemod.kernels.kernel import Arguments, Inputs
-from slicemod.torch_internals import fused_choice
+from slicemod.torch_internals import function_modes, fused_choice, sdpa_operator
 from slicemod.watched import is_watched
 
 # PyTorch's "math" backend is left out, because it allocates all scores, which no plan counts.
@@ -15,6 +18,7 @@ BACKENDS = {
     "cpu": [SDPBackend.FLASH_ATTENTION],
     "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
 }
+_SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention  # PyTorch's own, whatever stands there later
 _CHOICES = {device: {backend.value for backend in backends} for device, backends in BACKENDS.items()}
 
 
@@ -33,10 +37,14 @@ def fused_attention(inputs: Inputs, more: Arguments) -> Tensor:
 
 
 def sdpa(inputs: Inputs, more: Arguments) -> Tensor:
-    """`F.scaled_dot_product_attention` by the backend that PyTorch chooses."""
-    return F.scaled_dot_product_attention(
-        *inputs, more.dropout_p, more.is_causal, scale=more.scale, enable_gqa=more.enable_gqa
-    )
+    """`F.scaled_dot_product_attention` by the backend that PyTorch chooses.
+
+    With a torch function mode on, this calls the operator below the function, because `sliced_sdpa` would take the
+    function for a call of the model's. So does a graph, which may run with a mode on. Otherwise it calls the function,
+    whose warnings reach Python.
+    """
+    attend = sdpa_operator if function_modes() or torch.compiler.is_compiling() else _SDPA
+    return attend(*inputs, more.dropout_p, more.is_causal, scale=more.scale, enable_gqa=more.enable_gqa)
 
 
 def pytorchs_choice(inputs: Inputs, more: Arguments) -> int:
