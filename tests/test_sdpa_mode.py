@@ -279,6 +279,15 @@ def test_swapped_layers_keep_their_own_settings() -> None:
     assert steps(report) == []
 
 
+def test_a_swap_after_an_install_is_refused_by_name() -> None:
+    from diffusers.models.attention_processor import Attention as DiffusersAttention
+
+    model = nn.Sequential(DiffusersAttention(query_dim=16, heads=2, dim_head=8))
+    sliced_sdpa(THREE).install(model)
+    with pytest.raises(ValueError, match="forward was replaced"):
+        swap_attention(model)
+
+
 def test_attention_of_multi_head_attention_and_of_encoder_layers_is_sliced() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3).eval()
     hidden = torch.randn(3, 7, 8)
