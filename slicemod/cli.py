@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from slicemod import __version__
+from slicemod.hidden_packages import hidden
 from slicemod.user_error import UserError
 
 
@@ -19,7 +19,8 @@ class Command(NamedTuple):
         module: where its ``run(arguments) -> exit status`` lives.
         summary: its line in `slicemod --help`.
         options: where its ``parser()`` lives, which is without PyTorch.
-        unneeded: packages that diffusers imports where it finds them, for seconds, and that the command has no use for.
+        unneeded: packages that others import where they find them, for seconds, and that the command has no use for.
+            Its options may name more, by their ``unneeded(arguments)``.
     """
 
     module: str
@@ -43,7 +44,7 @@ COMMANDS = {
         "slicemod.planning.plan_command",
         "tell whether a UNet's step fits a device, and in how many slices",
         "slicemod.planning.plan_options",
-        unneeded=("peft", "transformers"),
+        unneeded=("peft", "scipy", "transformers"),
     ),
     "kernels": Command(
         "slicemod.planning.kernels_command",
@@ -82,10 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no command {name!r}: expected one of {', '.join(COMMANDS)}.")
         # Answers `--help` and wrong options at once, before the seconds that PyTorch takes to load.
         import_module(COMMANDS[name].options).parser(name).parse_args(given[1:])
-        if arguments is None:  # the process is this command's alone
-            for package in COMMANDS[name].unneeded:
-                sys.modules.setdefault(package, cast("ModuleType", None))  # as if it were not installed
-        status: int = _module_of(name).run(given)
+        own_process = arguments is None
+        with hidden(_unneeded(name, given) if own_process else ()):
+            command = _module_of(name)
+            if own_process and hasattr(command, "load"):
+                command.load(given)
+        status: int = command.run(given)
         return status
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "slicemod":
@@ -106,6 +109,11 @@ def _is_lack_of_memory(error: RuntimeError) -> bool:
     from slicemod import NotEnoughMemoryError
 
     return isinstance(error, NotEnoughMemoryError)
+
+
+def _unneeded(name: str, arguments: Sequence[str]) -> tuple[str, ...]:
+    options = import_module(COMMANDS[name].options)
+    return (*COMMANDS[name].unneeded, *(options.unneeded(arguments) if hasattr(options, "unneeded") else ()))
 
 
 def _module_of(name: str) -> Any:

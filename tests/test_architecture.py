@@ -45,6 +45,7 @@ ORDER = (
     "__init__.py",
     "user_error.py",
     "arguments.py",
+    "hidden_packages.py",
     "planning/",
     "bench/",
     "training/common/",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -89,3 +90,26 @@ else:
     raise SystemExit("swapped")
 """
     loaded_after(code)
+
+
+PROGRAM_OF_A_COMMAND = """
+import atexit, json, sys
+from slicemod.cli import main
+sys.argv[1:] = json.loads(sys.argv[1])
+heavy = {"matplotlib", "peft", "scipy", "sklearn", "transformers"}
+atexit.register(lambda: print("loaded:", sorted(heavy & set(sys.modules)), file=sys.stderr))
+main()
+"""
+
+
+@pytest.mark.parametrize("command", [["fit", "--task", "digits", "--help"], ["plan", "sd15", "--resolution", "512"]])
+def test_a_command_loads_no_package_that_others_import_for_features_it_does_not_use(command: list[str]) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM_OF_A_COMMAND, json.dumps(command)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    assert ran.stdout
+    assert ran.stderr.splitlines()[-1] == "loaded: []"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,6 @@ from slicemod.user_error import UserError
 
 if TYPE_CHECKING:
     from slicemod.training.common.lightning_cli import SlicemodCLI
-
 
 # What the top-level key `task` of a configuration names; imported when asked for.
 TASKS = {
@@ -42,6 +41,12 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def load(arguments: Sequence[str]) -> None:
+    """Imports what `run` will need, so that the caller says what that import goes without."""
+    if _says_what(arguments):
+        _class_of(_task(arguments))
+
+
 def fit(arguments: Sequence[str]) -> SlicemodCLI:
     """Parses, builds and runs; the trainer, the model and the data are attributes of what it returns.
 
@@ -52,12 +57,15 @@ def fit(arguments: Sequence[str]) -> SlicemodCLI:
         UserError: what was given cannot be parsed, built or read.
         TrainingInterruptedError: a signal stopped the training.
     """
-    task = _task(arguments)
+    return _class_of(_task(arguments))(arguments)
+
+
+def _class_of(task: str) -> Callable[[Sequence[str]], SlicemodCLI]:
     if task not in TASKS:
         raise UserError(f"task: expected one of {', '.join(TASKS)}, got {task!r}. Correct the name.")
     module, name = TASKS[task]
-    cli: SlicemodCLI = getattr(import_module(module), name)(arguments)
-    return cli
+    kind: Callable[[Sequence[str]], SlicemodCLI] = getattr(import_module(module), name)
+    return kind
 
 
 def _says_what(arguments: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slicemod.arguments import ArgumentParser
+from slicemod.training.common.yaml_files import config_files, options, read_configs
 from slicemod.user_error import UserError
 
 EXAMPLES = {
@@ -21,6 +22,18 @@ def nothing_named(command: str) -> str:
     return (
         f"expected a configuration, which says what is trained, such as {ways}. `slicemod {command} --help` says more."
     )
+
+
+def unneeded(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Optional packages that Lightning and diffusers import for seconds, and that nothing here has a use for."""
+    parts = {argument.partition("=")[0] for argument in arguments}
+    if not parts.isdisjoint({"-h", "--help", "--print_config"}):
+        return "matplotlib", "peft", "scipy", "sklearn", "transformers"
+    if not parts.isdisjoint({"--dry_run", "--dry-run"}):
+        model = read_configs(config_files(arguments)).get("model") or {}
+        trained = [model.get("trained", "lora"), *options(arguments, "--model.trained")][-1]
+        return "matplotlib", "scipy", "sklearn", *(() if trained == "lora" else ("peft", "transformers"))
+    return ("sklearn",)
 
 
 class _UntilATaskIsNamed(ArgumentParser):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 import sys
@@ -73,7 +74,7 @@ class SlicemodCLI(LightningCLI):
         datamodule_class: type[pl.LightningDataModule],
         arguments: Sequence[str],
     ) -> None:
-        _silence_known_warnings()
+        _silence_known_messages()
         self._lock = RunLock([])
         given = read_configs(config_files(arguments))
         try:
@@ -393,7 +394,10 @@ def _plain_yaml() -> Iterator[None]:
         set_loader("yaml", load, (yaml.YAMLError,))
 
 
-def _silence_known_warnings() -> None:
+def _silence_known_messages() -> None:
+    """Of others, for the whole process: it is a command's. Their warnings stay but for those below."""
+    for package in ("lightning.pytorch", "lightning.fabric"):  # what devices there are, tips, why training stopped
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in (
         r"\s*(``instantiate_classes``|skip_none parameter) was deprecated",  # old names that Lightning 2.6 uses
         r"\s*By default only one JsonargparseDeprecationWarning",  # and what jsonargparse adds to that

@@ -7,8 +7,6 @@ from typing import Literal, NamedTuple, TypedDict
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from slicemod.training.common.resumable_batches import PlannedBatch, ResumableBatches
@@ -49,6 +47,9 @@ def digit_splits(
         test_fraction: share of all digits that is kept for testing.
         split_seed: the same seed gives the same three splits.
     """
+    from sklearn.datasets import load_digits  # seconds, which `slicemod fit --help` need not take
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / PIXEL_LEVELS
     images = F.interpolate(images, size=(image_size, image_size), mode="bicubic", align_corners=False)

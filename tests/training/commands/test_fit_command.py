@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,3 +154,17 @@ def test_a_swapped_run_keeps_its_report(tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(model, LatentDiffusion)
     assert model.swap_report is not None
     assert all(layer.plan is not None for layer in model.swap_report.layers)
+
+
+def test_a_run_prints_nothing_of_lightnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config()
+    config["trainer"]["enable_model_summary"] = False
+    ran = subprocess.run(
+        [sys.executable, "-m", "slicemod.cli", "fit", "--config", write_config(tmp_path, config)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=True, timeout=240,
+    )  # fmt: skip
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines()[-1].startswith("  logs ")
+    assert not re.search("Tip|GPU|TPU|Seed set|stopped", ran.stdout)
