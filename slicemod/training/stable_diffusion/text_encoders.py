@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -173,8 +174,23 @@ def load_text_encoders(pretrained: Pretrained, max_tokens: int = CHUNK) -> TextE
     if pretrained.unet_config().get("addition_embed_type") == "text_time":  # SDXL
         kinds["_2"] = CLIPTextModelWithProjection
     tokenizers = [_tokenizer(pretrained.config_folder, f"tokenizer{number}") for number in kinds]
-    encoders = [_encoder(pretrained, kind, f"text_encoder{number}") for number, kind in kinds.items()]
+    with _no_bars():
+        encoders = [_encoder(pretrained, kind, f"text_encoder{number}") for number, kind in kinds.items()]
     return TextEncoders(tokenizers, encoders, max_tokens // CHUNK)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bar, one for every encoder, of what takes a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: str, subfolder: str) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from slicemod.training.stable_diffusion.pretrained import Pretrained
 from slicemod.training.stable_diffusion.text_encoders import TextEncoders, load_text_encoders, tell_of_cut
@@ -57,3 +58,13 @@ def test_captions_that_are_cut_are_counted(tmp_path: Path) -> None:
 def test_what_is_no_whole_number_of_chunks_is_refused(tokens: int, proposed: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"multiple of 75.* got {tokens}: use {proposed}"):
         load_text_encoders(Pretrained(str(whole_model(tmp_path, "sd15"))), tokens)
+
+
+def test_reading_the_encoders_prints_nothing_and_leaves_bars_as_they_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = whole_model(tmp_path / "model", "sd15")
+    capsys.readouterr()
+    load_text_encoders(Pretrained(str(source)))
+    assert capsys.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
