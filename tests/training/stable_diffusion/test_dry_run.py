@@ -87,7 +87,12 @@ def test_the_predicted_peak_is_that_of_a_step(
         write_images(tmp_path / "images"),
         model=model,
         data={"resolution": 128, "max_ratio": 1.0, "val_count": 3},
-        trainer={"max_steps": 1, "precision": precision, "accumulate_grad_batches": accumulated},
+        trainer={
+            "max_steps": 1,
+            "precision": precision,
+            "accumulate_grad_batches": accumulated,
+            "limit_val_batches": 0,
+        },
     )
     run = fit(["fit", "--config", write_config(tmp_path, content)])
     (batch,) = run.datamodule.train_dataloader()
