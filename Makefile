@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/python train_scripts/demo.py
 
-# All tests; those marked slow as well where CI is set.
+# All tests, a file at a time, which shares what it has set up; those marked slow as well where CI is set.
 test: export OMP_WAIT_POLICY = PASSIVE  # two test processes on two cores: waiting threads sleep, not spin
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 $(if $(CI),--run-slow)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(CI),--run-slow)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
