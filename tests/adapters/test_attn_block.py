@@ -119,9 +119,9 @@ def test_the_block_stays_within_its_budget_and_the_images_own_size() -> None:
 
 def test_repr_shows_settings_and_once_called_the_plan() -> None:
     block = MemoryAwareAttnBlock(32, SLICINGS["rows"])
-    assert "in_channels=32, budget='auto', policy='heuristic', kernel='math', steps=7" in repr(block)
+    assert "in_channels=32, budget='auto', policy='exact', kernel='math', steps=7" in repr(block)
     block(torch.randn(1, 32, 7, 11))
-    assert "plan: 7 x 11 rows," in repr(block)
+    assert "plan: math, 7 x 11 rows," in repr(block)
 
 
 def test_a_block_that_holds_more_is_left_alone() -> None:

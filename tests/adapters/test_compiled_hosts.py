@@ -148,5 +148,5 @@ def test_new_settings_of_a_compiled_layer_count() -> None:
     swap_attention(model, {"kernel": "math", "budget": "2MiB", "policy": "exact"})
     ours(x)
     swap_attention(model, {"budget": 100, "policy": "exact"})
-    with pytest.raises(Exception, match=r"exact: needs [0-9,]+ bytes and has 100, for"):
+    with pytest.raises(NotEnoughMemoryError, match=r"exact: needs [0-9,]+ bytes and has 100 bytes, for"):
         ours(x)

@@ -244,11 +244,11 @@ def test_a_mask_is_not_repeated_for_every_head() -> None:
 
 def test_repr_shows_settings_and_once_called_the_plan() -> None:
     processor = SlicemodAttnProcessor(SLICINGS["rows"])
-    assert repr(processor) == "SlicemodAttnProcessor(budget='auto', policy='heuristic', kernel='math', steps=7)"
+    assert repr(processor) == "SlicemodAttnProcessor(budget='auto', policy='exact', kernel='math', steps=7)"
     layer = attention({})
     layer.set_processor(processor)
     layer(torch.randn(2, 61, 24))
-    assert "plan: 7 x 9 rows," in repr(processor)
+    assert "plan: math, 7 x 9 rows," in repr(processor)
 
 
 def test_a_processor_that_was_set_by_hand_is_not_restored() -> None:
