@@ -16,6 +16,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from slicemod.plan import NotEnoughMemoryError
 from slicemod.swap import restore_attention, swap_attention
 from tests.oracle import assert_same, with_random_weights
 
