@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 
 from slicemod import kernels
-from slicemod.kernels.kernel import Terms
+from slicemod.kernels.kernel import Kernel, Terms
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.memory.budget import Budget
 from slicemod.plan import NotEnoughMemoryError
@@ -100,7 +101,11 @@ class SliceConfig:
                 f"slicing: expected keys out of {', '.join(names)}; got {', '.join(map(repr, unknown))}. "
                 "Correct the key."
             )
-        return cls(**slicing)
+        try:
+            # With their types, because a budget of 1 byte equals one of 1.0, which is all there is.
+            return _of_fields(tuple((name, type(value), value) for name, value in slicing.items()), kernels.KERNELS)
+        except TypeError:  # a list, say, where a word belongs: the config says so
+            return cls(**slicing)
 
     def __str__(self) -> str:
         changed = (
@@ -146,6 +151,12 @@ class SliceConfig:
                 "rank. Free memory on the device or name a budget in bytes."
             )
         return replace(self, budget=available)
+
+
+@lru_cache(maxsize=256)  # a dict comes with every call of a function, and to check it takes microseconds
+def _of_fields(named: tuple[tuple[str, type, Any], ...], _known: tuple[Kernel, ...]) -> SliceConfig:
+    """The config of fields that were given before, for the same list of kernels."""
+    return SliceConfig(**{name: value for name, _, value in named})
 
 
 def _expect_one_of(name: str, value: object, known: list[str]) -> None:

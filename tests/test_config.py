@@ -100,6 +100,12 @@ def test_of_takes_a_config_a_dict_or_nothing() -> None:
     assert SliceConfig.of(None) == SliceConfig.of({}) == SliceConfig()
 
 
+def test_the_config_of_a_dict_is_made_once_and_tells_one_byte_from_all_there_is() -> None:
+    assert SliceConfig.of({"budget": 1}) is SliceConfig.of({"budget": 1})
+    assert SliceConfig.of({"budget": 1}) != SliceConfig.of({"budget": 1.0})
+    assert SliceConfig.of({"budget": 1.0}).parsed_budget == Budget(share=1.0)
+
+
 def test_of_names_an_unknown_key_and_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"budget, policy, kernel, steps, checkpoint, upcast; got 'chunks'"):
         SliceConfig.of({"budget": "64MiB", "chunks": 4})
