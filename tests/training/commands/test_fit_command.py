@@ -111,7 +111,7 @@ def test_a_run_continued_from_an_interruption_ends_where_an_uninterrupted_one_do
     assert_same(weights(continued), weights(base_checkpoint))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_that_last_continues_from(
     signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slicemod.training.common.yaml_files import config_files, options, read_configs, require_plain_yaml
 from slicemod.user_error import UserError
@@ -17,7 +18,9 @@ def test_a_key_that_is_given_twice_is_named_with_both_lines(tmp_path: Path) -> N
 
 
 def test_one_key_in_two_blocks_is_no_duplicate() -> None:
-    require_plain_yaml("a: {seed: 1}\nb: {seed: 2}\nc: [{seed: 1}, {seed: 2}]\n", "text")
+    text = "a: {seed: 1}\nb: {seed: 2}\nc: [{seed: 1}, {seed: 2}]\n"
+    require_plain_yaml(text, "text")  # or it would raise
+    assert yaml.safe_load(text)["c"] == [{"seed": 1}, {"seed": 2}]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
