@@ -153,7 +153,10 @@ class FailOnce(Callback):
         self.seen += 1
 
 
-@pytest.mark.parametrize("at", [4, 5, 6])  # at the start of an epoch, halfway through a step, between two steps
+@pytest.mark.parametrize(
+    "at",  # at the start of an epoch, halfway through a step, between two steps
+    [pytest.param(4, marks=pytest.mark.slow), 5, pytest.param(6, marks=pytest.mark.slow)],
+)
 def test_a_run_that_failed_repeats_the_batches_of_the_step_that_was_not_done(
     at: int, config: str, uninterrupted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
