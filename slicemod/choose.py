@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,17 +45,15 @@ def answers(call: CallSpec, slicing: SliceConfig, free_bytes: int) -> list[Answe
     >>> [(answer.kernel, answer.passed_over) for answer in found][-1]
     ('math', None)
     """
-    return list(_answers(call, slicing, free_bytes, kernels.KERNELS))
-
-
-def _answers(call: CallSpec, slicing: SliceConfig, free_bytes: int, asked: tuple[Kernel, ...]) -> Iterator[Answer]:
     taken: str | None = None
-    for kernel in asked:
+    found = []
+    for kernel in kernels.KERNELS:
         plan, reason = _ask(kernel, call, slicing, free_bytes)
         if reason is None and taken is not None:
             reason = f"{taken} comes before it"
         taken = kernel.name if reason is None else taken
-        yield Answer(kernel.name, plan, reason)
+        found.append(Answer(kernel.name, plan, reason))
+    return found
 
 
 def _ask(kernel: Kernel, call: CallSpec, slicing: SliceConfig, free_bytes: int) -> tuple[SlicePlan | None, str | None]:

@@ -129,7 +129,7 @@ def planned_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_
                 "plan: expected none in a graph with a dynamic number of tokens, as a plan is made for fixed sizes; "
                 f"got {plan}. Leave plan out: such a graph plans when it runs."
             )
-        output = planned_at_run_time(inputs, arguments, _config(slicing))
+        output = planned_at_run_time(inputs, arguments, SliceConfig.of(slicing))
         return output.reshape(*lead, queries, value.shape[3]), None
     described = describe(inputs, arguments, layout)
     if plan is not None:
@@ -141,16 +141,12 @@ def planned_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_
             return output.reshape(*lead, queries, value.shape[3]), None
         plan = found
     else:
-        plans = plans_of(call_spec(*described), _config(slicing))
+        plans = plans_of(call_spec(*described), SliceConfig.of(slicing))
         plan = plans.now()
         if known_as is not None and shapes == (query.shape, key.shape, value.shape):  # not viewed as 4-D
             _remember(known_as, plans, inputs, arguments._replace(choice=layout[-1]))
     output = follow(plan, inputs, arguments)
     return output if len(lead) == 2 else output.reshape(*lead, queries, value.shape[3]), plan
-
-
-def _config(slicing: SliceConfig | Mapping[str, Any] | None) -> SliceConfig:
-    return slicing if type(slicing) is SliceConfig else SliceConfig.of(slicing)
 
 
 @constant_in_graph
@@ -160,7 +156,7 @@ def _plan_in_graph(slicing: SliceConfig | Mapping[str, Any] | None, *described: 
     It runs outside of the traced graph, and its answer is a constant of the graph.
     """
     try:
-        return plans_of(call_spec(*described), _config(slicing)).now()
+        return plans_of(call_spec(*described), SliceConfig.of(slicing)).now()
     except NotEnoughMemoryError as error:  # the graph raises it when it runs, as the same type
         return str(error)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from slicemod.training.stable_diffusion.content_hash import module_digest
 from slicemod.training.stable_diffusion.text_encoders import CutCaption, TextEmbeddings
@@ -116,8 +116,3 @@ def pixels_per_latent(autoencoder_config: Any) -> int:
 def resolution_step(autoencoder_config: Any, unet_config: Any) -> int:
     """Edges in pixels that autoencoder and UNet halve down to whole numbers are multiples of this."""
     return pixels_per_latent(autoencoder_config) * int(2 ** (len(unet_config["block_out_channels"]) - 1))
-
-
-def count_parameters(module: nn.Module, *, trained: bool) -> int:
-    """Numbers in a module's parameters, all of them or the trained ones."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
