@@ -290,7 +290,9 @@ def test_exact_slices_use_most_of_the_budget(
     enough = CPU_CACHED_SCORES if device_type == "cpu" else WIDE_SCORES
     cached = 2 * whole.scores * shape.score_itemsize > enough
     if shape.group == 1 and plan.steps > 1 and plan.rows >= 5 and free_bytes > 8192 and not cached:
-        assert plan.peak_bytes >= 0.8 * free_bytes
+        one_head_more = Tiles.of_slice(shape, plan.heads + 1, plan.rows).peak(training=training)
+        whole_heads = plan.rows == shape.queries and one_head_more > free_bytes
+        assert whole_heads or plan.peak_bytes >= 0.8 * free_bytes
 
 
 @pytest.mark.parametrize("training", [False, True])
