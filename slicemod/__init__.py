@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slicemod.adapters.diffusers_backend import register_diffusers_backend
     from slicemod.attention import MemoryAwareCrossAttention
     from slicemod.call import AttentionShape
     from slicemod.choose import Answer, plan_slices
@@ -34,6 +35,7 @@ __all__ = [
     "free_memory",
     "plan_slices",
     "planned_attention",
+    "register_diffusers_backend",
     "restore_attention",
     "sliced_attention",
     "sliced_sdpa",

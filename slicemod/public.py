@@ -1,6 +1,7 @@
 """The public names, which `slicemod` shows as its own."""
 
 from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes  # noqa: F401 - slicemod.adapters.compvis
+from slicemod.adapters.diffusers_backend import register_diffusers_backend
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.call import AttentionShape
 from slicemod.choose import Answer, plan_slices
@@ -26,6 +27,7 @@ __all__ = [
     "free_memory",
     "plan_slices",
     "planned_attention",
+    "register_diffusers_backend",
     "restore_attention",
     "sliced_attention",
     "sliced_sdpa",
