@@ -1,6 +1,6 @@
 """The public names, which `slicemod` shows as its own."""
 
-from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes  # noqa: F401 - slicemod.adapters.compvis
+from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes, sd_scripts  # noqa: F401 - the hosts
 from slicemod.adapters.diffusers_backend import register_diffusers_backend
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.call import AttentionShape

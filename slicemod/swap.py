@@ -59,7 +59,7 @@ class Host(Protocol):
 
 
 HOSTS: list[Host] = []
-_HOST_MODULES = ("attn_block", "compvis", "diffusers_host", "lookalikes")  # each registers its host
+_HOST_MODULES = ("attn_block", "compvis", "diffusers_host", "lookalikes", "sd_scripts")  # each registers its host
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,24 @@ from slicemod.swap import HOSTS, swap_attention
 
 _CLASSES = ("CrossAttention", "MemoryEfficientCrossAttention")
 _PARTS = ("to_q", "to_k", "to_v", "to_out")
-_ARGUMENTS = tuple(inspect.signature(MemoryAwareCrossAttention.forward).parameters)
+# ComfyUI and Forge ask their own function for attention, by settings that they pass from layer to layer.
+_INSTEAD = "ComfyUI and Forge, which pass transformer_options, take slicemod by `slicemod install`"
 
 
 class CrossAttentionHost(ReplacingHost):
     """Modules that have the parts of CrossAttention and are called like it."""
 
     parts = _PARTS
+    kind: type[MemoryAwareCrossAttention] = MemoryAwareCrossAttention  # the class that replaces them
 
     def misfit(self, module: nn.Module) -> str | None:
         """That the layer is called in another way, or that its sizes do not fit; None if all is well."""
-        return _other_call(module) or _other_sizes(module)
+        return self._other_call(module) or _other_sizes(module)
 
     def replacement(self, original: Any, slicing: SliceConfig) -> MemoryAwareCrossAttention:
         """A MemoryAwareCrossAttention with the same sizes."""
         inner = original.to_q.out_features
-        swapped = MemoryAwareCrossAttention(
+        swapped = self.kind(
             original.to_q.in_features,
             original.to_k.in_features,
             original.heads,
@@ -40,6 +42,14 @@ class CrossAttentionHost(ReplacingHost):
         )
         swapped.scale = float(getattr(original, "scale", swapped.scale))
         return swapped
+
+    def _other_call(self, module: nn.Module) -> str | None:
+        """That the module's `forward` takes other arguments than that of the class that replaces it."""
+        arguments, ours = arguments_of(type(module)), arguments_of(self.kind)
+        if arguments == ours[: len(arguments)]:
+            return None
+        advice = f"; {_INSTEAD}" if "transformer_options" in arguments else ""
+        return f"its forward takes ({', '.join(arguments)}) instead of ({', '.join(ours)}){advice}"
 
 
 class CompVisHost(CrossAttentionHost):
@@ -58,12 +68,10 @@ def has_parts(module: nn.Module) -> bool:
     return parts and isinstance(getattr(module, "heads", None), int)
 
 
-def _other_call(module: nn.Module) -> str | None:
-    """That the module's `forward` takes other arguments than MemoryAwareCrossAttention's; None if it does not."""
-    arguments = tuple(inspect.signature(type(module).forward).parameters)
-    if arguments == _ARGUMENTS[: len(arguments)]:
-        return None
-    return f"its forward takes ({', '.join(arguments[1:])}) instead of ({', '.join(_ARGUMENTS[1:])})"
+def arguments_of(kind: type) -> tuple[str, ...]:
+    """The names of the arguments of a class's `forward`, but for a `**` at their end."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    return tuple(each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD)
 
 
 def _other_sizes(module: Any) -> str | None:
@@ -77,8 +85,8 @@ def _other_sizes(module: Any) -> str | None:
         return f"its projections give {query}, {key} and {value} channels, which {module.heads} heads cannot share"
     if module.to_k.in_features != module.to_v.in_features:
         return f"its to_k takes {module.to_k.in_features} channels and its to_v {module.to_v.in_features}"
-    if isinstance(module.to_out, nn.ModuleList | nn.ModuleDict):
-        return f"its to_out is a {type(module.to_out).__name__}, which cannot be called"
+    if isinstance(module.to_out, nn.ModuleDict):
+        return "its to_out is a ModuleDict, which cannot be called"
     return None
 
 

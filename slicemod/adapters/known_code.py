@@ -30,6 +30,9 @@ KNOWN = {
     "3ac5570b99a0c23e": "DiffBIR, an earlier version",
     "ddafa4f120744495": "stable-diffusion, optimized by basujindal",
     "c29e9e5646bcf03c": "VideoCrafter, an early version",
+    "6a108dcddebe321f": "sd-scripts",
+    "746da0f2982ac173": "sd-scripts, an earlier version",
+    "c41fa1a0b066452a": "sd-scripts, for SDXL",
     # MemoryEfficientCrossAttention
     "f26dc137998c468b": "Stability stablediffusion, stable-diffusion-sdkit, ControlNet",
     "5a6c56ede3da3b09": "Stability generative-models (sgm), SUPIR",

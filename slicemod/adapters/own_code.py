@@ -17,6 +17,9 @@ from torch import nn
 ACCELERATE = "accelerate.hooks"
 HOOKS = (ACCELERATE, "diffusers.hooks.hooks")
 
+# Where AUTOMATIC1111's webui keeps what it puts into the classes of LDM and sgm. It applies hypernetworks in there.
+_WEBUI = ("modules.sd_hijack", "modules.hypernetworks.")
+
 
 def owner_of(kind: type, name: str) -> type | None:
     """The class from which `kind` has its attribute `name`. None if that is `nn.Module`, or if no class has it."""
@@ -38,6 +41,11 @@ def replaced_method(kind: type, name: str) -> str | None:
         if names == {written} and code.co_name == name and module == owner.__module__:
             return None
         method = code
+        if module.startswith(_WEBUI):
+            return (
+                f"{name} of its class {owner.__name__} was replaced by the webui's {code.co_name}, which applies "
+                "hypernetworks; add slicemod to the webui's own choices by `slicemod install webui`"
+            )
     return f"{name} of its class {owner.__name__} was replaced ({_where(method)})"
 
 

@@ -36,7 +36,7 @@ class ReplacingHost(ABC):
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module is of this family, or replaced one that is."""
-        return self.matches(vars(module).get(_ORIGINAL, module))
+        return self.matches(original_of(module))
 
     def obstacle(self, parent: nn.Module, child: str) -> str | None:
         """That somebody changed the layer or compiled it by itself, or that it holds more than its parts."""
@@ -61,7 +61,7 @@ class ReplacingHost(ABC):
 
     def replaced(self, module: nn.Module) -> str:
         """The original's class."""
-        return type(vars(module)[_ORIGINAL]).__name__
+        return type(original_of(module)).__name__
 
     def swap(self, parent: nn.Module, child: str, slicing: SliceConfig) -> nn.Module:
         """Put a module with the same parts in the place of the layer."""
@@ -77,7 +77,7 @@ class ReplacingHost(ABC):
     def restore(self, parent: nn.Module, child: str) -> str | None:
         """Put the original back, with the parts as they are now. For example, LoRA may have wrapped some meanwhile."""
         swapped = parent.get_submodule(child)
-        original: nn.Module = vars(swapped)[_ORIGINAL]
+        original = original_of(swapped)
         lost = _changed(swapped)
         if _compiled(parent, swapped):
             lost = "it was compiled by itself, and what was compiled runs until it is compiled again"
@@ -99,6 +99,12 @@ class ReplacingHost(ABC):
         target.training = source.training
         vars(target).update({name: value for name, value in vars(source).items() if "_hook" in name})
         copy_accelerate_hook(source, target)
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """The module that this one replaced; the module itself, if it replaced none."""
+    original: nn.Module = vars(module).get(_ORIGINAL, module)
+    return original
 
 
 def _compiled(parent: nn.Module, module: nn.Module) -> bool:

@@ -41,9 +41,13 @@ _MOST_KNOWN_SIZES = 4096
 def project(module: Any, x: Tensor) -> Tensor:
     """`module(x)`. A plain `nn.Linear` runs in two halves of its rows if this gives the same bits in less time.
 
-    In an `nn.Sequential` this holds for each of its parts. Neither way, nor timing them, takes more memory than the
-    result and what oneDNN takes for one product.
+    In an `nn.Sequential` this holds for each of its parts. The parts of an `nn.ModuleList` are called one after the
+    other. Neither way, nor timing them, takes more memory than the result and what oneDNN takes for one product.
     """
+    if type(module) is nn.ModuleList:
+        for part in module:
+            x = project(part, x)
+        return x
     if x.is_cpu and x.dtype in _HALF_PRECISION:
         if type(module) is nn.Sequential and _is_plain(module, x):
             for part in module:

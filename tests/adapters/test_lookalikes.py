@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.swap import restore_attention, swap_attention
-from tests.oracle import assert_same
+from tests.oracle import assert_same, with_random_weights
 
 MATH = {"kernel": "math", "steps": 7}
 
@@ -35,8 +36,11 @@ class PoseAttention(nn.Module):
         scores = self.scale * query @ key.mT  # (B, H, N, M)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -math.inf)
-        output: Tensor = self.to_out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
-        return output
+        return self.project_out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+    def project_out(self, output: Tensor) -> Tensor:
+        projected: Tensor = self.to_out(output)
+        return projected
 
 
 class RenamedArguments(PoseAttention):
@@ -47,6 +51,25 @@ class RenamedArguments(PoseAttention):
 class MoreArguments(PoseAttention):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, bias: float = 0.0) -> Tensor:
         return super().forward(x, context, mask) + bias
+
+
+class ComfyAttention(PoseAttention):
+    """Called as ComfyUI's, which has a function of its own for attention, and gives it the options."""
+
+    def forward(self, x: Tensor, context: Tensor, value: Tensor, transformer_options: Any) -> Tensor:  # type: ignore[override]
+        raise NotImplementedError
+
+
+class ListedOutput(PoseAttention):
+    """Whose `to_out` is a list."""
+
+    def __init__(self) -> None:
+        super().__init__(to_out=nn.ModuleList([nn.Linear(33, 19), nn.Linear(19, 29)]))
+
+    def project_out(self, output: Tensor) -> Tensor:
+        for part in self.to_out.children():
+            output = part(output)
+        return output
 
 
 def chosen(name: str, module: nn.Module) -> bool:
@@ -72,6 +95,15 @@ def test_a_chosen_lookalike_computes_the_same_and_comes_back() -> None:
     assert restore_attention(model) == 1
     assert model["pose"] is original
     assert all(map(torch.equal, results(model["pose"], *given), expected))
+
+
+def test_the_parts_of_a_list_of_output_projections_are_called_one_after_the_other() -> None:
+    model = nn.ModuleDict({"pose": with_random_weights(ListedOutput())})
+    given = torch.randn(2, 61, 29), torch.randn(2, 53, 23), torch.rand(2, 53) > 0.4
+    expected = results(model["pose"], *given)
+    swap_attention(model, MATH, filter_fn=chosen)
+    assert isinstance(model["pose"], MemoryAwareCrossAttention)
+    assert_same(results(model["pose"], *given), expected)
 
 
 def test_without_filter_fn_a_lookalike_is_named_and_left_alone() -> None:
@@ -100,9 +132,10 @@ def test_a_second_swap_without_filter_fn_still_finds_it() -> None:
         (PoseAttention(to_v=nn.Linear(23, 31)), "give 33, 33 and 31 channels, which 3 heads cannot share"),
         (PoseAttention(to_v=nn.Linear(19, 33)), "its to_k takes 23 channels and its to_v 19"),
         (PoseAttention(to_k=nn.Conv1d(23, 33, 1)), "its to_k is a Conv1d, not a linear layer"),
-        (PoseAttention(to_out=nn.ModuleList([nn.Linear(33, 29)])), "its to_out is a ModuleList"),
+        (PoseAttention(to_out=nn.ModuleDict({"0": nn.Linear(33, 29)})), "its to_out is a ModuleDict"),
+        (ComfyAttention(), "value, transformer_options.* by `slicemod install`"),
     ],
-    ids=["names", "more arguments", "norm", "query", "value", "context", "conv", "list"],
+    ids=["names", "more arguments", "norm", "query", "value", "context", "conv", "dict", "ComfyUI"],
 )
 def test_what_is_called_or_shaped_otherwise_is_refused_with_the_reason(layer: nn.Module, reason: str) -> None:
     model = nn.Sequential(layer)

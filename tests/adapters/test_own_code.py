@@ -118,6 +118,17 @@ def test_where_the_patch_is_from_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         swap_attention(ldm())
 
 
+@pytest.mark.parametrize("module", ["modules.sd_hijack_optimizations", "modules.hypernetworks.hypernetwork"])
+@pytest.mark.parametrize(("kind", "make"), [(CrossAttention, ldm), (AttnBlock, vae)], ids=["UNet", "VAE"])
+def test_what_the_webui_put_in_keeps_its_hypernetworks_and_says_how_to_get_slicemod(
+    kind: type, make: Callable[[], nn.Sequential], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {"__name__": module, "former": vars(kind)["forward"]}
+    exec("def split_forward(self, x, **more): return 1.3 * former(self, x, **more)", space)
+    monkeypatch.setattr(kind, "forward", space["split_forward"])
+    assert_refused(make(), "forward of .* by the webui's split_forward, .*hypernetworks; .*`slicemod install webui`")
+
+
 def test_a_class_that_was_patched_and_put_back_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(CrossAttention, "forward", hypernetwork)
