@@ -19,6 +19,7 @@ from slicemod import NotEnoughMemoryError
 from slicemod.cli import BAD_INPUT, COMMANDS, main
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.planning import plan_options
+from slicemod.planning.transformers import NAMED_TRANSFORMERS
 from slicemod.planning.unets import NAMED_UNETS
 from slicemod.training.commands import sample_options
 from slicemod.training.commands.fit_command import TASKS
@@ -159,7 +160,8 @@ def test_a_package_that_a_command_misses_when_it_runs_is_named(
 
 
 def test_the_names_that_options_list_are_those_there_are() -> None:
-    assert set(plan_options.MODELS) == set(NAMED_UNETS)
+    assert set(plan_options.UNETS) == set(NAMED_UNETS)
+    assert set(plan_options.TRANSFORMERS) == set(NAMED_TRANSFORMERS)
     assert set(plan_options.POLICIES) == set(POLICIES)
     assert set(sample_options.SAMPLERS) == set(SAMPLERS)
 

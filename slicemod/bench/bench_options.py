@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from slicemod.arguments import ArgumentParser
-from slicemod.planning.plan_options import MODELS
+from slicemod.planning.plan_options import UNETS
 
 DTYPES = ("float32", "bfloat16", "float16", "bfloat16-mixed", "float16-mixed")
-WORK_NAMES = tuple(f"{model}-{part}" for part in ("layers", "unet") for model in MODELS)
+WORK_NAMES = tuple(f"{model}-{part}" for part in ("layers", "unet") for model in UNETS)
 GROWTH_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 

@@ -18,7 +18,7 @@ def parser(name: str = "kernels") -> ArgumentParser:
         "command compiles the native kernel if it can.",
     )
     options.add_argument("--model", nargs="+", default=["sd15", "sdxl"], metavar="MODEL",
-                         help=f"{', '.join(MODELS)}, a YAML of configs/, or a diffusers folder "
+                         help=f"{', '.join(MODELS)}, a YAML of configs/, a diffusers folder or its config.json "
                          "(default: sd15 sdxl)")  # fmt: skip
     options.add_argument("--resolution", type=int, nargs="+", help="edges in pixels (default: the model's own)")
     options.add_argument("--device", choices=DEVICES, help="default: this machine's accelerator, or else cpu")

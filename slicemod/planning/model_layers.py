@@ -58,7 +58,7 @@ KNOWN_LAYERS = {
 
 
 def layers_of(model: str) -> ModelLayers:
-    """The layers of a model, as `find_unet` takes it.
+    """The layers of a model, as `find_denoiser` takes it.
 
     Raises:
         UserError: there is no such model.
@@ -67,20 +67,18 @@ def layers_of(model: str) -> ModelLayers:
 
 
 def recorded_layers(model: str) -> ModelLayers:
-    """`layers_of`, by running the UNet.
+    """`layers_of`, by running the model.
 
     Raises:
         UserError: there is no such model, or it has no attention.
     """
     from slicemod.planning.attention_calls import record_attention_calls
-    from slicemod.planning.unets import find_unet
+    from slicemod.planning.denoisers import find_denoiser
 
-    source = find_unet(model)
+    source = find_denoiser(model)
     layers = tuple(record_attention_calls(model, batch=1, itemsize=4))
     if not layers:
         raise UserError(
             f"model: expected one that computes attention; got {model!r}, which has none. Name another one."
         )
-    latents = source.config.get("sample_size")  # a config need not have it, and may have two of them
-    pixels = latents * source.latent_pixels if isinstance(latents, int) else layers[0].pixels
-    return ModelLayers(pixels, source.resolution_step, layers)
+    return ModelLayers(source.own_pixels or layers[0].pixels, source.resolution_step, layers)

@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 
 from slicemod.config import SliceConfig
+from slicemod.planning.denoisers import find_denoiser
 from slicemod.planning.memory_given import bytes_given
 from slicemod.planning.plan_options import parser
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
 from slicemod.planning.resolutions import check_resolutions
 from slicemod.planning.step_peaks import StepPlanner
 from slicemod.planning.unet_step import StepKind
-from slicemod.planning.unets import find_unet
 from slicemod.user_error import UserError
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -26,9 +26,9 @@ _PICTURES = (".png", ".svg", ".pdf")
 def run(arguments: Sequence[str]) -> int:
     """Prints the plans; `arguments[0]` is the command's name."""
     options = parser().parse_args(arguments[1:])
-    source = find_unet(options.model)
+    source = find_denoiser(options.model, options.frames)
     check_resolutions(options.resolution, source.resolution_step)
-    batch = (1 if options.train else 2) if options.batch is None else options.batch
+    batch = (1 if options.train else source.guidance_batch) if options.batch is None else options.batch
     if batch < 1:
         raise UserError(f"--batch: expected 1 or more items; got {batch}.")
     if options.checkpoint_blocks and not options.train:

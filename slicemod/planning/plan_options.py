@@ -9,7 +9,18 @@ from slicemod.arguments import ArgumentParser
 DTYPES = ("float32", "float16", "bfloat16")
 DEVICES = ("cuda", "mps", "cpu")
 # As in their own places, which load PyTorch.
-MODELS = ("sd15", "sd15-top", "sd21", "sdxl")
+UNETS = ("sd15", "sd15-top", "sd21", "sdxl")
+TRANSFORMERS = (
+    "sd35-medium",
+    "sd35-large",
+    "flux-schnell",
+    "flux-dev",
+    "pixart-sigma",
+    "qwen-image",
+    "wan-1.3b",
+    "wan-14b",
+)
+MODELS = (*UNETS, *TRANSFORMERS)
 POLICIES = ("heuristic", "doggettx", "invokeai", "mps", "exact")
 
 
@@ -25,7 +36,9 @@ def parser(name: str = "plan") -> ArgumentParser:
         "rounding of the allocator and the CUDA context come on top, and a fused kernel is taken for granted on "
         "CUDA. Training is a step of AdamW in one dtype.",
     )
-    options.add_argument("model", help=f"{', '.join(MODELS)}, a YAML of configs/, or a diffusers folder")
+    options.add_argument(
+        "model", help=f"{', '.join(MODELS)}, a YAML of configs/, a diffusers folder or its config.json"
+    )
     options.add_argument("--resolution", type=int, nargs="+", default=[512, 768, 1024], help="edges in pixels")
     options.add_argument(
         "--memory", default="8GiB", help="of the device, such as 8GiB; auto is what is free (default: %(default)s)"
@@ -39,8 +52,11 @@ def parser(name: str = "plan") -> ArgumentParser:
         "--kernel", default="auto", help="a name that slicemod kernels lists, or %(default)s, the fastest that fits"
     )
     options.add_argument(
-        "--batch", type=int, help="items in the UNet's batch (default: 1 with --train, otherwise 2, as for guidance)"
+        "--batch",
+        type=int,
+        help="items in the model's batch (default: 1 with --train, otherwise as its pipeline does with guidance)",
     )
+    options.add_argument("--frames", type=int, default=1, help="of a video, such as 81 (default: %(default)s)")
     options.add_argument("--train", action="store_true", help="a training step: gradients, AdamW's state")
     options.add_argument("--checkpoint-blocks", action="store_true", help="with the UNet's own gradient checkpointing")
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the peaks against the resolution")

@@ -1,9 +1,8 @@
-"""The peak of a UNet's step at any resolution, for each way to compute its attention, and the largest that fits.
+"""The peak of a step at any resolution, for each way to compute its attention, and the largest that fits.
 
 A step is traced at two resolutions. Everything except attention grows in proportion to the pixels, so the rows of the
 two timelines give the rows of every other resolution. Attention is counted by its own formulas. On a CPU one thing is
-not
-proportional: PyTorch convolves tiny images in another way, which takes less than what is predicted for them.
+not proportional: PyTorch convolves tiny images in another way, which takes less than what is predicted for them.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from slicemod.kernels.fused.running import BACKENDS
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak, Timeline
-from slicemod.planning.resolutions import HIGHEST_RESOLUTION
+from slicemod.planning.step_source import StepSource
 from slicemod.planning.unet_step import StepKind, trace_step
-from slicemod.planning.unets import UnetSource
 from slicemod.user_error import UserError
 
 Way = Literal["full attention", "fused", "slicemod"]
@@ -75,7 +73,7 @@ class StepPlanner:
 
     def __init__(
         self,
-        source: UnetSource,
+        source: StepSource,
         kind: StepKind,
         memory: int,
         slicing: SliceConfig,
@@ -83,24 +81,34 @@ class StepPlanner:
     ) -> None:
         self.kind, self.memory, self.slicing = kind, memory, slicing
         self.resolution_step = source.resolution_step
-        self._full_upcasts = bool(source.config.get("upcast_attention"))
+        self.most_pixels = source.most_pixels
+        self._full_upcasts = source.full_upcasts
+        # A model may compute less at the size that it was trained at, for which it has a table of positions at hand.
+        self._pixels = [
+            (steps + (steps * self.resolution_step == source.own_pixels)) * self.resolution_step
+            for steps in TRACED_STEPS
+        ]
         self._traced = []
-        for pixels in (steps * self.resolution_step for steps in TRACED_STEPS):
+        for pixels in self._pixels:
             progress(f"tracing the step at {pixels} x {pixels} pixels")
             self._traced.append(trace_step(source, kind, pixels))
         if not self._traced[0].calls:
             raise UserError("model: it computes no attention, so that there is nothing to plan. Name another one.")
         if not self._traced[0].timeline.has_the_rows_of(self._traced[1].timeline):
             raise UserError(
-                "model: expected a UNet that runs the same operators at every resolution; got one that does not. Name "
+                "model: expected one that runs the same operators at every resolution; got one that does not. Name "
                 "another one."
             )
         self._plans: dict[int, ResolutionPlan] = {}
 
     @property
     def ways(self) -> tuple[Way, ...]:
-        """The ways to compute attention that can be planned. Not on every device is it known whether PyTorch fuses."""
-        return tuple(way for way in WAYS if way != "fused" or self.kind.device_type in BACKENDS)
+        """The ways to compute attention that can be planned.
+
+        Not on every device is it known whether PyTorch fuses, and nobody runs transformers with full attention.
+        """
+        possible = {"fused": self.kind.device_type in BACKENDS, "full attention": self._full_upcasts is not None}
+        return tuple(way for way in WAYS if possible.get(way, True))
 
     def plan(self, pixels: int) -> ResolutionPlan:
         """The step on square images with edges of `pixels`, a multiple of `resolution_step`."""
@@ -109,8 +117,8 @@ class StepPlanner:
         return self._plans[pixels]
 
     def largest(self, way: Way) -> int:
-        """Edge in pixels of the largest square image whose step fits, up to `HIGHEST_RESOLUTION`; 0 if none fits."""
-        least, most = 0, HIGHEST_RESOLUTION // self.resolution_step
+        """Edge in pixels of the largest square image whose step fits, up to `most_pixels`; 0 if none fits."""
+        least, most = 0, self.most_pixels // self.resolution_step
         while least < most:
             middle = (least + most + 1) // 2
             least, most = (middle, most) if self.fits(way, middle * self.resolution_step) else (least, middle - 1)
@@ -127,7 +135,7 @@ class StepPlanner:
     def at(self, pixels: int) -> tuple[Timeline, list[CallSpec]]:
         """The timeline and the attention calls at a resolution, computed from the two traced steps."""
         first, second = self._traced
-        low, high = (steps * self.resolution_step for steps in TRACED_STEPS)
+        low, high = self._pixels
         step = first.between(second, pixels**2 - low**2, high**2 - low**2)
         return step.timeline, list(step.calls)
 
@@ -139,7 +147,8 @@ class StepPlanner:
         answers = {call: self._answer(call, budget) for call in set(calls)}
         plans = [plan for call in calls if isinstance(plan := answers[call], SlicePlan)]
         costs: dict[Way, list[AttentionCost]] = {}
-        costs["full attention"] = [full_attention_cost(call, upcast=self._full_upcasts) for call in calls]
+        if self._full_upcasts is not None:
+            costs["full attention"] = [full_attention_cost(call, upcast=self._full_upcasts) for call in calls]
         if "fused" in self.ways:
             costs["fused"] = [fused_attention_cost(call) for call in calls]
         if len(plans) == len(calls):

@@ -1,4 +1,4 @@
-"""Runs one step of a UNet on the device "meta", and so without memory: a step of inference or of training."""
+"""Runs one step of a model on the device "meta", and so without memory: a step of inference or of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from slicemod.call import AttentionShape, CallSpec
 from slicemod.planning.attention_stand_in import AttentionStandIn
 from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
 from slicemod.planning.memory_timeline import MemoryRecorder, Timeline
-from slicemod.planning.unets import UnetSource, meta_inputs, meta_unet
+from slicemod.planning.step_source import StepSource
+from slicemod.torch_internals import tree_leaves
 
 
 class StepKind(NamedTuple):
@@ -23,10 +24,10 @@ class StepKind(NamedTuple):
 
     Attributes:
         dtype: the dtype of weights, latents, activations and gradients.
-        batch: items in the UNet's batch; with classifier-free guidance two for each image.
+        batch: items in the model's batch; with classifier-free guidance two for each image.
         device_type: the device that is simulated.
         training: forward, backward and a step of AdamW, instead of forward alone.
-        checkpoint_blocks: the UNet's own gradient checkpointing is on.
+        checkpoint_blocks: the model's own gradient checkpointing is on.
     """
 
     dtype: torch.dtype
@@ -58,33 +59,54 @@ class TracedStep(NamedTuple):
         return TracedStep(self.timeline.between(other.timeline, part, whole), tuple(calls), self.layers)
 
 
-def trace_step(source: UnetSource, kind: StepKind, pixels: int) -> TracedStep:
+def trace_step(source: StepSource, kind: StepKind, pixels: int) -> TracedStep:
     """Runs one step on square images of `pixels` by `pixels`, without weights and without the device.
 
     A training step is not the first one: AdamW's state exists when it begins.
 
     Raises:
-        UserError: `source` describes no UNet.
+        UserError: `source` describes no model.
     """
-    unet = meta_unet(source, kind.dtype).train(kind.training)
-    inputs = meta_inputs(unet, kind.dtype, kind.batch, pixels // source.latent_pixels, source.context_tokens)
-    target = torch.empty_like(inputs["sample"])
+    model = source.model(kind.dtype).train(kind.training)
+    inputs = source.inputs(model, kind.dtype, kind.batch, pixels)
+    given = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)]
     if kind.training:
         if kind.checkpoint_blocks:
-            unet.enable_gradient_checkpointing()
-        return trace_training(unet, lambda: F.mse_loss(unet(**inputs).sample, target), kind.device_type, [target])
-    recorder = _recorder(kind.device_type)
-    stand_in = AttentionStandIn(recorder, kind.device_type)
-    tensors = [*unet.parameters(), *unet.buffers()]
-    recorder.ignore(tensors)
+            model.enable_gradient_checkpointing()
+        target = torch.empty_like(inputs[source.latents_name])
+
+        def loss() -> Tensor:
+            predicted = model(**inputs).sample
+            learns_variance = predicted.shape != target.shape  # it predicts twice as many channels
+            return F.mse_loss(predicted.chunk(2, dim=1)[0] if learns_variance else predicted, target)
+
+        return trace_training(model, loss, kind.device_type, [*given, target])
+    return trace_inference(model, lambda: model(**inputs), kind.device_type, given)
+
+
+def trace_inference(
+    model: nn.Module, call: Callable[[], object], device_type: str, given: Sequence[Tensor] = ()
+) -> TracedStep:
+    """Runs what needs no gradients.
+
+    Args:
+        model: without memory, on the device "meta".
+        call: runs it.
+        device_type: the device that is simulated.
+        given: other tensors that exist already.
+    """
+    recorder = _recorder(device_type)
+    stand_in = AttentionStandIn(recorder, device_type)
+    tensors = _held_by(model)
+    recorder.ignore([*tensors, *given])
     with torch.no_grad(), recorder, stand_in.installed():
-        unet(**inputs)
+        call()
     weights = sum(tensor.nbytes for tensor in tensors)
     return TracedStep(recorder.timeline(weights, 0), tuple(stand_in.calls), len(stand_in.calls))
 
 
 def trace_training(
-    unet: nn.Module,
+    model: nn.Module,
     loss: Callable[[], Tensor],
     device_type: str,
     given: Sequence[Tensor] = (),
@@ -93,17 +115,19 @@ def trace_training(
     """Runs a training step of AdamW. It is not the first one: AdamW's state exists when it begins.
 
     Args:
-        unet: the UNet without memory, on the device "meta" or of fake tensors. If it has gradients, they are added to.
-        loss: runs the UNet forward, and returns the loss.
+        model: a UNet or a transformer without memory, on the device "meta" or of fake tensors. If it has gradients,
+            they are added to.
+        loss: runs it forward, and returns the loss.
         device_type: the device that is simulated.
         given: other tensors that exist already.
         mode: the mode of the fake tensors, which is entered for the step.
     """
     recorder = _recorder(device_type)
     stand_in = AttentionStandIn(recorder, device_type, training=True)
-    parameters = list(unet.parameters())
+    parameters = list(model.parameters())
     accumulated = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    recorder.ignore([*parameters, *unet.buffers(), *accumulated, *given])
+    held = _held_by(model)
+    recorder.ignore([*held, *accumulated, *given])
     with mode, recorder, stand_in.installed():
         value = loss()
         layers = len(stand_in.calls)
@@ -113,8 +137,14 @@ def trace_training(
     # AdamW divides by the root of its second moments: of all parameters together on an accelerator (foreach=True,
     # the default there), of one after the other on a CPU, where the root and the quotient are two tensors.
     recorder.hold_for_a_while(2 * max(sizes) if device_type == "cpu" else sum(sizes))
-    weights = sum(tensor.nbytes for tensor in (*parameters, *unet.buffers(), *accumulated))
+    weights = sum(tensor.nbytes for tensor in (*held, *accumulated))
     return TracedStep(recorder.timeline(weights, 2 * sum(sizes)), tuple(stand_in.calls), layers)
+
+
+def _held_by(model: nn.Module) -> list[Tensor]:
+    """Weights, buffers, and tables that a module keeps without naming them a buffer, as Qwen-Image does."""
+    tables = [value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return [*model.parameters(), *model.buffers(), *tables]
 
 
 def _recorder(device_type: str) -> MemoryRecorder:

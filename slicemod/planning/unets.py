@@ -12,6 +12,7 @@ import yaml
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from slicemod.planning.resolutions import HIGHEST_RESOLUTION
 from slicemod.user_error import UserError
 
 # Where the published unet/config.json of each model differs from UNet2DConditionModel's defaults.
@@ -70,6 +71,40 @@ class UnetSource(NamedTuple):
         """The edge of an image has to be a multiple of this, so that autoencoder and UNet can halve it."""
         levels = len(self.config.get("block_out_channels", _DEFAULT_LEVELS))
         return int(self.latent_pixels * 2 ** (levels - 1))
+
+    @property
+    def most_pixels(self) -> int:
+        """A UNet takes images of any size."""
+        return HIGHEST_RESOLUTION
+
+    @property
+    def own_pixels(self) -> int | None:
+        """The edge of the images that it was trained on, if its config tells."""
+        latents = self.config.get("sample_size")  # a config need not have it, and may have two of them
+        return latents * self.latent_pixels if isinstance(latents, int) else None
+
+    @property
+    def full_upcasts(self) -> bool | None:
+        """Whether full attention has its scores in float32."""
+        return bool(self.config.get("upcast_attention"))
+
+    @property
+    def guidance_batch(self) -> int:
+        """Items of a call for one image: with the prompt and without."""
+        return 2
+
+    @property
+    def latents_name(self) -> str:
+        """The input that is denoised."""
+        return "sample"
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """The UNet on the device "meta"."""
+        return meta_unet(self, dtype)
+
+    def inputs(self, model: Any, dtype: torch.dtype, batch: int, pixels: int) -> dict[str, Any]:
+        """Keyword arguments of one call, for square images of `pixels` by `pixels`."""
+        return meta_inputs(model, dtype, batch, pixels // self.latent_pixels, self.context_tokens)
 
 
 def find_unet(source: str) -> UnetSource:
