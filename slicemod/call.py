@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slicemod.card import ASSUMED_CARD, Card, card_of
 from slicemod.watched import PlainValues
 
 # On these devices the sliced kernel computes half precision in float32 tiles, because SDPA's kernels have their scores
@@ -22,7 +23,7 @@ from slicemod.watched import PlainValues
 # percents. On other devices `SliceConfig.upcast` decides.
 _UPCASTING_DEVICES = ("cpu", "cuda")
 
-ASSUMED_PROCESSORS = 132  # streaming multiprocessors of an H100, for plans of a GPU that is not in this machine
+_ROW_ALIGNMENT = 8  # elements; PyTorch's CUDA kernels want the rows of a mask to start at multiples of them
 
 _DTYPE_OF_SIZE = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 
@@ -36,6 +37,7 @@ class MaskShape:
             one slice at a time, by a fused kernel as a whole.
         has_grad: the mask gets a gradient, summed over the dimensions that it is broadcast along.
         other_dtype: its dtype differs from the query's.
+        unaligned: its rows do not start at multiples of 8 elements, or its last dimension is not contiguous.
     """
 
     batch: int
@@ -45,6 +47,7 @@ class MaskShape:
     is_bool: bool = False
     has_grad: bool = False
     other_dtype: bool = False
+    unaligned: bool = False
 
     @property
     def elements(self) -> int:
@@ -164,7 +167,10 @@ class Layout(NamedTuple):
         same_batch: query, key and value have the same batch.
         same_heads: they have the same number of heads, or `enable_gqa` is set.
         mask_requires_grad: the mask requires a gradient, even if gradients are disabled now.
-        fuses: on CUDA, PyTorch says that one of its fused kernels takes the call.
+        only_mask_requires_grad: the mask does, and query, key and value do not.
+        merged: the query lies as `(B, N, H, D)` in memory.
+        runs: on CUDA, which of PyTorch's kernels take the call (`cuda_bytes.CUDA_KERNELS`), as PyTorch says; None if
+            PyTorch was not asked.
         choice: on CUDA, the value of the `SDPBackend` that PyTorch would run now; None if PyTorch was not asked.
     """
 
@@ -174,7 +180,9 @@ class Layout(NamedTuple):
     same_batch: bool = True
     same_heads: bool = True
     mask_requires_grad: bool = False
-    fuses: bool = True
+    only_mask_requires_grad: bool = False
+    merged: bool = True
+    runs: tuple[str, ...] | None = None
     choice: int | None = None
 
 
@@ -194,7 +202,8 @@ class CallSpec:
         layout: how the caller's tensors are laid out.
         transformed: a function of `torch.func` transforms the call. It takes no operators but PyTorch's own.
         threads: PyTorch's threads on the CPU.
-        processors: streaming multiprocessors of the GPU; flash attention splits keys by their number.
+        card: the GPU, on CUDA.
+        deterministic: PyTorch has to compute the same bits each time (`torch.use_deterministic_algorithms`).
     """
 
     shape: AttentionShape
@@ -205,7 +214,8 @@ class CallSpec:
     layout: Layout = A_LAYERS_LAYOUT
     transformed: bool = False
     threads: int = 1
-    processors: int = ASSUMED_PROCESSORS
+    card: Card = ASSUMED_CARD
+    deterministic: bool = False
 
     @classmethod
     def planned(
@@ -228,14 +238,15 @@ class CallSpec:
         dtype = _DTYPE_OF_SIZE[shape.itemsize] if dtype is None else dtype
         layout = A_LAYERS_LAYOUT if shape.mask is None else Layout(mask_dims=4, mask_requires_grad=shape.mask.has_grad)
         threads = torch.get_num_threads()
-        return cls(shape, dtype, device, training, layout=layout, threads=threads, processors=processors_of(device))
+        card, deterministic = card_of(device), must_be_deterministic()
+        return cls(
+            shape, dtype, device, training, layout=layout, threads=threads, card=card, deterministic=deterministic
+        )
 
 
-def processors_of(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; `ASSUMED_PROCESSORS` if this machine has none."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return ASSUMED_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def must_be_deterministic() -> bool:
+    """`torch.use_deterministic_algorithms` asks for the same bits each time, and not only for a warning."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def attention_sizes(
@@ -275,7 +286,10 @@ def constant_bool(condition: bool) -> bool:
 
 def _mask_sizes(mask: Tensor, query: Tensor) -> PlainValues:
     has_grad = mask.requires_grad and torch.is_grad_enabled()
-    return (*(index(size) for size in mask.shape), mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype)
+    *steps, last = mask.stride()
+    unaligned = last != 1 or any(step % _ROW_ALIGNMENT != 0 for step in steps)
+    sizes = (index(size) for size in mask.shape)
+    return (*sizes, mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype, constant_bool(unaligned))
 
 
 @lru_cache(maxsize=4096)

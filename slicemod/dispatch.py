@@ -15,9 +15,10 @@ from slicemod.call import (
     attention_sizes,
     constant_bool,
     has_ordinary_scale,
-    processors_of,
+    must_be_deterministic,
     upcasts,
 )
+from slicemod.card import card_of
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.plan import SlicePlan
 from slicemod.watched import PlainValues, constant_in_graph, is_transformed
@@ -57,7 +58,8 @@ def call_spec(
         Layout(*layout),
         is_transformed(),
         torch.get_num_threads(),
-        processors_of(torch.device(device)),
+        card_of(torch.device(device)),
+        must_be_deterministic(),
     )
 
 

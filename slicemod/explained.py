@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicemod.call import needs_grad, processors_of, upcasts
+from slicemod.call import needs_grad, upcasts
+from slicemod.card import card_of
 from slicemod.choose import Answer, answers
 from slicemod.config import SliceConfig
 from slicemod.dispatch import call_spec, describe
@@ -72,6 +73,6 @@ def explain(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
         return []
     if where != call.device:
         shape = replace(shape, upcast=upcasts(where.type, shape.itemsize))
-        call = replace(call, shape=shape, device=where, processors=processors_of(where))
+        call = replace(call, shape=shape, device=where, card=card_of(where))
     config = SliceConfig.of(slicing)
     return answers(call, config, config.parsed_budget.bytes_on(where))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slicemod import kernels
+from slicemod.call import must_be_deterministic
 from slicemod.choose import CallPlans
 from slicemod.config import SliceConfig
 from slicemod.kernels.fused.running import pytorchs_choice
@@ -77,7 +78,7 @@ def key_of(inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[
     query, key, value, mask = inputs
     if is_watched(query, key, value):
         return None
-    place: tuple[int, int] | None = None
+    place: tuple[int, int, bool] | None = None
     if not (query.is_cpu and key.is_cpu and value.is_cpu):
         index = query.get_device()
         if not query.is_cuda or key.get_device() != index or value.get_device() != index:
@@ -85,7 +86,7 @@ def key_of(inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[
         # With its math kernel disabled, PyTorch raises for calls that it cannot fuse, instead of giving an answer.
         if not torch.backends.cuda.math_sdp_enabled():  # type: ignore[no-untyped-call]
             return None
-        place = index, pytorchs_choice(inputs, arguments)
+        place = index, pytorchs_choice(inputs, arguments), must_be_deterministic()
     if differentiates_forward():
         return None
     if mask is not None and not (type(mask) is Tensor and mask.device == query.device and mask.dim() == 4):
@@ -97,7 +98,7 @@ def key_of(inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[
         *(query.stride(), key.stride(), value.stride()),
         *(query.dtype, key.dtype, value.dtype),
         torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
-        None if mask is None else (mask.shape, mask.dtype, mask.requires_grad),
+        None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.requires_grad),
         *(arguments.is_causal, arguments.enable_gqa, arguments.scale, torch.get_num_threads(), place),
         *(slicing, kernels.KERNELS),
     )

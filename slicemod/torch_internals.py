@@ -32,6 +32,9 @@ def private(name: str) -> Any:
         ) from error
 
 
+# PyTorch's version, for what no name tells. Words like "a0" or "+cpu" come after these two numbers.
+PYTORCH = int(torch.__version__.split(".")[0]), int(torch.__version__.split(".")[1])
+
 # Is autocast on for any device? Faster than the two public questions, which need the name of a device.
 is_any_autocast_enabled: Callable[[], bool] = private("torch._C._is_any_autocast_enabled")
 

@@ -24,6 +24,7 @@ ORDER = (
     "operator.py",
     "half_precision.py",
     "memory/",
+    "card.py",
     "call.py",
     "plan.py",
     "layers/",

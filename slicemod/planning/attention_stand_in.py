@@ -60,7 +60,7 @@ class AttentionStandIn:
         layout = Layout(*layout_of(inputs, Arguments(dropout_p, is_causal, scale, enable_gqa)))
         ordinary_scale, threads = has_ordinary_scale(scale), torch.get_num_threads()
         device = torch.device(self._device_type)
-        # No processors are given: a device that is planned for need not be there.
+        # No card is given: a device that is planned for need not be there.
         self.calls.append(
             CallSpec(
                 attention_shape(sizes), query.dtype, device, self._training, ordinary_scale, layout, threads=threads

@@ -5,18 +5,26 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from slicemod.call import CallSpec
 from slicemod.half_precision import cpu_products
 from slicemod.kernels.fused.cpu_bytes import cpu_flash_peak
 from slicemod.kernels.fused.cpu_flash import differentiable_flash_attention, flash_attention
-from slicemod.kernels.fused.cuda_bytes import cuda_fused_peak
+from slicemod.kernels.fused.cuda_bytes import CUDNN, EFFICIENT, FLASH, cuda_fused_peak
+from slicemod.kernels.fused.cuda_conditions import kernels_of_card
 from slicemod.kernels.fused.obstacles import fused_obstacle
 from slicemod.kernels.fused.running import fused_attention, is_fused, sdpa
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
 from slicemod.kernels.second_order import with_second_derivatives
 from slicemod.plan import SlicePlan
 from slicemod.watched import is_watched
+
+_CUDA_KERNEL_OF = {
+    SDPBackend.FLASH_ATTENTION.value: FLASH,
+    SDPBackend.EFFICIENT_ATTENTION.value: EFFICIENT,
+    SDPBackend.CUDNN_ATTENTION.value: CUDNN,
+}
 
 
 class FusedKernel(Kernel):
@@ -50,12 +58,11 @@ class FusedKernel(Kernel):
 
         Autograd keeps the same tensors as after `attend`, because a checkpoint compares its second run with the first.
         """
-        query = inputs[0]
         if _is_plain_on_cpu(inputs, more):
             return _plain_on_cpu(more)
-        if is_fused(more.choice, query) and not more.training:
+        if is_fused(more.choice, inputs, more) and not more.training:
             return lambda *inputs: sdpa(inputs, more)
-        if is_fused(more.choice, query):
+        if is_fused(more.choice, inputs, more):
             return lambda *inputs: with_second_derivatives(sdpa(inputs, more), inputs, more)
         return super().prepare(plan, inputs, more)
 
@@ -74,9 +81,12 @@ def _plain_on_cpu(more: Arguments) -> Run:
 def fused_peak(call: CallSpec) -> int:
     """Peak bytes of PyTorch's fused attention beyond inputs, output and input gradients.
 
-    On CUDA it is the most that any of PyTorch's fused kernels takes.
+    On CUDA it is what PyTorch's choice takes. If PyTorch was not asked for it, as while a graph is traced, it is the
+    most that any kernel takes that can run the call.
     """
     if call.device.type == "cpu":
         products = cpu_products(call.dtype)
         return cpu_flash_peak(call.shape, call.threads, training=call.training, products=products)
-    return cuda_fused_peak(call.shape, training=call.training, processors=call.processors)
+    runs = kernels_of_card(call) if call.layout.runs is None else call.layout.runs
+    choice = _CUDA_KERNEL_OF.get(call.layout.choice)
+    return cuda_fused_peak(call, (choice,) if choice in runs else runs)

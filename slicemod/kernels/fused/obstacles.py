@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from slicemod.call import CallSpec, constant_bool
-from slicemod.kernels.fused.running import BACKENDS, pytorchs_choice
+from slicemod.kernels.fused.cuda_bytes import CUDA_KERNELS, CUDNN, EFFICIENT, FLASH
+from slicemod.kernels.fused.cuda_conditions import efficient_refuses, flash_refuses, kernels_of_card
+from slicemod.kernels.fused.running import BACKENDS, counts_cudnn, pytorchs_choice
 from slicemod.kernels.kernel import Arguments, Inputs
-from slicemod.torch_internals import FakeTensor, FakeTensorMode
+from slicemod.torch_internals import PYTORCH, FakeTensor, FakeTensorMode
 from slicemod.watched import PlainValues, constant_in_graph, is_watched
+
+_FIRST_GRADIENT_OF_A_MASK_ALONE = (2, 14)  # pytorch/pytorch#188302
 
 
 def fused_obstacle(call: CallSpec) -> str | None:
     """Why `F.scaled_dot_product_attention` would not run a fused kernel, or None if it would.
 
     For CPUs the conditions are those in ATen/native/transformers/sdp_utils_cpp.cpp of PyTorch. On CUDA and ROCm PyTorch
-    itself answered when the call was described (`Layout.fuses`). On other devices it cannot be known beforehand what
-    PyTorch chooses, which is an obstacle.
+    itself answered when the call was described (`Layout.runs`), or its conditions do (`cuda_conditions.py`). On MPS
+    they are those of `mps_attention.py`. On other devices it cannot be known beforehand what PyTorch chooses, which is
+    an obstacle.
     """
     shape, layout, device = call.shape, call.layout, call.device.type
     if device not in BACKENDS:
@@ -33,8 +38,6 @@ def fused_obstacle(call: CallSpec) -> str | None:
         return "fused kernels want the same heads for query, key and value"
     if shape.keys == 1 and call.training:
         return "fused kernels give query and key noise for a gradient, which is zero where there is one key"
-    if shape.values != shape.head_dim:
-        return f"fused kernels want values as wide as queries, got {shape.values} and {shape.head_dim}"
     if not layout.contiguous:
         return "fused kernels want the last dimension contiguous"
     if shape.mask is not None:
@@ -42,13 +45,38 @@ def fused_obstacle(call: CallSpec) -> str | None:
             return f"fused kernels want a mask of 2 or 4 dimensions, got {layout.mask_dims}"
         if shape.mask.other_dtype and not shape.mask.is_bool:
             return f"fused kernels want a mask of bool or {call.dtype}, got one of another dtype"
-        if layout.mask_requires_grad:  # PyTorch declines under no_grad too
-            return "fused kernels give the mask no gradient"
     if shape.causal and not call.ordinary_scale:
         return "fused kernels multiply the -inf of later keys by the scale, which is not positive"
-    if device == "cpu":
-        return "the CPU's fused kernel has no dropout" if shape.dropout else None
-    return None if layout.fuses else "PyTorch has no fused CUDA kernel for these sizes, this dtype or this GPU"
+    return _cpu_obstacle(call) if device == "cpu" else _cuda_obstacle(call)
+
+
+def _cpu_obstacle(call: CallSpec) -> str | None:
+    shape = call.shape
+    if shape.values != shape.head_dim:
+        return f"the CPU's fused kernel wants values as wide as queries, got {shape.values} and {shape.head_dim}"
+    if shape.mask is not None and call.layout.mask_requires_grad:  # PyTorch declines under no_grad too
+        return "the CPU's fused kernel gives the mask no gradient"
+    return "the CPU's fused kernel has no dropout" if shape.dropout else None
+
+
+def _cuda_obstacle(call: CallSpec) -> str | None:
+    shape, layout = call.shape, call.layout
+    if shape.mask is not None and shape.mask.keys < shape.keys:
+        return "PyTorch's CUDA kernels raise an error for a mask that is broadcast along the keys"
+    if layout.only_mask_requires_grad and call.training and PYTORCH < _FIRST_GRADIENT_OF_A_MASK_ALONE:
+        return "before PyTorch 2.14, a CUDA kernel crashes where nothing but the mask requires a gradient"
+    if layout.runs is None:
+        return None if kernels_of_card(call) else _refusals(call)
+    if layout.runs:
+        return None
+    if flash_refuses(call) is not None and efficient_refuses(call) is not None:
+        return _refusals(call)
+    return "PyTorch says that neither flash nor memory-efficient attention takes the call"
+
+
+def _refusals(call: CallSpec) -> str:
+    flash, efficient = flash_refuses(call), efficient_refuses(call)
+    return f"PyTorch has no fused CUDA kernel for it. Flash attention: {flash}. Memory-efficient attention: {efficient}"
 
 
 def layout_of(inputs: Inputs, arguments: Arguments) -> PlainValues:
@@ -65,35 +93,54 @@ def layout_of(inputs: Inputs, arguments: Arguments) -> PlainValues:
     )
     contiguous = query.stride(-1) == 1 and key.stride(-1) == 1 and value.stride(-1) == 1
     on_cuda = query.is_cuda and query.dim() in (3, 4)
+    mask_requires_grad = mask is not None and mask.requires_grad
     return (
         query.dim(),
         0 if mask is None else mask.dim(),
         constant_bool(contiguous),
         constant_bool(same_batch),
         constant_bool(same_heads),
-        mask is not None and mask.requires_grad,
-        fuses_on_cuda(inputs, arguments) if on_cuda else True,
+        mask_requires_grad,
+        mask_requires_grad and not any(tensor.requires_grad for tensor in (query, key, value)),
+        constant_bool(_is_merged(query)),
+        kernels_on_cuda(inputs, arguments) if on_cuda else None,
         pytorchs_choice(inputs, arguments) if on_cuda and not is_watched(query, key, value) else None,
     )
 
 
-def fuses_on_cuda(inputs: Inputs, arguments: Arguments) -> bool:
-    """Whether one of the fused CUDA kernels takes these arguments of `F.scaled_dot_product_attention`."""
+def _is_merged(query: Tensor) -> bool:
+    """The query lies as `(B, N, H, D)`, and so will the output of flash attention, which keeps the order of strides."""
+    if query.dim() < 3:
+        return True
+    heads, rows = query.shape[-3], query.shape[-2]
+    by_rows = heads == 1 or rows == 1 or query.stride(-2) >= query.stride(-3) > 0
+    batches = query.dim() == 3 or query.shape[0] == 1 or query.stride(0) >= max(query.stride(1), query.stride(2))
+    return by_rows and batches
+
+
+def kernels_on_cuda(inputs: Inputs, arguments: Arguments) -> tuple[str, ...]:
+    """Those of `CUDA_KERNELS` that take these arguments of `F.scaled_dot_product_attention`, as PyTorch says.
+
+    cuDNN's is left out where it is not known what it allocates.
+    """
     # In a graph, `if` and bool() make them constants. Of the dropout PyTorch only wants to know whether there is any.
     settings = 0.5 if arguments.dropout_p > 0 else 0.0, bool(arguments.is_causal), bool(arguments.enable_gqa)
     if not torch.compiler.is_dynamo_compiling():
-        return _ask_pytorch(*inputs, *settings)
+        with_cudnn = counts_cudnn(inputs, arguments)
+        return tuple(name for name in _ask_pytorch(*inputs, *settings) if with_cudnn or name != CUDNN)
     described = tuple(None if tensor is None else _description(tensor) for tensor in inputs)
-    return _ask_outside_of_the_graph(described, settings, torch.is_grad_enabled())
+    runs = _ask_outside_of_the_graph(described, settings, torch.is_grad_enabled())
+    return tuple(name for name in runs if name != CUDNN)  # a graph runs no cuDNN
 
 
-def _ask_pytorch(*inputs: Any) -> bool:
+def _ask_pytorch(*inputs: Any) -> tuple[str, ...]:
     params = torch.backends.cuda.SDPAParams(*inputs)
-    return (
-        torch.backends.cuda.can_use_flash_attention(params)
-        or torch.backends.cuda.can_use_efficient_attention(params)
-        or torch.backends.cuda.can_use_cudnn_attention(params)
-    )
+    asked = {
+        FLASH: torch.backends.cuda.can_use_flash_attention,
+        EFFICIENT: torch.backends.cuda.can_use_efficient_attention,
+        CUDNN: torch.backends.cuda.can_use_cudnn_attention,
+    }
+    return tuple(name for name in CUDA_KERNELS if asked[name](params))
 
 
 def _description(tensor: Tensor) -> PlainValues:
@@ -105,7 +152,7 @@ def _description(tensor: Tensor) -> PlainValues:
 @constant_in_graph
 def _ask_outside_of_the_graph(
     described: tuple[PlainValues | None, ...], settings: tuple[float, bool, bool], grad_enabled: bool
-) -> bool:
+) -> tuple[str, ...]:
     """`_ask_pytorch` for descriptions of tensors, because not every version of PyTorch can trace these questions."""
     tensors = [None if description is None else _stand_in(description) for description in described]
     with torch.set_grad_enabled(grad_enabled):

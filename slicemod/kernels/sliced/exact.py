@@ -54,22 +54,33 @@ def exact(shape: AttentionShape, given: Conditions) -> Slices:
         return whole(shape)
     if not on_cpu and chunks_allowed and (square := _square_chunks(shape, fits)) is not None:
         return square
-    best: Slices | None = None
-    for slices in _blocks(shape, fits, given):
-        best = best or slices
-        if _uses_well(shape, given, slices) and slices.steps(shape) <= best.steps(shape):
-            return slices
-    if best is not None:
-        return best
+    if blocks := list(_blocks(shape, fits, given)):
+        most = blocks[0].steps(shape) if on_cpu else min(slices.steps(shape) for slices in blocks)
+        few = [slices for slices in blocks if slices.steps(shape) <= most]
+        return next((slices for slices in few if _uses_well(shape, given, slices)), few[0])
     rows = Slices("query", 1, most_that_fits(shape.queries, lambda rows: fits(1, rows)))
     if chunks_allowed:
-        side = most_that_fits(min(shape.queries, shape.keys - 1), lambda side: fits(1, side, side))
-        chunks = Slices("query", 1, side, most_that_fits(shape.keys - 1, lambda keys: fits(1, side, keys)))
-        if side and (not rows.rows or chunks.steps(shape) <= CHUNKS_FOR_ROWS * rows.steps(shape)):
+        chunks = _chunks_of_a_head(shape, fits)
+        if chunks.rows and (not rows.rows or chunks.steps(shape) <= CHUNKS_FOR_ROWS * rows.steps(shape)):
             return chunks
     if rows.rows:
         return rows
     raise _too_small_for_a_row(shape, given)
+
+
+def _chunks_of_a_head(shape: AttentionShape, fits: Callable[[int, int, int], bool]) -> Slices:
+    """As many rows of one head as keys at a time; fewer rows as long as half of them need half as many chunks.
+
+    If little memory is left beside the query and the output of many rows, it holds few keys. No rows if nothing fits.
+    """
+
+    def chunks(rows: int) -> Slices:
+        return Slices("query", 1, rows, most_that_fits(shape.keys - 1, lambda keys: fits(1, rows, keys)))
+
+    best = chunks(most_that_fits(min(shape.queries, shape.keys - 1), lambda side: fits(1, side, side)))
+    while best.rows > 1 and 2 * (half := chunks(best.rows // 2)).steps(shape) <= best.steps(shape):
+        best = half
+    return best
 
 
 def _square_chunks(shape: AttentionShape, fits: Callable[[int, int, int], bool]) -> Slices | None:
@@ -102,6 +113,8 @@ def _blocks(shape: AttentionShape, fits: Callable[[int, int], bool], given: Cond
         rows = most_that_fits(shape.queries, lambda rows, heads=heads: fits(heads, rows))  # type: ignore[misc]
         if rows >= min(FEW_ROWS[given.training], shape.queries):
             yield Slices("query", shape.batch_heads if heads == shape.heads else heads_at_once(shape, heads), rows)
+        if rows == shape.queries and given.device_type != "cpu":
+            return  # fewer heads would be more slices
 
 
 def _uses_well(shape: AttentionShape, given: Conditions, slices: Slices) -> bool:

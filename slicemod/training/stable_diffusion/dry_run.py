@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from slicemod import SlicePlan, restore_attention
-from slicemod.call import CallSpec, processors_of
+from slicemod.call import CallSpec
+from slicemod.card import card_of
 from slicemod.choose import plans_of
 from slicemod.kernels import kernel_named
 from slicemod.memory.sizes import size_text
@@ -77,7 +78,7 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
     forecasts = []
     for bucket, images in sorted(counted.items()):
         traced = first.between(second, bucket.height * bucket.width - low**2, high**2 - low**2)
-        calls = [replace(call, processors=processors_of(device)) for call in traced.calls]
+        calls = [replace(call, card=card_of(device)) for call in traced.calls]
         answers = {call: _answer(model, call) for call in set(calls)}
         peak = traced.timeline.peak([answers[call][1] for call in calls])
         counted_calls = Counter(calls[: traced.layers])

@@ -105,7 +105,7 @@ QUERY = layer_like(2, 6, 67, 11)
     ("changes", "reason"),
     [
         ({"dropout_p": 0.3}, "no dropout"),
-        ({"attn_mask": torch.zeros(67, 67, requires_grad=True)}, "give the mask no gradient"),
+        ({"attn_mask": torch.zeros(67, 67, requires_grad=True)}, "gives the mask no gradient"),
         ({"attn_mask": torch.zeros(6, 67, 67)}, "a mask of 2 or 4 dimensions, got 3"),
         ({"attn_mask": torch.zeros(67, 67, dtype=torch.float64)}, "got one of another dtype"),
         ({"value": layer_like(2, 6, 67, 13)}, "values as wide as queries, got 13 and 11"),
@@ -192,12 +192,12 @@ def test_a_traced_call_asks_what_cuda_fuses_outside_of_the_graph(
         monkeypatch.setattr(torch.backends.cuda, question, answer)
     query = layer_like(2, 6, 67, width).to("meta").requires_grad_()
 
-    def attend(query: Tensor) -> tuple[Tensor, bool]:
-        return query * 2, obstacles.fuses_on_cuda((query, query, query, None), Arguments())
+    def attend(query: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        return query * 2, obstacles.kernels_on_cuda((query, query, query, None), Arguments())
 
     with torch.set_grad_enabled(grad_enabled):
-        _, fuses = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(query)
-    assert fuses == (width == 16)
+        _, runs = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)(query)
+    assert runs == (("flash", "efficient") if width == 16 else ())  # a graph runs no cuDNN
     assert set(asked) == {(query.shape, query.stride(), torch.float32, True, grad_enabled)}
 
 
