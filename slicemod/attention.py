@@ -9,10 +9,12 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from slicemod.attend import attend, attend_in_parts, plan_parts, recomputed
+from slicemod.call import needs_grad
 from slicemod.config import SliceConfig
-from slicemod.functional import planned_attention
 from slicemod.layers.heads import merge_heads, split_heads
 from slicemod.layers.projection import project
+from slicemod.layers.streaming import projections_of
 from slicemod.plan import SlicePlan
 
 
@@ -90,19 +92,30 @@ class MemoryAwareCrossAttention(nn.Module):
             NotEnoughMemoryError: no plan fits the budget.
             ValueError: the mask or the batch size does not fit.
         """
+        if self.slicing.recomputes_layers and needs_grad(x, context, mask, *self.parameters()):
+            return recomputed(self._attend, x, context, mask, additional_tokens, n_times_crossframe_attn_in_self)
+        return self._attend(x, context, mask, additional_tokens, n_times_crossframe_attn_in_self)
+
+    def _attend(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, additional_tokens: Tensor | None, frames: int
+    ) -> Tensor:
         own_tokens = x.shape[1]
         if additional_tokens is not None:
             x = torch.cat([additional_tokens, x], dim=1)
         context = x if context is None else context
+        if mask is None and not frames and (plan := plan_parts(self, x, context, self.heads)) is not None:
+            parts = projections_of(self.to_q, self.to_k, self.to_v, self.to_out, x)
+            if parts is not None:
+                output = attend_in_parts(self, plan, parts, x, context, self.scale)
+                return output if additional_tokens is None else output[:, -own_tokens:]
         query, key, value = project(self.to_q, x), project(self.to_k, context), project(self.to_v, context)
-        if n_times_crossframe_attn_in_self:
-            key = _first_of_each(key, n_times_crossframe_attn_in_self)
-            value = _first_of_each(value, n_times_crossframe_attn_in_self)
+        if frames:
+            key, value = _first_of_each(key, frames), _first_of_each(value, frames)
         heads = self.heads
         query, key, value = split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
         if mask is not None and _is_key_mask(mask, key):
             query, mask = _apply_key_mask(query, mask)
-        output = attend(self, query, key, value, mask, self.slicing, self.scale)
+        output = attend(self, query, key, value, mask, self.scale)
         del query, key, value  # frees them before the last projection allocates its output
         output = merge_heads(output)
         return project(self.to_out, output if additional_tokens is None else output[:, -own_tokens:])
@@ -111,25 +124,6 @@ class MemoryAwareCrossAttention(nn.Module):
         """Sizes, slicing and the last plan, in the module's `repr`."""
         plan = "" if self.plan is None else f", plan: {self.plan}"
         return f"heads={self.heads}, dim_head={self.dim_head}, {self.slicing}{plan}"
-
-
-def attend(
-    owner: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    slicing: SliceConfig,
-    scale: float,
-) -> Tensor:
-    """`sliced_attention` for a layer, `owner`, whose attribute `plan` becomes the plan of this call.
-
-    The attribute does not change while the layer is traced for compilation. The plan is a constant of the graph then.
-    """
-    output, plan = planned_attention(query, key, value, mask, scale=scale, slicing=slicing)
-    if not torch.compiler.is_compiling() and owner.plan is not plan:  # to set a module's attribute takes microseconds
-        owner.plan = plan
-    return output
 
 
 def _first_of_each(tensor: Tensor, times: int) -> Tensor:

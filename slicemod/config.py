@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import distributed
@@ -34,8 +34,9 @@ class SliceConfig:
             and fits the budget. Or the name of one ("native", "fused-float32", "fused", "math"), which then raises if
             it cannot run a call.
         steps: fixes the number of slices along the queries. Only the sliced kernel ("math") can do this.
-        checkpoint: the sliced kernel recomputes each slice in the backward pass. Otherwise it keeps the weights of all
-            slices, as autograd does.
+        checkpoint: what the backward pass computes again. True: the slices of the sliced kernel. "layer": also the
+            projections of a layer, which then keeps only its inputs. False: nothing; the sliced kernel keeps the
+            weights of all slices, as autograd does.
         upcast: the sliced kernel computes scores in float32.
 
     Raises:
@@ -46,7 +47,7 @@ class SliceConfig:
     policy: str = "exact"
     kernel: str = "auto"
     steps: int | None = None
-    checkpoint: bool = True
+    checkpoint: bool | Literal["layer"] = True
     upcast: bool = False
 
     # Also tells apart configs with budget=1 (a byte) and budget=1.0 (all that is free), which are equal in Python.
@@ -66,14 +67,22 @@ class SliceConfig:
                 f"steps: expected none with this kernel, which decides itself; got steps={steps} with "
                 f'kernel="{self.kernel}". Leave steps out, or take kernel="math".'
             )
-        for name in ("checkpoint", "upcast"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false; got {getattr(self, name)!r}. Write one of these.")
+        if not isinstance(self.checkpoint, bool) and self.checkpoint != "layer":
+            raise ValueError(
+                f'checkpoint: expected true, false or "layer"; got {self.checkpoint!r}. Write one of these.'
+            )
+        if not isinstance(self.upcast, bool):
+            raise ValueError(f"upcast: expected true or false; got {self.upcast!r}. Write one of these.")
 
     @property
     def terms(self) -> Terms:
         """What the user asks of a plan, besides the budget."""
-        return Terms(self.policy, self.steps, self.checkpoint, self.upcast)
+        return Terms(self.policy, self.steps, self.checkpoint is not False, self.upcast)
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """A layer keeps only its inputs for the backward pass, and computes all else again."""
+        return self.checkpoint == "layer"
 
     @classmethod
     def of(cls, slicing: SliceConfig | Mapping[str, Any] | None) -> SliceConfig:

@@ -39,6 +39,7 @@ ORDER = (
     "sdpa_report.py",
     "sdpa_mode.py",
     "reference.py",
+    "attend.py",
     "attention.py",
     "swap.py",
     "adapters/",

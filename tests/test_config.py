@@ -64,8 +64,8 @@ def test_the_default_is_exact_on_free_memory_with_recomputed_slices() -> None:
         ("steps", 2.0, "a whole number"),
         ("steps", True, "a whole number"),
         ("steps", "4", "a whole number"),
-        ("checkpoint", 1, "true or false"),
-        ("checkpoint", None, "true or false"),
+        ("checkpoint", 1, 'true, false or "layer"'),
+        ("checkpoint", "block", 'true, false or "layer"'),
         ("upcast", "yes", "true or false"),
     ],
 )

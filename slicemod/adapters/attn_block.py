@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slicemod.adapters.known_code import forward_methods
 from slicemod.adapters.own_code import names_in
 from slicemod.adapters.replacement import ReplacingHost
-from slicemod.attention import attend
+from slicemod.attend import attend
 from slicemod.config import SliceConfig
 from slicemod.plan import SlicePlan
 from slicemod.swap import HOSTS
@@ -61,7 +61,7 @@ class MemoryAwareAttnBlock(nn.Module):
             for projected in (self.q(normed), self.k(normed), self.v(normed))
         )
         del normed
-        output = attend(self, query, key, value, None, self.slicing, self.in_channels**-0.5)
+        output = attend(self, query, key, value, None, self.in_channels**-0.5)
         del query, key, value
         output = rearrange(output, "b 1 n c -> b c n")
         output = output.view(*output.shape[:2], *x.shape[2:])

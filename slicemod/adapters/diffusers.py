@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicemod.attention import attend
+from slicemod.attend import attend, attend_in_parts, plan_parts, recomputed
+from slicemod.call import needs_grad
 from slicemod.config import SliceConfig
 from slicemod.layers.heads import merge_heads, split_heads
 from slicemod.layers.projection import project
+from slicemod.layers.streaming import projections_of
 from slicemod.plan import SlicePlan
 
 
@@ -85,6 +87,19 @@ class SlicemodAttnProcessor:
         `more`, if it is given, takes the query `(B, H, N, D)` and the output of the attention `(B, N, H D)`, and
         returns the output to project.
         """
+        if self.slicing.recomputes_layers and needs_grad(hidden_states, encoder_hidden_states, *attn.parameters()):
+            return recomputed(self._compute, attn, hidden_states, encoder_hidden_states, attention_mask, temb, more)
+        return self._compute(attn, hidden_states, encoder_hidden_states, attention_mask, temb, more)
+
+    def _compute(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+        more: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor:
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -104,22 +119,30 @@ class SlicemodAttnProcessor:
         if mask is not None:
             # The mask of a layer with added projections is for the added keys. Padding it adds the layer's own keys.
             mask = _key_mask(attn, mask, len(residual), (tokens if added else encoder_hidden_states).shape[1])
-        query, key, value = (
-            split_heads(projected, attn.heads)
-            for projected in _projections(attn, hidden_states, encoder_hidden_states, self.fused_projections)
-        )
-        del tokens, hidden_states, encoder_hidden_states
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        output: Tensor = attend(self, query, key, value, mask, self.slicing, attn.scale)
-        del key, value
-        output = merge_heads(output).to(query.dtype)
-        if more is not None:
-            output = more(query, output)
-        del query  # frees it before the last projection allocates its output
-        output = attn.to_out[1](project(attn.to_out[0], output))
+        output: Tensor
+        in_parts = None
+        if mask is None and more is None and _has_only_projections(attn) and not self.fused_projections:
+            in_parts = plan_parts(self, hidden_states, encoder_hidden_states, attn.heads)
+        parts = in_parts and projections_of(attn.to_q, attn.to_k, attn.to_v, attn.to_out, hidden_states)
+        if parts:
+            output = attend_in_parts(self, in_parts, parts, hidden_states, encoder_hidden_states, attn.scale)
+        else:
+            query, key, value = (
+                split_heads(projected, attn.heads)
+                for projected in _projections(attn, hidden_states, encoder_hidden_states, self.fused_projections)
+            )
+            del tokens, hidden_states, encoder_hidden_states
+            if attn.norm_q is not None:
+                query = attn.norm_q(query)
+            if attn.norm_k is not None:
+                key = attn.norm_k(key)
+            output = attend(self, query, key, value, mask, attn.scale)
+            del key, value
+            output = merge_heads(output).to(query.dtype)
+            if more is not None:
+                output = more(query, output)
+            del query  # frees it before the last projection allocates its output
+            output = attn.to_out[1](project(attn.to_out[0], output))
         if is_image:
             output = output.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection or added:
@@ -140,6 +163,11 @@ def keep_signature(processor: type) -> None:
 
 
 keep_signature(SlicemodAttnProcessor)
+
+
+def _has_only_projections(attn: Any) -> bool:
+    """The layer does nothing to its queries, keys and values but to project them."""
+    return attn.add_k_proj is None and attn.norm_q is None and attn.norm_k is None
 
 
 def _projections(

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slicemod.call import needs_grad
 from slicemod.half_precision import cpu_products
 from slicemod.rounding import ceil_div
 from slicemod.torch_internals import differentiates_forward, has_any_global_hook, is_any_autocast_enabled
 from slicemod.watched import is_watched
 
+_PLAIN = (Tensor, nn.Parameter)
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 # How many multiplications a product has that is timed. Smaller products are not worth two calls; for larger ones oneDNN
@@ -49,20 +51,20 @@ def project(module: Any, x: Tensor) -> Tensor:
             x = project(part, x)
         return x
     if x.is_cpu and x.dtype in _HALF_PRECISION:
-        if type(module) is nn.Sequential and _is_plain(module, x):
+        if type(module) is nn.Sequential and is_plain(module, x):
             for part in module:
                 x = project(part, x)
             return x
         if type(module) is nn.Linear:
             products = x.numel() * module.out_features
             small = _LEAST_PRODUCTS <= products <= _MOST_PRODUCTS
-            if small and _is_plain(module, x) and _is_product(module, x) and _is_faster_in_halves(module, x):
+            if small and is_plain(module, x) and _is_product(module, x) and _is_faster_in_halves(module, x):
                 return _in_halves(module, x)
     output: Tensor = module(x)
     return output
 
 
-def _is_plain(module: nn.Module, x: Tensor) -> bool:
+def is_plain(module: nn.Module, x: Tensor) -> bool:
     """Nothing watches the operators, and no hook or changed `forward` would be missed if the module is not called."""
     if is_watched(x) or has_any_global_hook():
         return False
@@ -74,20 +76,33 @@ def _is_plain(module: nn.Module, x: Tensor) -> bool:
 
 
 def _is_product(linear: nn.Linear, x: Tensor) -> bool:
-    """The module is one product of plain tensors on a CPU, and no gradient is needed."""
-    if is_any_autocast_enabled() or differentiates_forward():
+    """The module is one product of plain contiguous tensors on a CPU, and no gradient is needed."""
+    return torch.get_num_threads() > 1 and x.is_cpu and x.is_contiguous() and _multiplies_plain_tensors(linear, x)
+
+
+def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
+    """`module(x)` is nothing but one product with the module's weight and bias, which need no gradient.
+
+    So it may be computed by its weights, for some rows or some columns at a time.
+    """
+    return type(module) is nn.Linear and is_plain(module, x) and _multiplies_plain_tensors(module, x)
+
+
+def _multiplies_plain_tensors(linear: nn.Linear, x: Tensor) -> bool:
+    """Weight and bias are plain contiguous tensors of the dtype and device of `x`, and no gradient is needed."""
+    if is_any_autocast_enabled() or differentiates_forward() or needs_grad(x):
         return False
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     if weight is None:  # a wrapper keeps it elsewhere
         return False
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    return torch.get_num_threads() > 1 and all(
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.is_cpu
+    return type(x) in _PLAIN and all(
+        type(tensor) in _PLAIN
         and tensor.is_contiguous()
+        and tensor.device == x.device
         and tensor.dtype == x.dtype
-        and not (tensor.requires_grad and torch.is_grad_enabled())
-        for tensor in tensors
+        and not needs_grad(tensor)
+        for tensor in (weight, bias)
+        if tensor is not None
     )
 
 
