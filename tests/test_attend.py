@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,10 +30,11 @@ def processed(slicing: dict[str, Any], width: int = 12, dropout: float = 0.0) ->
 every_layer = pytest.mark.parametrize("make", [module, processed])
 
 
-def gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
+def gradients(layer: Callable[..., Any], x: Tensor) -> list[Tensor]:
+    parameters = layer.parameters() if isinstance(layer, nn.Module) else []
     torch.manual_seed(3)  # of the dropout
     leaf = x.detach().requires_grad_()
-    return list(torch.autograd.grad(layer(leaf).square().sum(), [leaf, *layer.parameters()]))
+    return list(torch.autograd.grad(layer(leaf).square().sum(), [leaf, *parameters]))
 
 
 def kept_bytes(layer: nn.Module, x: Tensor) -> int:
@@ -42,7 +44,8 @@ def kept_bytes(layer: nn.Module, x: Tensor) -> int:
         return layer(x), layer(x)
 
     layer(x)
-    return peak_memory(twice) - peak_memory(lambda: layer(x)) - layer(x).nbytes
+    output: Tensor = layer(x)
+    return peak_memory(twice) - peak_memory(lambda: layer(x)) - output.nbytes
 
 
 @every_layer

@@ -120,12 +120,13 @@ class SlicemodAttnProcessor:
             # The mask of a layer with added projections is for the added keys. Padding it adds the layer's own keys.
             mask = _key_mask(attn, mask, len(residual), (tokens if added else encoder_hidden_states).shape[1])
         output: Tensor
-        in_parts = None
+        plan = parts = None
         if mask is None and more is None and _has_only_projections(attn) and not self.fused_projections:
-            in_parts = plan_parts(self, hidden_states, encoder_hidden_states, attn.heads)
-        parts = in_parts and projections_of(attn.to_q, attn.to_k, attn.to_v, attn.to_out, hidden_states)
-        if parts:
-            output = attend_in_parts(self, in_parts, parts, hidden_states, encoder_hidden_states, attn.scale)
+            plan = plan_parts(self, hidden_states, encoder_hidden_states, attn.heads)
+        if plan is not None:
+            parts = projections_of(attn.to_q, attn.to_k, attn.to_v, attn.to_out, hidden_states)
+        if plan is not None and parts is not None:
+            output = attend_in_parts(self, plan, parts, hidden_states, encoder_hidden_states, attn.scale)
         else:
             query, key, value = (
                 split_heads(projected, attn.heads)

@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Hashable
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def _is_product(linear: nn.Linear, x: Tensor) -> bool:
     return torch.get_num_threads() > 1 and x.is_cpu and x.is_contiguous() and _multiplies_plain_tensors(linear, x)
 
 
-def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
+def is_plain_linear(module: Any, x: Tensor) -> TypeGuard[nn.Linear]:
     """`module(x)` is nothing but one product with the module's weight and bias, which need no gradient.
 
     So it may be computed by its weights, for some rows or some columns at a time.

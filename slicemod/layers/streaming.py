@@ -70,8 +70,14 @@ def projections_of(query: nn.Module, key: nn.Module, value: nn.Module, output: A
         output, dropout = output
         if type(dropout) is not nn.Dropout or not is_plain(dropout, x) or (dropout.training and dropout.p > 0):
             return None
-    parts = Projections(query, key, value, output)
-    return parts if all(is_plain_linear(part, x) for part in parts) else None
+    if (
+        is_plain_linear(query, x)
+        and is_plain_linear(key, x)
+        and is_plain_linear(value, x)
+        and is_plain_linear(output, x)
+    ):
+        return Projections(query, key, value, output)
+    return None
 
 
 def stream(
@@ -129,12 +135,14 @@ def _ranges(size: int, step: int) -> Iterator[slice]:
 
 def _project(linear: nn.Linear, tokens: Tensor, columns: slice) -> Tensor:
     """Some columns of `linear(tokens)`."""
-    return F.linear(tokens, linear.weight[columns], None if linear.bias is None else linear.bias[columns])
+    bias = linear._parameters["bias"]
+    return F.linear(tokens, linear.weight[columns], None if bias is None else bias[columns])
 
 
 def _project_into(output: Tensor, linear: nn.Linear, tokens: Tensor) -> None:
     """Writes `linear(tokens)`, `(n, C)`, into the contiguous `output`."""
-    if linear.bias is None:
+    bias = linear._parameters["bias"]
+    if bias is None:
         torch.mm(tokens, linear.weight.t(), out=output)
     else:
-        torch.addmm(linear.bias, tokens, linear.weight.t(), out=output)
+        torch.addmm(bias, tokens, linear.weight.t(), out=output)
