@@ -79,6 +79,18 @@ cpu_flash_attention_backward: Any = private(
 softmax_backward_into: Any = private("torch.ops.aten._softmax_backward_data.out")
 
 
+def _bmm_widened_into() -> Callable[[Tensor, Tensor, Tensor], object] | None:
+    """`(left, right, out)`: the batched product of half precision, written into float32. None if PyTorch has none."""
+    operator = getattr(torch.ops.aten.bmm, "dtype_out", None)
+    if operator is None:
+        return None
+    return lambda left, right, out: operator(left, right, out.dtype, out=out)
+
+
+# `torch.bmm(..., out_dtype=torch.float32)`, which is public, with `out=`, which is not. For CUDA alone.
+bmm_widened_into = _bmm_widened_into()
+
+
 def _no() -> bool:
     return False
 

@@ -74,7 +74,7 @@ def chunked_forward(
                 weights, shrink = running.add(loop.scores(part, chunk, turn, keys))
                 if generator is not None:
                     weights.mul_(loop.draw(weights, generator))
-                grouped(written.mul_(shrink), chunk).baddbmm_(grouped(weights, chunk), values)
+                loop.add_weighted(written.mul_(shrink), weights, chunk, values)
             running.finish()
             written.div_(running.total)
             loop.settle(written, output, turn)
@@ -133,7 +133,8 @@ def chunked_backward(
                 factor = None if second_draw is None else loop.draw(weights, second_draw)
                 if value_sum is not None:
                     dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
-                    value_sum[:, keys].baddbmm_(grouped(dropped, chunk).transpose(1, 2), grouped(grad_part, chunk))
+                    columns = grouped(dropped, chunk).transpose(1, 2)
+                    loop.add_product(value_sum[:, keys], columns, grouped(grad_part, chunk))
                 if not (need_query or need_key or need_mask):
                     continue
                 torch.bmm(grouped(grad_part, chunk), values.transpose(1, 2), out=grouped(grad_weights, chunk))
@@ -141,9 +142,10 @@ def chunked_backward(
                     grad_weights.mul_(factor)
                 grad_scores = grad_weights.sub_(product).mul_(weights)
                 if written is not None:
-                    grouped(written, chunk).baddbmm_(grouped(grad_scores, chunk), chunk, alpha=call.scale)
+                    loop.add_product(grouped(written, chunk), grouped(grad_scores, chunk), chunk, alpha=call.scale)
                 if key_sum is not None:
-                    key_sum[:, keys].baddbmm_(grouped(grad_scores, chunk).transpose(1, 2), grouped(part, chunk))
+                    columns = grouped(grad_scores, chunk).transpose(1, 2)
+                    loop.add_product(key_sum[:, keys], columns, grouped(part, chunk))
                 if need_mask:
                     add_mask_gradient(loop, mask_sum, grad_scores, turn, keys)
             if written is not None:

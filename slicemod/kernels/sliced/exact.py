@@ -46,7 +46,7 @@ def exact(shape: AttentionShape, given: Conditions) -> Slices:
     chunks_allowed = given.checkpoint or not given.training  # weights that are kept need all keys
 
     def fits(heads: int, rows: int, keys: int = 0) -> bool:
-        tiles = Tiles.of_slice(shape, heads, rows, keys=keys)
+        tiles = given.tiles(shape, heads, rows, keys=keys)
         small = rows <= CPU_LEAST_ROWS or tiles.scores * tiles.shape.score_itemsize <= most_scores
         return small and given.affords(tiles)
 
@@ -119,11 +119,11 @@ def _blocks(shape: AttentionShape, fits: Callable[[int, int], bool], given: Cond
 
 def _uses_well(shape: AttentionShape, given: Conditions, slices: Slices) -> bool:
     """Whether the slices use most of the budget, or would still fit with one more row or head."""
-    tiles = Tiles.of_slice(shape, slices.heads, slices.rows)
+    tiles = given.tiles(shape, slices.heads, slices.rows)
     if slices.axis == "heads":
-        larger = Tiles.of_slice(shape, slices.heads + shape.group, slices.rows)
+        larger = given.tiles(shape, slices.heads + shape.group, slices.rows)
     else:
-        larger = Tiles.of_slice(shape, slices.heads, slices.rows + 1)
+        larger = given.tiles(shape, slices.heads, slices.rows + 1)
     return given.peak(tiles) >= WELL_USED * given.free_bytes or given.affords(larger)
 
 
@@ -139,7 +139,7 @@ def most_that_fits(size: int, fits: Callable[[int], bool]) -> int:
 def _too_small_for_a_row(shape: AttentionShape, given: Conditions) -> NotEnoughMemoryError:
     def least(shape: AttentionShape) -> Tiles:
         """The smallest slice: one row of one head, with one key if the weights need not be kept."""
-        row, score = Tiles.of_slice(shape, 1, 1), Tiles.of_slice(shape, 1, 1, keys=1)
+        row, score = given.tiles(shape, 1, 1), given.tiles(shape, 1, 1, keys=1)
         if given.training and not given.checkpoint:
             return row
         return min(row, score, key=given.peak)

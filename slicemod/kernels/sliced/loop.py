@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slicemod.call import attention_shape, attention_sizes
 from slicemod.kernels.outputs import empty_gradients, empty_heads
+from slicemod.kernels.sliced.products import Products, products_of
 from slicemod.kernels.sliced.tiles import Tiles
 from slicemod.kernels.sliced.workspace import Workspace
 from slicemod.torch_internals import softmax_backward_into
@@ -36,6 +37,7 @@ class SlicedCall:
         seed: the seed of the dropout's random numbers, the same for both passes; None without dropout.
         items: batch items that are computed together.
         keys: keys of a chunk; 0 for all at once.
+        products: how the device multiplies; found by the type of the query's device if it is None.
     """
 
     dropout_p: float
@@ -47,6 +49,7 @@ class SlicedCall:
     seed: Tensor | None
     items: int = 1
     keys: int = 0
+    products: Products | None = None
 
 
 class Turn(NamedTuple):
@@ -77,7 +80,9 @@ class TurnLoop:
         shape = attention_shape(sizes)
         if shape.mask is not None:
             shape = replace(shape, mask=replace(shape.mask, has_grad=mask_grad))
-        self.tiles = Tiles.of_slice(shape, call.heads, call.rows, call.items, call.keys)
+        products = call.products or products_of(query.device.type, query.element_size(), query.shape[3])
+        self.tiles = Tiles.of_slice(shape, call.heads, call.rows, call.items, call.keys, products)
+        self.products = products
         self.shape = self.tiles.shape
         self.dtype = torch.float32 if self.tiles.converts else query.dtype
         self.all_keys = slice(0, self.shape.keys)
@@ -124,13 +129,57 @@ class TurnLoop:
             part.copy_(written.view(part.shape))
 
     def scaled_query(self, turn: Turn) -> Tensor:
-        """The scaled query of a turn, `(items * heads, r, D)`."""
-        return self.copied("query", self.query[turn]).mul_(self.call.scale)
+        """The scaled query of a turn, `(items * heads, r, D)`. If products are widened, as it is: `scores` scales."""
+        part = self.query[turn]
+        if self.widens:
+            return self.space.narrow_tile("query", part.dtype, *part.shape).copy_(part).flatten(0, 1)
+        return self.copied("query", part).mul_(self.call.scale)
+
+    @property
+    def widens(self) -> bool:
+        """Half precision is multiplied as it is in this pass, with results in float32."""
+        return "rounded" in self.space
+
+    def add_weighted(self, target: Tensor, weights: Tensor, key: Tensor, value: Tensor) -> None:
+        """Add the values of some keys, weighted, to `target`, `(items * heads, r, Dv)`. `key` tells the heads."""
+        if self.widens and self.products.widened is not None:
+            rounded = self.space.narrow_tile("rounded", value.dtype, *weights.shape).copy_(weights)
+            product = self.space.tile("product", *target.shape)
+            self.products.widened(rounded, value, product)
+            target.add_(product)
+        else:
+            self.add_product(grouped(target, key), grouped(weights, key), value)
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """`left` times `right`, written into `out`. As a sum of several products if the device sums no more terms."""
+        terms, most = left.shape[2], self.products.most_terms
+        if most is None or terms <= most:
+            torch.bmm(left, right, out=out)
+            return
+        torch.bmm(left[:, :, :most], right[:, :most], out=out)
+        self.add_product(out, left[:, :, most:], right[:, most:])
+
+    def add_product(self, target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+        """Add `alpha` times `left` times `right` to `target`.
+
+        If the device cannot add a product to a tensor that is not contiguous, it goes through a tile, always.
+        """
+        if self.products.adds_into_views:
+            target.baddbmm_(left, right, alpha=alpha)
+            return
+        product = self.space.tile("product", *target.shape)
+        for terms in ranges(0, left.shape[2], self.products.most_terms or left.shape[2]):
+            torch.bmm(left[:, :, terms], right[:, terms], out=product)
+            target.add_(product, alpha=alpha)
 
     def scores(self, query: Tensor, key: Tensor, turn: Turn, keys: slice) -> Tensor:
         """Scaled and masked scores of one turn with some keys, `(items * heads, r, m)`."""
         scores = self.space.tile("scores", query.shape[0], query.shape[1], key.shape[1])
-        torch.bmm(grouped(query, key), key.transpose(1, 2), out=grouped(scores, key))
+        if self.widens and self.products.widened is not None:
+            self.products.widened(query, key.transpose(1, 2), scores)
+            scores.mul_(self.call.scale)
+        else:
+            torch.bmm(grouped(query, key), key.transpose(1, 2), out=grouped(scores, key))
         if self.call.is_causal:
             # Blocks that no query sees are computed too: SDPA multiplies their values by zero, so NaN in a value stays
             # NaN.
@@ -217,7 +266,7 @@ def math_forward(
             if generator is not None:
                 weights.mul_(loop.draw(weights, generator))
             written = loop.place("output", output, turn)  # (items * heads, r, Dv)
-            torch.bmm(grouped(weights, keys), values, out=grouped(written, keys))
+            loop.multiply(grouped(weights, keys), values, grouped(written, keys))
             loop.settle(written, output, turn)
     return output, kept
 
@@ -263,7 +312,7 @@ def math_backward(
             factor = None if generator is None else loop.draw(weights, generator)
             if value_sum is not None:
                 dropped = weights if factor is None else torch.mul(weights, factor, out=grad_weights)
-                value_sum.baddbmm_(grouped(dropped, keys).transpose(1, 2), grouped(grad_part, keys))
+                loop.add_product(value_sum, grouped(dropped, keys).transpose(1, 2), grouped(grad_part, keys))
             if not (need_query or need_key or need_mask):
                 continue
             torch.bmm(grouped(grad_part, keys), values.transpose(1, 2), out=grouped(grad_weights, keys))
@@ -272,11 +321,11 @@ def math_backward(
             grad_scores = loop.softmax_backward(grad_weights, weights)
             if need_query:
                 written = loop.place("grad_query", grad_query, turn)  # (items * heads, r, D)
-                torch.bmm(grouped(grad_scores, keys), keys, out=grouped(written, keys))
+                loop.multiply(grouped(grad_scores, keys), keys, grouped(written, keys))
                 written.mul_(call.scale)
                 loop.settle(written, grad_query, turn)
             if key_sum is not None:
-                key_sum.baddbmm_(grouped(grad_scores, keys).transpose(1, 2), grouped(part, keys))
+                loop.add_product(key_sum, grouped(grad_scores, keys).transpose(1, 2), grouped(part, keys))
             if need_mask:
                 add_mask_gradient(loop, mask_sum, grad_scores, turn, loop.all_keys)
         settle_sums(loop, items, key_heads, (grad_key, key_sum), (grad_value, value_sum))

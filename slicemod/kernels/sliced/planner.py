@@ -9,7 +9,7 @@ from slicemod.call import AttentionShape
 from slicemod.kernels.sliced import webui_policies
 from slicemod.kernels.sliced.exact import exact, most_that_fits
 from slicemod.kernels.sliced.slices import Conditions, Slices, balanced_rows
-from slicemod.kernels.sliced.tiles import Tiles, items_at_once
+from slicemod.kernels.sliced.tiles import items_at_once
 from slicemod.plan import SlicePlan, not_enough
 
 POLICIES: dict[str, Callable[[AttentionShape, Conditions], Slices]] = {
@@ -49,14 +49,14 @@ def _plan(
     chosen = decide(shape, given) if steps is None else balanced_rows(shape, steps)
     axis, heads, rows, keys = chosen
     items = items_at_once(shape, heads, rows)
-    tiles = Tiles.of_slice(shape, heads, rows, items, keys)
+    tiles = given.tiles(shape, heads, rows, items, keys)
     if items > 1:
-        together = most_that_fits(items, lambda items: given.affords(Tiles.of_slice(shape, heads, rows, items, keys)))
-        tiles = Tiles.of_slice(shape, heads, rows, max(1, together), keys)
+        together = most_that_fits(items, lambda items: given.affords(given.tiles(shape, heads, rows, items, keys)))
+        tiles = given.tiles(shape, heads, rows, max(1, together), keys)
     if not given.allows(tiles):  # then a turn of the loop computes only a part of a slice
-        heads = most_that_fits(tiles.heads, lambda heads: given.allows(Tiles.of_slice(shape, heads, rows))) or 1
-        rows = most_that_fits(rows, lambda rows: given.allows(Tiles.of_slice(shape, heads, rows))) or 1
-        tiles = Tiles.of_slice(shape, heads, rows)
+        heads = most_that_fits(tiles.heads, lambda heads: given.allows(given.tiles(shape, heads, rows))) or 1
+        rows = most_that_fits(rows, lambda rows: given.allows(given.tiles(shape, heads, rows))) or 1
+        tiles = given.tiles(shape, heads, rows)
     return SlicePlan(
         axis=axis,
         steps=chosen.steps(shape),

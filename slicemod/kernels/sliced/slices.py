@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from slicemod.call import AttentionShape
+from slicemod.kernels.sliced.products import products_of
 from slicemod.kernels.sliced.tiles import Tiles
 from slicemod.plan import BUFFER_CAPS, Axis
 from slicemod.rounding import ceil_div
@@ -47,18 +48,26 @@ class Conditions(NamedTuple):
     training: bool
     checkpoint: bool
 
+    def tiles(self, shape: AttentionShape, heads: int, rows: int, items: int = 1, keys: int = 0) -> Tiles:
+        """The tiles of a slice on this type of device."""
+        products = products_of(self.device_type, shape.itemsize, shape.head_dim)
+        return Tiles.of_slice(shape, heads, rows, items, keys, products)
+
     def peak(self, tiles: Tiles) -> int:
         """Peak bytes of a call in these tiles."""
         return tiles.peak(training=self.training, checkpoint=self.checkpoint)
 
     def affords(self, tiles: Tiles) -> bool:
-        """The tiles fit the free bytes, and no buffer is larger than the device allows."""
+        """The tiles fit the free bytes, and the device allows them."""
         return self.peak(tiles) <= self.free_bytes and self.allows(tiles)
 
     def allows(self, tiles: Tiles) -> bool:
-        """No buffer is larger than the device allows (`BUFFER_CAPS`)."""
+        """No buffer is larger than the device allows (`BUFFER_CAPS`), and there are no more scores at a time."""
         largest = tiles.largest_buffer(training=self.training, checkpoint=self.checkpoint)
-        return largest <= BUFFER_CAPS.get(self.device_type, largest)
+        most_scores = tiles.products.most_scores
+        kept = 0 if self.checkpoint or not self.training else tiles.shape.scores_bytes // tiles.shape.score_itemsize
+        few = most_scores is None or max(tiles.scores, kept) <= most_scores
+        return few and largest <= BUFFER_CAPS.get(self.device_type, largest)
 
 
 def whole(shape: AttentionShape) -> Slices:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slicemod.call import AttentionShape
-from slicemod.rounding import round_up
+from slicemod.kernels.sliced.products import PLAIN, Products
+from slicemod.rounding import ceil_div, round_up
 
 # Batch items are computed together up to this many scores. However few scores a turn of the loop has, it costs about
 # 0.1 ms for the calls of PyTorch (0.12 ms on an AMD EPYC in November 2026).
@@ -60,9 +61,18 @@ class Tiles:
     rows: int
     items: int = 1
     keys: int = 0
+    products: Products = PLAIN
 
     @classmethod
-    def of_slice(cls, shape: AttentionShape, heads: int, rows: int, items: int = 1, keys: int = 0) -> Tiles:
+    def of_slice(
+        cls,
+        shape: AttentionShape,
+        heads: int,
+        rows: int,
+        items: int = 1,
+        keys: int = 0,
+        products: Products = PLAIN,
+    ) -> Tiles:
         """The tiles for a slice of `heads` of the `B*H` heads by `rows` rows.
 
         Args:
@@ -71,11 +81,12 @@ class Tiles:
             rows: query rows of the slice.
             items: batch items that are computed together.
             keys: keys of a chunk; 0 for all. With chunks, half precision is summed in float32.
+            products: how the device multiplies.
         """
         keys = keys if 0 < keys < shape.keys else 0
         if keys:
             shape = replace(shape, upcast=True)
-        return cls(shape, heads_at_once(shape, heads), max(1, min(rows, shape.queries)), items, keys)
+        return cls(shape, heads_at_once(shape, heads), max(1, min(rows, shape.queries)), items, keys, products)
 
     @property
     def _all_heads(self) -> int:
@@ -110,6 +121,20 @@ class Tiles:
         This is so for scores of another dtype, for several items, and for strides that a product cannot read.
         """
         return self.converts or self.shape.irregular or self.items > 1
+
+    @property
+    def widens(self) -> bool:
+        """In the forward pass, half precision is multiplied as it is, with results in float32.
+
+        This is so in chunks of keys, whose weights are at most 1 and can be rounded as flash attention rounds them.
+        """
+        in_place = self.shape.group == 1 and self.items == 1 and not self.shape.irregular
+        return self.keys > 0 and self.converts and in_place and self.products.widened is not None
+
+    @property
+    def splits_keys(self) -> bool:
+        """A product that sums over the keys is made of several, because the device sums no more terms."""
+        return self.products.most_terms is not None and self.keys_at_once > self.products.most_terms
 
     @property
     def accumulates(self) -> bool:
@@ -177,8 +202,13 @@ class Tiles:
             sizes["dropout"] = self.scores
         if self.stages:
             sizes["output"] = self.output
-        if self.gathers:
+        if self.widens:  # both in half precision: two elements in the place of one
+            sizes |= {"query": ceil_div(self.query, 2), "rounded": ceil_div(self.scores, 2)}
+        elif self.gathers:
             sizes |= {"key": self.key, "value": self.value}
+        through_tile = not self.products.adds_into_views and (self.keys > 0 or self.splits_keys)
+        if self.widens or through_tile:
+            sizes["product"] = self.output
         return {name: _in_lines(size) for name, size in sizes.items()}
 
     @property
@@ -186,7 +216,10 @@ class Tiles:
         """Elements of each tile of the backward pass, which computes the weights again."""
         # On CUDA the kernel later uses the tile of the output's gradient for one number for each row.
         output = max(self.output, self._all_heads * self.rows)
-        sizes = self.forward | {"output": _in_lines(output), "grad_scores": _in_lines(self.scores)}
+        forward = replace(self, products=self.products._replace(widened=None)).forward  # it rounds no gradients
+        sizes = forward | {"output": _in_lines(output), "grad_scores": _in_lines(self.scores)}
+        if not self.products.adds_into_views:
+            sizes["product"] = _in_lines(max(self.query, self.output, self.key, self.value))
         if self.stages:
             sizes["grad_query"] = _in_lines(self.query)
         if self.keys:
@@ -201,7 +234,8 @@ class Tiles:
 
     def workspace(self, *, training: bool) -> int:
         """Bytes of the single buffer that holds all tiles."""
-        return sum((self.backward if training else self.forward).values()) * self.shape.score_itemsize
+        passes = (self.forward, self.backward) if training else (self.forward,)
+        return max(sum(sizes.values()) for sizes in passes) * self.shape.score_itemsize
 
     def largest_buffer(self, *, training: bool, checkpoint: bool = True) -> int:
         """Bytes of the largest single allocation: of the workspace, or of the weights that are kept."""

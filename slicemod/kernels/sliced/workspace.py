@@ -20,3 +20,7 @@ class Workspace:
         """The first elements of the tile `name`, in the shape `sizes`. All of its elements if a size is -1."""
         tile = self._tiles[name]
         return (tile if -1 in sizes else tile[: math.prod(sizes)]).view(sizes)
+
+    def narrow_tile(self, name: str, dtype: torch.dtype, *sizes: int) -> Tensor:
+        """The first bytes of the tile `name` as elements of another dtype, in the shape `sizes`."""
+        return self._tiles[name].view(dtype)[: math.prod(sizes)].view(sizes)

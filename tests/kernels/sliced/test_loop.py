@@ -171,7 +171,7 @@ def test_the_sizes_of_a_call_are_plain_and_complete() -> None:
     shape = attention_shape(sizes)
     assert (shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim) == (2, 6, 61, 53, 11)
     assert (shape.key_heads, shape.itemsize, shape.upcast, shape.dropout, shape.causal) == (2, 2, True, True, False)
-    assert shape.mask == MaskShape(1, 6, 61, 53, is_bool=True, other_dtype=True)
+    assert shape.mask == MaskShape(1, 6, 61, 53, is_bool=True, other_dtype=True, unaligned=True)
 
 
 @pytest.mark.parametrize(
