@@ -114,7 +114,7 @@ class MemoryAwareCrossAttention(nn.Module):
         heads = self.heads
         query, key, value = split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
         if mask is not None and _is_key_mask(mask, key):
-            query, mask = _apply_key_mask(query, mask)
+            query, mask = apply_key_mask(query, mask)
         output = attend(self, query, key, value, mask, self.scale)
         del query, key, value  # frees them before the last projection allocates its output
         output = merge_heads(output)
@@ -141,7 +141,7 @@ def _is_key_mask(mask: Tensor, key: Tensor) -> bool:
     return mask.dtype == torch.bool and mask.shape[0] == batch and mask.numel() == batch * keys
 
 
-def _apply_key_mask(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def apply_key_mask(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Query and SDPA mask `(B, 1, 1, M)` with the result that LDM's mask gives.
 
     LDM masks by a large negative number instead of -inf. An item whose keys are all masked then looks at all of them

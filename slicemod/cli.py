@@ -31,6 +31,7 @@ class Command(NamedTuple):
 
 TRAINING = "slicemod.training.commands"
 FIT, FIT_OPTIONS = f"{TRAINING}.fit_command", f"{TRAINING}.fit_options"
+INSTALL, INSTALL_OPTIONS = "slicemod.integrations.install_command", "slicemod.integrations.install_options"
 COMMANDS = {
     "fit": Command(FIT, "train or fine-tune what a YAML file describes", FIT_OPTIONS),
     "validate": Command(FIT, "measure a checkpoint on the validation split", FIT_OPTIONS),
@@ -57,6 +58,8 @@ COMMANDS = {
         "time attention against its peers on this machine",
         "slicemod.bench.bench_options",
     ),
+    "install": Command(INSTALL, "put slicemod into ComfyUI or a webui", INSTALL_OPTIONS),
+    "uninstall": Command(INSTALL, "take it out of there again", INSTALL_OPTIONS),
 }
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is the shell's for Ctrl-C
 

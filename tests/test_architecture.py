@@ -48,6 +48,7 @@ ORDER = (
     "user_error.py",
     "arguments.py",
     "hidden_packages.py",
+    "integrations/",
     "planning/",
     "bench/",
     "training/common/",

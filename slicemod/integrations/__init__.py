@@ -1,0 +1,1 @@
+"""slicemod within other programs: what `slicemod install` puts there, and what that then calls."""

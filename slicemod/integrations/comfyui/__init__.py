@@ -1,0 +1,1 @@
+"""slicemod in ComfyUI: two nodes, and the attention that they choose for a model."""
