@@ -75,6 +75,9 @@ cpu_flash_attention_backward: Any = private(
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 )
 
+# PyTorch's attention on Metal. Where it is not there, the sliced kernel takes the calls.
+metal_attention_operator: Any = getattr(torch.ops.aten, "_scaled_dot_product_attention_math_for_mps", None)
+
 # The backward pass of a softmax, written into an existing tensor.
 softmax_backward_into: Any = private("torch.ops.aten._softmax_backward_data.out")
 

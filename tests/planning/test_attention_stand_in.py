@@ -39,7 +39,13 @@ def test_a_call_has_the_sizes_of_its_tensors(device_type: str, upcast: bool) -> 
 
 @pytest.mark.parametrize(
     ("device_type", "keys", "named"),
-    [("cpu", 5, None), ("cuda", 5, None), ("mps", 5, "not known"), ("cpu", 1, "one key"), ("cuda", 1, "one key")],
+    [
+        ("cpu", 5, None),
+        ("cuda", 5, None),
+        ("mps", 5, "all scores on Metal"),
+        ("cpu", 1, "one key"),
+        ("cuda", 1, "one key"),
+    ],
 )
 def test_a_call_knows_why_it_would_not_be_fused(device_type: str, keys: int, named: str | None) -> None:
     recorder = MemoryRecorder(no_temporaries)

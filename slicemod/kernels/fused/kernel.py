@@ -1,4 +1,4 @@
-"""PyTorch's own fused attention: flash, memory-efficient or cuDNN, as PyTorch chooses."""
+"""PyTorch's own fused attention: flash, memory-efficient, cuDNN or Metal's, as PyTorch chooses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from slicemod.kernels.fused.cpu_bytes import cpu_flash_peak
 from slicemod.kernels.fused.cpu_flash import differentiable_flash_attention, flash_attention
 from slicemod.kernels.fused.cuda_bytes import CUDNN, EFFICIENT, FLASH, cuda_fused_peak
 from slicemod.kernels.fused.cuda_conditions import kernels_of_card
+from slicemod.kernels.fused.metal_attention import metal_attention, metal_peak
 from slicemod.kernels.fused.obstacles import fused_obstacle
 from slicemod.kernels.fused.running import fused_attention, is_fused, sdpa
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
@@ -46,6 +47,8 @@ class FusedKernel(Kernel):
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """PyTorch's function, in a way that lets PyTorch run nothing but a fused kernel."""
+        if inputs[0].device.type == "mps":
+            return metal_attention(inputs, more)
         if is_watched(*inputs[:3]):
             return fused_attention(inputs, more)
         if _is_plain_on_cpu(inputs, more):
@@ -87,6 +90,8 @@ def fused_peak(call: CallSpec) -> int:
     if call.device.type == "cpu":
         products = cpu_products(call.dtype)
         return cpu_flash_peak(call.shape, call.threads, training=call.training, products=products)
+    if call.device.type == "mps":
+        return metal_peak(call.shape)
     runs = kernels_of_card(call) if call.layout.runs is None else call.layout.runs
     choice = _CUDA_KERNEL_OF.get(call.layout.choice)
     return cuda_fused_peak(call, (choice,) if choice in runs else runs)

@@ -11,6 +11,7 @@ from torch import Tensor
 from slicemod.call import CallSpec, constant_bool
 from slicemod.kernels.fused.cuda_bytes import CUDA_KERNELS, CUDNN, EFFICIENT, FLASH
 from slicemod.kernels.fused.cuda_conditions import efficient_refuses, flash_refuses, kernels_of_card
+from slicemod.kernels.fused.metal_attention import metal_refuses
 from slicemod.kernels.fused.running import BACKENDS, counts_cudnn, pytorchs_choice
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.torch_internals import PYTORCH, FakeTensor, FakeTensorMode
@@ -24,11 +25,11 @@ def fused_obstacle(call: CallSpec) -> str | None:
 
     For CPUs the conditions are those in ATen/native/transformers/sdp_utils_cpp.cpp of PyTorch. On CUDA and ROCm PyTorch
     itself answered when the call was described (`Layout.runs`), or its conditions do (`cuda_conditions.py`). On MPS
-    they are those of `mps_attention.py`. On other devices it cannot be known beforehand what PyTorch chooses, which is
-    an obstacle.
+    they are those of `metal_attention.py`. On other devices it cannot be known beforehand what PyTorch chooses, which
+    is an obstacle.
     """
     shape, layout, device = call.shape, call.layout, call.device.type
-    if device not in BACKENDS:
+    if device not in (*BACKENDS, "mps"):
         return f"it is not known whether PyTorch runs a fused kernel on {device!r}"
     if layout.dims not in (3, 4):
         return f"fused kernels want (B, H, N, D) or (H, N, D), and query has {layout.dims} dimensions"
@@ -47,6 +48,8 @@ def fused_obstacle(call: CallSpec) -> str | None:
             return f"fused kernels want a mask of bool or {call.dtype}, got one of another dtype"
     if shape.causal and not call.ordinary_scale:
         return "fused kernels multiply the -inf of later keys by the scale, which is not positive"
+    if device == "mps":
+        return metal_refuses(call)
     return _cpu_obstacle(call) if device == "cpu" else _cuda_obstacle(call)
 
 
