@@ -24,6 +24,7 @@ from slicemod.cli import main
 from slicemod.kernels.native.build import native_obstacle
 from tests.bench.tiny import measure_little
 from tests.documents import PAGES, ROOT, commands
+from tests.integrations import program_folders
 from tests.training import tiny_stable_diffusion
 from tests.training.tiny import tiny_config
 
@@ -83,6 +84,8 @@ def test_slicemod_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.M
     del content["trainer"]["callbacks"][0]["init_args"]["dirpath"]  # the run's own
     content["run"] = "sd15_lora"
     (tmp_path / "configs" / "sd15_lora.yaml").write_text(yaml.safe_dump(content))
+    program_folders.comfyui(tmp_path / "ComfyUI")
+    program_folders.webui(tmp_path / "stable-diffusion-webui")
     monkeypatch.chdir(tmp_path)
     for command in here(page)["slicemod"]:
         if command == "slicemod kernels --build" and native_obstacle() is not None:

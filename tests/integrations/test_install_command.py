@@ -13,39 +13,13 @@ from slicemod.cli import BAD_INPUT, main
 from slicemod.integrations import install_command, program_python
 from slicemod.integrations.installed_folder import MARKER
 from slicemod.integrations.programs import PROGRAMS
-
-ATTENTION = "comfy/ldm/modules/attention.py"
-
-
-def written(root: Path, files: dict[str, str]) -> Path:
-    """A folder with these files, and folders where a name ends in a slash."""
-    for name, text in files.items():
-        path = root / name
-        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
-        if not name.endswith("/"):
-            path.write_text(text, encoding="utf-8")
-    return root
+from tests.integrations import program_folders
+from tests.integrations.program_folders import ATTENTION, forge, webui, written
 
 
 @pytest.fixture
 def comfyui(tmp_path: Path) -> Path:
-    files = {ATTENTION: 'transformer_options["optimized_attention_override"]', "custom_nodes/": "", "main.py": ""}
-    return written(tmp_path / "My ComfyUI", files)
-
-
-def webui(root: Path, hijack: str = "optimizers = []\n\n\ndef list_optimizers():\n    ...\n") -> Path:
-    files = {
-        "modules/script_callbacks.py": "",
-        "modules/shared_options.py": "",
-        "modules/sd_hijack.py": hijack,
-        "extensions/": "",
-        "webui.py": "",
-    }
-    return written(root, files)
-
-
-def forge(root: Path) -> Path:
-    return written(webui(root, "# def list_optimizers():\n"), {"backend/attention.py": "", "backend/nn/": ""})
+    return program_folders.comfyui(tmp_path / "My ComfyUI")
 
 
 def files_in(root: Path) -> dict[str, bytes]:

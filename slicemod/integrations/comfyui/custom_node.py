@@ -35,11 +35,14 @@ class NoPlans(NotInstalled):
 
 
 try:
+    from slicemod.integrations.needed_torch import ensure_torch_is_new_enough
+
+    ensure_torch_is_new_enough()
     from slicemod.integrations.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 except ImportError as error:
     NotInstalled.reason = (
-        f"slicemod cannot be imported by the Python that ComfyUI runs in, {sys.executable}: {error}. Install it there, "
-        f'then restart ComfyUI: "{sys.executable}" -m pip install --no-deps "{SOURCE}" einops'
+        f"slicemod cannot be imported by the Python that ComfyUI runs in, {sys.executable}: {error}. What installs it "
+        f'there, before ComfyUI is started again: "{sys.executable}" -m pip install --no-deps "{SOURCE}" einops'
     )
     print(f"[slicemod] {NotInstalled.reason}", file=sys.stderr)
     NODE_CLASS_MAPPINGS = {"SlicemodAttention": NotInstalled, "SlicemodPlans": NoPlans}
