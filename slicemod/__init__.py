@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slicemod.functional import planned_attention, sliced_attention
     from slicemod.memory.free_memory import free_memory
     from slicemod.plan import NotEnoughMemoryError, SlicePlan
+    from slicemod.planning.picture import plan_picture as plan_picture
     from slicemod.sdpa_mode import sliced_sdpa
     from slicemod.sdpa_report import SdpaReport
     from slicemod.swap import SwapReport, restore_attention, swap_attention
@@ -43,8 +44,15 @@ __all__ = [
 ]
 
 
+# Public too, but left out of `import *`, because it needs diffusers.
+_PLANNING = {"plan_picture": "slicemod.planning.picture"}
+
+
 def __getattr__(name: str) -> Any:
     """A public name, or a module of this package."""
+    if name in _PLANNING:
+        globals()[name] = getattr(import_module(_PLANNING[name]), name)
+        return globals()[name]
     if name in __all__:
         public = import_module("slicemod.public")
         globals().update({public_name: getattr(public, public_name) for public_name in __all__})
@@ -59,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PLANNING})

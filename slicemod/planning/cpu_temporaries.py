@@ -9,6 +9,7 @@ matrix products have it, is left out. So are the copies in which several threads
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +21,8 @@ from slicemod.half_precision import cpu_products, onednn_limit
 from slicemod.torch_internals import has_avx2
 
 _aten = torch.ops.aten
-# PyTorch convolves a single float32 image with at most this many elements by a product with its unfolded patches
-# (use_mkldnn in ATen/native/Convolution.cpp).
+# PyTorch convolves a single float32 image by a product with its unfolded patches if its first four dimensions, all but
+# the last one of a video, have at most this many elements (use_mkldnn in ATen/native/Convolution.cpp).
 _SMALL_IMAGE = 20480
 
 
@@ -42,7 +43,8 @@ def cpu_temporaries(func: Any, args: Sequence[Any], result: Any) -> Sequence[int
 
 def _convolution(image: Tensor, weight: Tensor, result: Tensor) -> Sequence[int]:
     """For a convolution of an image `(B, C, h, w)` with weights `(C', C, kh, kw)`."""
-    if _unfolds(image) or (image.dtype == torch.float32 and image.shape[0] == 1 and image.numel() <= _SMALL_IMAGE):
+    is_small = image.shape[0] == 1 and math.prod(image.shape[:4]) <= _SMALL_IMAGE
+    if _unfolds(image) or (image.dtype == torch.float32 and is_small):
         return 0, _unfolded(image, weight, result)
     return image.nbytes + weight.nbytes + _sums_of_one_pixel(weight, result), result.nbytes
 

@@ -17,13 +17,13 @@ _UNET = "UNet2DConditionModel"
 _LATENT_PIXELS = 8  # of all autoencoders of named models
 
 
-def find_denoiser(source: str, frames: int = 1) -> StepSource:
+def find_denoiser(source: str, frames: int | None = None) -> StepSource:
     """The model that `source` names.
 
     Args:
         source: a name of `MODELS`, a YAML file as in configs/, a folder in diffusers' layout (a pipeline's, or that of
             its model), or the `config.json` of one.
-        frames: of a video.
+        frames: of a video; None takes what its pipeline makes by default.
 
     Raises:
         UserError: there is no such model, or it makes no such videos.
@@ -34,7 +34,7 @@ def find_denoiser(source: str, frames: int = 1) -> StepSource:
     config = {} if file is None else read_config(file)
     if file is not None and config.get("_class_name", _UNET) != _UNET:
         return transformer_of_config(str(file), config, _latent_pixels(file.parent.parent / "vae" / CONFIG), frames)
-    if frames != 1:
+    if frames not in (None, 1):
         raise UserError(f"--frames: expected 1, since a UNet makes images; got {frames}. Leave it out.")
     if source in NAMED_UNETS or file is not None or Path(source).suffix in (".yaml", ".yml"):
         return find_unet(source if file is None else str(file.parent))

@@ -32,6 +32,7 @@ class AttentionCost(NamedTuple):
 class StepPeak(NamedTuple):
     """The bytes that are held at the peak of a step, by what they are for.
 
+    `weights` are those that are loaded at that moment.
     `activations` are all tensors that are not in the other fields, and the temporary memory of operators.
     """
 
@@ -52,7 +53,8 @@ class Timeline:
     """One step as rows of whole numbers, in the order of events.
 
     Attributes:
-        activations, gradients: bytes that a row allocates, negative if it frees them, `(E,)` int64.
+        activations, gradients, loaded: bytes that a row allocates, negative if it frees them, `(E,)` int64. Weights are
+            `loaded` where they come and go while the step runs.
         temporaries: bytes that are allocated and freed within a row, `(E,)` int64.
         calls: the number of the attention call of a row, or -1, `(E,)` int64.
         keeps: 1 in the row where the call allocates what it keeps, -1 where this is freed, `(E,)` int64.
@@ -62,6 +64,7 @@ class Timeline:
 
     activations: Tensor
     gradients: Tensor
+    loaded: Tensor
     temporaries: Tensor
     calls: Tensor
     keeps: Tensor
@@ -74,16 +77,15 @@ class Timeline:
         kept, working = torch.tensor([*costs, (0, 0)]).unbind(1)  # index -1 is the added (0, 0): no call
         attention = (self.keeps * kept[self.calls]).cumsum(0) + self.works * working[self.calls]  # (E,)
         activations = self.activations.cumsum(0) + self.temporaries
-        gradients = self.gradients.cumsum(0)
-        most = int((activations + gradients + attention).argmax())
-        return StepPeak(
-            self.weights, int(activations[most]), int(gradients[most]), self.optimizer, int(attention[most])
-        )
+        gradients, loaded = self.gradients.cumsum(0), self.loaded.cumsum(0)
+        most = int((activations + gradients + loaded + attention).argmax())
+        weights = self.weights + int(loaded[most])
+        return StepPeak(weights, int(activations[most]), int(gradients[most]), self.optimizer, int(attention[most]))
 
     def held_at_attention(self, costs: Sequence[AttentionCost]) -> int:
         """The most bytes that the rest of the step holds while an attention call runs. Other calls keep `costs`."""
         kept = torch.tensor([*(cost.kept for cost in costs), 0])[self.calls]
-        held = (self.activations + self.gradients + self.keeps * kept).cumsum(0) - self.works * kept
+        held = (self.activations + self.gradients + self.loaded + self.keeps * kept).cumsum(0) - self.works * kept
         return self.weights + self.optimizer + int(torch.where(self.works == 1, held, 0).max())
 
     def has_the_rows_of(self, other: Timeline) -> bool:
@@ -115,6 +117,7 @@ class _Row(NamedTuple):
     keeps: int = 0
     works: int = 0
     birth: int = -1  # the row that allocated what this one frees
+    loaded: int = 0
 
 
 class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTorch left it without types
@@ -150,6 +153,10 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
         """Attention `call` runs now."""
         self._rows.append(_Row(call=call, works=1))
 
+    def load(self, size: int) -> None:
+        """Weights of `size` bytes are loaded now, or taken away if it is negative."""
+        self._rows.append(_Row(loaded=size))
+
     def hold_for_a_while(self, size: int) -> None:
         """`size` bytes are allocated and freed now."""
         self._rows.append(_Row(temporary=size))
@@ -166,12 +173,13 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
 
     def timeline(self, weights: int, optimizer: int) -> Timeline:
         """The timeline that was recorded."""
-        allocated, temporaries, calls, keeps, works, births = torch.tensor(self._rows).unbind(1)
+        allocated, temporaries, calls, keeps, works, births, loaded = torch.tensor(self._rows).unbind(1)
         own = torch.arange(len(births))
         gradient = torch.isin(torch.where(births < 0, own, births), torch.tensor(sorted(self._gradients)))
         return Timeline(
             torch.where(gradient, 0, allocated),
             torch.where(gradient, allocated, 0),
+            loaded,
             temporaries,
             calls,
             keeps,

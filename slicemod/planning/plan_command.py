@@ -1,11 +1,13 @@
-"""`slicemod plan`: whether a UNet's step fits a device, in how many slices, and up to which resolution."""
+"""`slicemod plan`: whether a picture fits a device, which part limits it, and up to which resolution."""
 
 from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,10 +15,16 @@ from rich.console import Console
 from slicemod.config import SliceConfig
 from slicemod.planning.denoisers import find_denoiser
 from slicemod.planning.memory_given import bytes_given
+from slicemod.planning.picture import picture_planner
+from slicemod.planning.picture_kind import PictureKind
+from slicemod.planning.picture_model import find_picture_model
+from slicemod.planning.picture_report import NAMES, largest_as_json, largest_table, parts_table, whole_as_json
+from slicemod.planning.picture_report import remarks as whole_remarks
 from slicemod.planning.plan_options import parser
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
 from slicemod.planning.resolutions import check_resolutions
 from slicemod.planning.step_peaks import StepPlanner
+from slicemod.planning.step_source import StepSource
 from slicemod.planning.unet_step import StepKind
 from slicemod.user_error import UserError
 
@@ -26,28 +34,60 @@ _PICTURES = (".png", ".svg", ".pdf")
 def run(arguments: Sequence[str]) -> int:
     """Prints the plans; `arguments[0]` is the command's name."""
     options = parser().parse_args(arguments[1:])
-    source = find_denoiser(options.model, options.frames)
-    check_resolutions(options.resolution, source.resolution_step)
-    batch = (1 if options.train else source.guidance_batch) if options.batch is None else options.batch
-    if batch < 1:
-        raise UserError(f"--batch: expected 1 or more items; got {batch}.")
-    if options.checkpoint_blocks and not options.train:
-        raise UserError("--checkpoint-blocks: expected together with --train; got it alone. Add --train or leave it.")
+    kind = PictureKind(
+        options.dtype,
+        options.device,
+        options.batch,
+        train=options.train,
+        cached=not options.uncached,
+        checkpoint_blocks=options.checkpoint_blocks,
+        offload=options.offload,
+    )
     _check_picture(options.plot)
-    memory = bytes_given("--memory", options.memory, torch.device(options.device))
-    kind = StepKind(getattr(torch, options.dtype), batch, options.device, options.train, options.checkpoint_blocks)
     try:
         slicing = SliceConfig(policy=options.policy, kernel=options.kernel)
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    task = f"training{', blocks checkpointed' if options.checkpoint_blocks else ''}" if options.train else "inference"
-    title = (
-        f"{options.model}, {task}, batch {batch}, {options.dtype}, on {options.device} (simulated); "
-        f"slicemod: policy {options.policy}, kernel {options.kernel}"
-    )
+    memory = bytes_given("--memory", options.memory, torch.device(options.device))
+    if options.part == "whole":
+        return _plan_whole(options, kind, slicing, memory)
+    return _plan_step(options, kind, slicing, memory)
 
+
+def _plan_whole(options: Namespace, kind: PictureKind, slicing: SliceConfig, memory: int) -> int:
+    model = find_picture_model(options.model, options.frames)
+    check_resolutions(options.resolution, model.denoiser.resolution_step)
+    step = kind.step(model.denoiser)
+    title = _title(options, step, model.denoiser, "the whole of ")
     with Console(stderr=True).status("") as status:
-        planner = StepPlanner(source, kind, memory, slicing, status.update)
+        planner = picture_planner(model, kind, memory, slicing, status.update)
+        status.update("looking for the largest images")
+        plans = [planner.plan(pixels) for pixels in options.resolution]
+        largest = [planner.largest(way) for way in planner.ways]
+        if options.plot is not None:
+            status.update(f"drawing {options.plot}")
+            from slicemod.planning.picture_plot import plot_largest
+
+            plot_largest(planner, NAMES, options.plot, title)
+    if options.json:
+        found = {"resolutions": [whole_as_json(plan) for plan in plans], "largest_image": largest_as_json(largest)}
+        return _print_json(_about(options, step, memory) | found | {"left_out": list(model.left_out)})
+    console = _console()
+    console.print(f"{title}\n", highlight=False)
+    console.print(largest_table(planner, largest))
+    console.print(parts_table(planner, plans))
+    for remark in whole_remarks(planner, model.left_out):
+        console.print(remark, highlight=False)
+    return 0
+
+
+def _plan_step(options: Namespace, kind: PictureKind, slicing: SliceConfig, memory: int) -> int:
+    source = find_denoiser(options.model, options.frames)
+    check_resolutions(options.resolution, source.resolution_step)
+    step = kind.step(source)
+    title = _title(options, step, source)
+    with Console(stderr=True).status("") as status:
+        planner = StepPlanner(source, step, memory, slicing, status.update)
         status.update("looking for the largest resolutions")
         plans = [planner.plan(pixels) for pixels in options.resolution]
         limits = {way: planner.largest(way) for way in planner.ways}
@@ -57,22 +97,47 @@ def run(arguments: Sequence[str]) -> int:
 
             plot_peaks(planner, options.plot, title)
     if options.json:
-        about = {"model": options.model, "device": options.device, "dtype": options.dtype, "batch": batch}
-        about |= {"training": options.train, "policy": options.policy, "kernel": options.kernel, "memory": memory}
-        json.dump(
-            about | {"resolutions": [as_json(plan) for plan in plans], "largest_resolution": limits},
-            sys.stdout,
-            indent=2,
-        )
-        print()
-        return 0
-    console = Console(width=max(Console().width, 110))
+        found = {"resolutions": [as_json(plan) for plan in plans], "largest_resolution": limits}
+        return _print_json(_about(options, step, memory) | found)
+    console = _console()
     console.print(f"{title}\n", highlight=False)
     layers_of = [(str(plan.pixels), plan.layers) for plan in plans]
     console.print(attention_table("attention layers, by slicemod", "pixels", layers_of))
     console.print(step_table(planner, plans))
     for remark in remarks(planner, plans):
         console.print(remark, highlight=False)
+    return 0
+
+
+def _title(options: Namespace, step: StepKind, source: StepSource, what: str = "") -> str:
+    blocks = ", blocks checkpointed" if step.checkpoint_blocks else ""
+    cached = ", latents and text not cached" if options.uncached else ""
+    task = f"training{blocks}{cached}" if step.training else "inference"
+    video = f", {source.frames} frames" if source.frames > 1 else ""
+    offload = f", offload {options.offload}" if options.offload != "none" else ""
+    return (
+        f"{what}{options.model}, {task}, batch {step.batch}{video}, {_dtype_name(step)}, on {step.device_type} "
+        f"(simulated){offload}; slicemod: policy {options.policy}, kernel {options.kernel}"
+    )
+
+
+def _about(options: Namespace, step: StepKind, memory: int) -> dict[str, Any]:
+    about = {"model": options.model, "part": options.part, "device": step.device_type, "dtype": _dtype_name(step)}
+    about |= {"batch": step.batch, "training": step.training, "offload": options.offload}
+    return about | {"policy": options.policy, "kernel": options.kernel, "memory": memory}
+
+
+def _dtype_name(step: StepKind) -> str:
+    return str(step.dtype).removeprefix("torch.")
+
+
+def _console() -> Console:
+    return Console(width=max(Console().width, 110))
+
+
+def _print_json(printed: dict[str, Any]) -> int:
+    json.dump(printed, sys.stdout, indent=2)
+    print()
     return 0
 
 

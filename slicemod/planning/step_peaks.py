@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -21,12 +22,14 @@ from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak, Timeline
 from slicemod.planning.step_source import StepSource
-from slicemod.planning.unet_step import StepKind, trace_step
+from slicemod.planning.unet_step import StepKind, TracedStep, trace_step
+from slicemod.rounding import ceil_div
 from slicemod.user_error import UserError
 
 Way = Literal["full attention", "fused", "slicemod"]
 WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
 TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet's own
+_LEAST_TRACED = 256  # pixels; PyTorch convolves smaller images in other ways on a CPU
 
 
 class LayerPlan(NamedTuple):
@@ -68,7 +71,7 @@ class StepPlanner:
         progress: is told what is being done if that takes seconds.
 
     Raises:
-        UserError: `source` describes no UNet, or one without attention.
+        UserError: `source` describes no model.
     """
 
     def __init__(
@@ -84,22 +87,41 @@ class StepPlanner:
         self.most_pixels = source.most_pixels
         self._full_upcasts = source.full_upcasts
         # A model may compute less at the size that it was trained at, for which it has a table of positions at hand.
-        self._pixels = [
-            (steps + (steps * self.resolution_step == source.own_pixels)) * self.resolution_step
-            for steps in TRACED_STEPS
-        ]
+        least, most = TRACED_STEPS
+        low = max(least, ceil_div(_LEAST_TRACED, self.resolution_step))
+        edges = (steps * self.resolution_step for steps in (low, low * most // least))
+        self._pixels = [edge + self.resolution_step * (edge == source.own_pixels) for edge in edges]
         self._traced = []
         for pixels in self._pixels:
             progress(f"tracing the step at {pixels} x {pixels} pixels")
             self._traced.append(trace_step(source, kind, pixels))
-        if not self._traced[0].calls:
-            raise UserError("model: it computes no attention, so that there is nothing to plan. Name another one.")
         if not self._traced[0].timeline.has_the_rows_of(self._traced[1].timeline):
             raise UserError(
                 "model: expected one that runs the same operators at every resolution; got one that does not. Name "
                 "another one."
             )
+        self._steps: dict[int, TracedStep] = {}
         self._plans: dict[int, ResolutionPlan] = {}
+
+    @property
+    def weights(self) -> int:
+        """Bytes that are loaded all the time."""
+        return self._traced[0].timeline.weights
+
+    @property
+    def optimizer(self) -> int:
+        """Bytes of the optimizer's state."""
+        return self._traced[0].timeline.optimizer
+
+    def within(self, memory: int) -> StepPlanner:
+        """The same step with another amount of memory."""
+        other = copy(self)
+        other.memory, other._plans = memory, {}
+        return other
+
+    def inputs(self, pixels: int) -> int:
+        """Bytes of the tensors that a step is given, which its peaks leave out."""
+        return self._step(pixels).inputs
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -127,17 +149,23 @@ class StepPlanner:
     def fits(self, way: Way, pixels: int) -> bool:
         """Whether the step fits the memory, and no tensor of full attention is larger than the device allows."""
         plan = self.plan(pixels)
-        scores = max(layer.shape.scores_bytes for layer in plan.layers) if way == "full attention" else 0
+        sizes = [layer.shape.scores_bytes for layer in plan.layers] if way == "full attention" else []
+        scores = max(sizes, default=0)
         if scores > BUFFER_CAPS.get(self.kind.device_type, scores):
             return False
         return way in plan.peaks and plan.peaks[way].total <= self.memory
 
     def at(self, pixels: int) -> tuple[Timeline, list[CallSpec]]:
         """The timeline and the attention calls at a resolution, computed from the two traced steps."""
-        first, second = self._traced
-        low, high = self._pixels
-        step = first.between(second, pixels**2 - low**2, high**2 - low**2)
+        step = self._step(pixels)
         return step.timeline, list(step.calls)
+
+    def _step(self, pixels: int) -> TracedStep:
+        if pixels not in self._steps:
+            first, second = self._traced
+            low, high = self._pixels
+            self._steps[pixels] = first.between(second, pixels**2 - low**2, high**2 - low**2)
+        return self._steps[pixels]
 
     def _plan(self, pixels: int) -> ResolutionPlan:
         timeline, calls = self.at(pixels)

@@ -1,4 +1,4 @@
-"""What a planned step needs to know of a model: how to build it without memory, and the inputs of a step."""
+"""What a planned step needs to know of a model: how to build it without memory, and how a step runs it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StepInputs(NamedTuple):
 
 
 class StepSource(Protocol):
-    """A model whose steps can be planned: a UNet or a transformer."""
+    """A model with a step that can be planned: a UNet, a transformer, a text encoder, or one half of an autoencoder."""
 
     @property
     def latent_pixels(self) -> int:
@@ -42,6 +42,10 @@ class StepSource(Protocol):
     @property
     def resolution_step(self) -> int:
         """The edge of an image has to be a multiple of this."""
+
+    @property
+    def frames(self) -> int:
+        """Of a video; 1 for an image."""
 
     @property
     def most_pixels(self) -> int:
@@ -76,3 +80,6 @@ class StepSource(Protocol):
         Raises:
             UserError: the model needs an input that is not known.
         """
+
+    def run(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """One call; returns the prediction."""

@@ -9,13 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from slicemod.planning.class_defaults import diffusers_class, whole_config
+from slicemod.planning.kept_in_float32 import in_dtype
 from slicemod.planning.resolutions import HIGHEST_RESOLUTION
 from slicemod.planning.step_source import StepInputs
 from slicemod.user_error import UserError
 
 Config = Mapping[str, Any]
+_FRAMES = 81  # of a video, if nothing else is said: 5 seconds
 
 
 class TransformerKind(NamedTuple):
@@ -24,21 +27,23 @@ class TransformerKind(NamedTuple):
     Attributes:
         inputs: makes the keyword arguments of `forward`, from its config, what a step is for, edge and frames of the
             latents, and tokens of the text.
-        text_tokens: of its text encoders together, as its pipeline pads or cuts them by default.
+        prompt_tokens: to which its pipeline pads a prompt by default, or cuts it.
         guidance_batch: items of a call for one image.
         patch: the edge, in latents, of the square that is one token.
         latents_name: the input that is denoised.
         frames_per_latent: of a video, how many frames one latent frame after the first one stands for; 0 for images.
         most_patches: the largest edge in patches that its position embedding has, or None.
+        more_tokens: of the text, which other text encoders add.
     """
 
     inputs: Callable[[Config, StepInputs, int, int, int], dict[str, Any]]
-    text_tokens: int
+    prompt_tokens: int
     guidance_batch: int
     patch: Callable[[Config], int]
     latents_name: str = "hidden_states"
     frames_per_latent: int = 0
     most_patches: Callable[[Config], int | None] = lambda _: None
+    more_tokens: int = 0
 
 
 def _flux(config: Config, step: StepInputs, edge: int, _frames: int, tokens: int) -> dict[str, Any]:
@@ -107,10 +112,11 @@ TRANSFORMERS: dict[str, TransformerKind] = {
     "QwenImageTransformer2DModel": TransformerKind(_qwen_image, 512, 1, lambda config: int(config["patch_size"])),
     "SD3Transformer2DModel": TransformerKind(
         _sd3,
-        77 + 256,  # CLIP's and T5's
+        256,
         2,
         lambda config: int(config["patch_size"]),
         most_patches=lambda config: int(config["pos_embed_max_size"]),
+        more_tokens=77,  # of CLIP
     ),
     "WanTransformer3DModel": TransformerKind(
         _wan,
@@ -222,7 +228,7 @@ class TransformerSource(NamedTuple):
         """
         try:
             with torch.device("meta"):
-                model = _class(self.class_name).from_config(dict(self.config))
+                model = diffusers_class(self.class_name).from_config(dict(self.config))
         except (TypeError, ValueError) as error:
             raise UserError(f"model: describes no {self.class_name}: {error}. Correct its entries.") from error
         return in_dtype(model, dtype)
@@ -231,23 +237,18 @@ class TransformerSource(NamedTuple):
         """Keyword arguments of one call, for square images of `pixels` by `pixels`."""
         step = StepInputs(dtype, batch, pixels, self.frames)
         edge = pixels // self.latent_pixels
-        return self.kind.inputs(model.config, step, edge, self.latent_frames, self.kind.text_tokens)
+        kind = self.kind
+        return kind.inputs(model.config, step, edge, self.latent_frames, kind.prompt_tokens + kind.more_tokens)
+
+    def run(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """One call; returns the prediction."""
+        return model(**inputs).sample
 
     def _whole_config(self) -> Mapping[str, Any]:
-        return {**_defaults(self.class_name), **self.config}
+        return whole_config(self.class_name, self.config)
 
 
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model in a dtype, as `from_pretrained` loads it: with the weights that its class keeps in float32."""
-    nn.Module.to(model, dtype)  # a model's own `to` warns of layers that trained weights would keep in float32
-    kept = (getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype.itemsize == 2 else ()
-    for name, parameter in model.named_parameters():
-        if any(part in name.split(".") for part in kept):
-            parameter.data = parameter.data.float()
-    return model
-
-
-def find_transformer(name: str, frames: int) -> TransformerSource:
+def find_transformer(name: str, frames: int | None) -> TransformerSource:
     """A transformer of `NAMED_TRANSFORMERS`.
 
     Raises:
@@ -257,7 +258,7 @@ def find_transformer(name: str, frames: int) -> TransformerSource:
     return transformer_of_config(name, {"_class_name": class_name, **config}, 8, frames)
 
 
-def transformer_of_config(where: str, config: Config, latent_pixels: int, frames: int) -> TransformerSource:
+def transformer_of_config(where: str, config: Config, latent_pixels: int, frames: int | None) -> TransformerSource:
     """The transformer that a diffusers config describes.
 
     Raises:
@@ -270,21 +271,10 @@ def transformer_of_config(where: str, config: Config, latent_pixels: int, frames
             f"of {class_name}, whose inputs are not known. Name another model."
         )
     spacing = TRANSFORMERS[class_name].frames_per_latent
+    if frames is None:
+        frames = _FRAMES if spacing else 1
     if frames != 1 and (spacing == 0 or frames < 1 or (frames - 1) % spacing):
         expected = f"a multiple of {spacing} and one more" if spacing else f"1, since {class_name} makes images"
         raise UserError(f"--frames: expected {expected}; got {frames}. Correct the number.")
     own = {key: value for key, value in config.items() if key[0] != "_"}
     return TransformerSource(class_name, own, latent_pixels, frames)
-
-
-def _class(name: str) -> Any:
-    import diffusers
-
-    return getattr(diffusers, name)
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    import inspect
-
-    parameters = inspect.signature(_class(name).__init__).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}

@@ -28,6 +28,8 @@ class StepKind(NamedTuple):
         device_type: the device that is simulated.
         training: forward, backward and a step of AdamW, instead of forward alone.
         checkpoint_blocks: the model's own gradient checkpointing is on.
+        streams_weights: each layer's weights are loaded when it runs and taken away after it, as accelerate's
+            sequential offloading does.
     """
 
     dtype: torch.dtype
@@ -35,14 +37,23 @@ class StepKind(NamedTuple):
     device_type: str
     training: bool = False
     checkpoint_blocks: bool = False
+    streams_weights: bool = False
 
 
 class TracedStep(NamedTuple):
-    """A step: its timeline, its attention calls in order, and how many of them are in the forward pass."""
+    """A step.
+
+    Attributes:
+        timeline: what it allocates and frees.
+        calls: of attention, in order.
+        layers: how many of them are in the forward pass.
+        inputs: bytes of the tensors that it is given, which the timeline leaves out.
+    """
 
     timeline: Timeline
     calls: tuple[CallSpec, ...]
     layers: int
+    inputs: int = 0
 
     def between(self, other: TracedStep, part: int, whole: int) -> TracedStep:
         """The step at `part / whole` of the way to the `other` one, which differs only in its resolution.
@@ -56,7 +67,8 @@ class TracedStep(NamedTuple):
             return replace(a, queries=queries, keys=a.keys + (b.keys - a.keys) * part // whole)
 
         calls = (replace(a, shape=scaled(a.shape, b.shape)) for a, b in zip(self.calls, other.calls, strict=True))
-        return TracedStep(self.timeline.between(other.timeline, part, whole), tuple(calls), self.layers)
+        inputs = self.inputs + (other.inputs - self.inputs) * part // whole
+        return TracedStep(self.timeline.between(other.timeline, part, whole), tuple(calls), self.layers, inputs)
 
 
 def trace_step(source: StepSource, kind: StepKind, pixels: int) -> TracedStep:
@@ -76,33 +88,46 @@ def trace_step(source: StepSource, kind: StepKind, pixels: int) -> TracedStep:
         target = torch.empty_like(inputs[source.latents_name])
 
         def loss() -> Tensor:
-            predicted = model(**inputs).sample
+            predicted = source.run(model, inputs)
             learns_variance = predicted.shape != target.shape  # it predicts twice as many channels
             return F.mse_loss(predicted.chunk(2, dim=1)[0] if learns_variance else predicted, target)
 
         return trace_training(model, loss, kind.device_type, [*given, target])
-    return trace_inference(model, lambda: model(**inputs), kind.device_type, given)
+    return trace_inference(model, lambda: source.run(model, inputs), kind, given)
 
 
 def trace_inference(
-    model: nn.Module, call: Callable[[], object], device_type: str, given: Sequence[Tensor] = ()
+    model: nn.Module, call: Callable[[], object], kind: StepKind, given: Sequence[Tensor] = ()
 ) -> TracedStep:
     """Runs what needs no gradients.
 
     Args:
         model: without memory, on the device "meta".
         call: runs it.
-        device_type: the device that is simulated.
+        kind: what the step is.
         given: other tensors that exist already.
     """
-    recorder = _recorder(device_type)
-    stand_in = AttentionStandIn(recorder, device_type)
+    recorder = _recorder(kind.device_type)
+    stand_in = AttentionStandIn(recorder, kind.device_type)
     tensors = _held_by(model)
     recorder.ignore([*tensors, *given])
+    streamed = _stream_weights(model, recorder) if kind.streams_weights else 0
     with torch.no_grad(), recorder, stand_in.installed():
         call()
-    weights = sum(tensor.nbytes for tensor in tensors)
-    return TracedStep(recorder.timeline(weights, 0), tuple(stand_in.calls), len(stand_in.calls))
+    weights = sum(tensor.nbytes for tensor in tensors) - streamed
+    inputs = sum(tensor.nbytes for tensor in given)
+    return TracedStep(recorder.timeline(weights, 0), tuple(stand_in.calls), len(stand_in.calls), inputs)
+
+
+def _stream_weights(model: nn.Module, recorder: MemoryRecorder) -> int:
+    """Has each module load its own weights when it runs, and tells the bytes of all. Buffers stay loaded."""
+    streamed = 0
+    for module in model.modules():
+        if size := sum(parameter.nbytes for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda *_, size=size: recorder.load(size))
+            module.register_forward_hook(lambda *_, size=size: recorder.load(-size))
+            streamed += size
+    return streamed
 
 
 def trace_training(
@@ -138,7 +163,8 @@ def trace_training(
     # the default there), of one after the other on a CPU, where the root and the quotient are two tensors.
     recorder.hold_for_a_while(2 * max(sizes) if device_type == "cpu" else sum(sizes))
     weights = sum(tensor.nbytes for tensor in (*held, *accumulated))
-    return TracedStep(recorder.timeline(weights, 2 * sum(sizes)), tuple(stand_in.calls), layers)
+    inputs = sum(tensor.nbytes for tensor in given)
+    return TracedStep(recorder.timeline(weights, 2 * sum(sizes)), tuple(stand_in.calls), layers, inputs)
 
 
 def _held_by(model: nn.Module) -> list[Tensor]:

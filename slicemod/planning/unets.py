@@ -73,6 +73,11 @@ class UnetSource(NamedTuple):
         return int(self.latent_pixels * 2 ** (levels - 1))
 
     @property
+    def frames(self) -> int:
+        """A UNet makes an image."""
+        return 1
+
+    @property
     def most_pixels(self) -> int:
         """A UNet takes images of any size."""
         return HIGHEST_RESOLUTION
@@ -105,6 +110,10 @@ class UnetSource(NamedTuple):
     def inputs(self, model: Any, dtype: torch.dtype, batch: int, pixels: int) -> dict[str, Any]:
         """Keyword arguments of one call, for square images of `pixels` by `pixels`."""
         return meta_inputs(model, dtype, batch, pixels // self.latent_pixels, self.context_tokens)
+
+    def run(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """One call; returns the prediction."""
+        return model(**inputs).sample
 
 
 def find_unet(source: str) -> UnetSource:
@@ -140,7 +149,7 @@ def _unet_of_folder(folder: Path) -> UnetSource:
         )
     autoencoder = folder.parent / "vae" / "config.json"
     levels = (
-        len(json.loads(autoencoder.read_text(encoding="utf-8"))["block_out_channels"])
+        len(json.loads(autoencoder.read_text(encoding="utf-8")).get("block_out_channels", range(_LEVELS_OF_SD)))
         if autoencoder.is_file()
         else _LEVELS_OF_SD
     )
@@ -155,16 +164,29 @@ def _pixels_per_latent(levels: int) -> int:
 
 
 def _unet_of_yaml(path: Path) -> UnetSource:
+    unet, autoencoder = _models_of_yaml(path)
+    # A class label is one token.
+    return UnetSource(unet, _pixels_per_latent(len(autoencoder["block_out_channels"])), 1)
+
+
+def autoencoder_of_yaml(path: Path) -> dict[str, Any]:
+    """The arguments of the `AutoencoderKL` in a YAML as in configs/.
+
+    Raises:
+        UserError: it has none.
+    """
+    return _models_of_yaml(path)[1]
+
+
+def _models_of_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        unet, autoencoder = model["unet"]["init_args"], model["autoencoder"]["init_args"]
+        return model["unet"]["init_args"], model["autoencoder"]["init_args"]
     except (KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
             f"{path}: expected a YAML with model.unet.init_args and model.autoencoder.init_args, as in "
             "configs/digits.yaml. Name another file; one that only changes another's settings has no UNet of its own."
         ) from error
-    # A class label is one token.
-    return UnetSource(unet, _pixels_per_latent(len(autoencoder["block_out_channels"])), 1)
 
 
 def meta_unet(source: UnetSource, dtype: torch.dtype) -> Any:

@@ -13,7 +13,8 @@ from slicemod.planning.plan_command import run
 from slicemod.user_error import UserError
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
-QUICK = [DIGITS, "--resolution", "256", "512", "--memory", "64MiB", "--policy", "exact", "--kernel", "math"]
+STEP = ["--policy", "exact", "--kernel", "math", "--part", "unet"]
+QUICK = [DIGITS, "--resolution", "256", "512", "--memory", "64MiB", *STEP]
 
 
 def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def test_a_device_without_a_known_fused_kernel_is_planned_without(capsys: pytest
 
 
 def test_sdxl_is_planned_at_4096(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = _json(capsys, "sdxl", "--resolution", "4096", "--memory", "16GiB", "--policy", "exact")
+    printed = _json(capsys, "sdxl", "--resolution", "4096", "--memory", "16GiB", "--part", "unet")
     (step,) = printed["resolutions"]
     assert step["layers"][0]["shape"]["queries"] == (4096 // 16) ** 2
     assert step["peaks"]["slicemod"]["total"] <= 2**34 < step["peaks"]["full attention"]["total"]
@@ -86,13 +87,47 @@ def test_sdxl_is_planned_at_4096(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_readmes_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "plan.png"
-    arguments = ["sd15", "--memory", "8GiB", "--policy", "exact", "--kernel", "math", "--plot", str(picture)]
-    assert run(["plan", *arguments]) == 0
+    assert run(["plan", "sd15", "--memory", "8GiB", "--plot", str(picture)]) == 0
     assert "largest square image within 8.00 GiB" in capsys.readouterr().out
     committed = Path(__file__).parents[2] / "docs" / "images" / "plan.png"
     for path in (picture, committed):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert path.read_bytes()[16:24] == picture.read_bytes()[16:24]  # the same width and height
+
+
+def test_the_whole_names_the_part_that_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _json(capsys, "sd15", "--resolution", "512", "2048")
+    assert (printed["part"], printed["dtype"], printed["batch"], printed["memory"]) == ("whole", "float16", 2, 2**33)
+    small, large = printed["resolutions"]
+    assert [part["name"] for part in small["parts"]] == ["text encoder", "UNet, a step", "VAE decoding"]
+    for plan in (small, large):
+        for way, whole in plan["whole"].items():
+            totals = {
+                part["name"]: part["weights"] + part["stays_loaded"] + part["peaks"][way] for part in plan["parts"]
+            }
+            assert whole["peak"] == max(totals.values())
+            assert whole["limit"] == max(totals, key=lambda name: totals[name])
+            assert whole["fits"] == (whole["peak"] <= 2**33)
+    limits = printed["largest_image"]
+    assert limits["full attention"]["limit"] == "UNet, a step"
+    assert limits["fused"]["limit"] == "VAE decoding"  # the UNet alone would go through with 3584 pixels
+    assert limits["full attention"]["pixels"] < limits["fused"]["pixels"] < 3584
+
+
+def test_the_tables_of_the_whole_begin_with_the_largest_image(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", DIGITS, "--resolution", "256", "--memory", "64MiB", "--offload", "model"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    expected = ["offload model", "largest square image within 64.0 MiB", "VAE decoding", "stays loaded", "the most at"]
+    places = [printed.index(text) for text in expected]
+    assert places == sorted(places)
+
+
+def test_a_transformer_is_planned_as_its_pipeline_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _json(capsys, "pixart-sigma", "--resolution", "1024", "--part", "transformer", "--memory", "4GiB")
+    assert (printed["dtype"], printed["batch"]) == ("bfloat16", 2)
+    assert set(printed["largest_resolution"]) == {"fused", "slicemod"}
+    (step,) = printed["resolutions"]
+    assert {layer["shape"]["queries"] for layer in step["layers"]} == {(1024 // 16) ** 2}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +139,9 @@ def test_the_readmes_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
         (["sd15", "--batch", "0"], "--batch: expected 1 or more"),
         (["sd15", "--policy", "best"], "--policy"),
         (["sd15", "--checkpoint-blocks"], "--checkpoint-blocks: expected together with --train"),
+        (["sd15", "--uncached"], "--uncached: expected together with --train"),
+        (["sd15", "--train", "--offload", "model"], "--offload: expected none with --train"),
+        (["sd15", "--frames", "5"], "--frames: expected 1, since a UNet makes images"),
         (["sd15", "--plot", "no/such/folder.png"], "--plot: expected a file in an existing folder"),
         (["sd15", "--plot", "plan.txt"], "--plot: .*ending in .png"),
         ([], "model"),

@@ -13,7 +13,6 @@ from slicemod.choose import choose
 from slicemod.planning.step_peaks import StepPlanner, Way
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import UnetSource, find_unet
-from slicemod.user_error import UserError
 
 INFERENCE = StepKind(torch.float16, 2, "cuda")
 SMALL = UnetSource(
@@ -124,12 +123,14 @@ def test_scores_of_an_upcasting_model_are_twice_as_large() -> None:
     assert upcast["slicemod"] == plain["slicemod"]
 
 
-def test_a_unet_without_attention_is_an_error() -> None:
+def test_a_unet_without_attention_has_the_same_peak_for_every_way() -> None:
     config = {
         **SMALL.config,
         "down_block_types": ("DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D"),
         "mid_block_type": None,
     }
-    with pytest.raises(UserError, match="computes no attention"):
-        StepPlanner(SMALL._replace(config=config), INFERENCE, 2**30, SliceConfig())
+    plan = StepPlanner(SMALL._replace(config=config), INFERENCE, 2**30, SliceConfig()).plan(512)
+    assert plan.layers == ()
+    assert set(plan.peaks) == {"full attention", "fused", "slicemod"}
+    assert len(set(plan.peaks.values())) == 1

@@ -1,0 +1,92 @@
+"""How a picture is made, or a model trained: what a plan of the whole depends on besides the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+
+from slicemod.planning.plan_options import DEVICES, DTYPES
+from slicemod.planning.step_source import StepSource
+from slicemod.planning.transformers import TransformerSource
+from slicemod.planning.unet_step import StepKind
+from slicemod.user_error import UserError
+
+Offload = Literal["none", "model", "sequential"]
+
+
+@dataclass(frozen=True)
+class PictureKind:
+    """How a picture is made, or a model trained.
+
+    Attributes:
+        dtype: of weights and activations, such as "float16"; None takes float16 for UNets and bfloat16 for
+            transformers.
+        device: "cuda", "cpu" or "mps"; it need not be there.
+        batch: items in the batch of the UNet or transformer; None takes one image, with guidance in inference.
+        train: a step of training, instead of a picture.
+        cached: in training, latents and embeddings are made beforehand, as `slicemod fit` does it. Otherwise text
+            encoders and autoencoder stay loaded and run in every step.
+        checkpoint_blocks: in training, with the model's own gradient checkpointing.
+        offload: "none", or "model" or "sequential", which are diffusers' `enable_model_cpu_offload` and
+            `enable_sequential_cpu_offload`: one part is loaded at a time, or one layer.
+
+    Raises:
+        UserError: values that are not known, or do not go together.
+    """
+
+    dtype: str | None = None
+    device: str = "cuda"
+    batch: int | None = None
+    train: bool = False
+    cached: bool = True
+    checkpoint_blocks: bool = False
+    offload: Offload = "none"
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", (None, *DTYPES)), ("device", DEVICES), ("offload", get_args(Offload))):
+            if getattr(self, name) not in known:
+                expected = ", ".join(str(value) for value in known)
+                raise UserError(f"--{name}: expected one of {expected}; got {getattr(self, name)!r}. Correct it.")
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"--batch: expected 1 or more items; got {self.batch}.")
+        if self.checkpoint_blocks and not self.train:
+            raise UserError(
+                "--checkpoint-blocks: expected together with --train; got it alone. Add --train or leave it."
+            )
+        if not self.cached and not self.train:
+            raise UserError("--uncached: expected together with --train; got it alone. Add --train or leave it.")
+        if self.offload != "none" and self.train:
+            raise UserError(
+                f"--offload: expected none with --train, since diffusers offloads in inference alone; got "
+                f"{self.offload!r}. Leave one of them."
+            )
+
+    @classmethod
+    def of(cls, given: PictureKind | dict[str, Any] | None) -> PictureKind:
+        """The record itself, or one of a dict of its fields.
+
+        Raises:
+            UserError: a field that does not exist, or a value as above.
+        """
+        if isinstance(given, PictureKind):
+            return given
+        names = [field.name for field in fields(cls)]
+        if unknown := set(given or {}) - set(names):
+            raise UserError(f"kind: expected fields of {', '.join(names)}; got {', '.join(sorted(unknown))}.")
+        return cls(**(given or {}))
+
+    def step(self, source: StepSource) -> StepKind:
+        """The step of the UNet or transformer."""
+        default = "bfloat16" if isinstance(source, TransformerSource) else "float16"
+        dtype: torch.dtype = getattr(torch, self.dtype or default)
+        batch = (1 if self.train else source.guidance_batch) if self.batch is None else self.batch
+        return StepKind(
+            dtype, batch, self.device, self.train, self.checkpoint_blocks, streams_weights=self.offload == "sequential"
+        )
+
+    @property
+    def together(self) -> bool:
+        """All parts are loaded all the time."""
+        return not self.cached if self.train else self.offload == "none"
