@@ -68,7 +68,7 @@ def test_a_new_kernel_is_a_line_in_the_list() -> None:
 
 
 def test_without_the_line_there_is_no_such_kernel() -> None:
-    with pytest.raises(ValueError, match="kernel: expected one of auto, native, fused-float32, fused, math; got 'toy'"):
+    with pytest.raises(ValueError, match="kernel: expected one of auto, native, fused-float32, fused, triton, math; got 'toy'"):
         SliceConfig(kernel="toy")
 
 
@@ -79,7 +79,7 @@ def test_every_kernel_answers_and_one_is_taken() -> None:
     assert {answer.kernel: answer.passed_over for answer in told}["math"] == "fused comes before it"
 
 
-@pytest.mark.parametrize("kernel", ["native", "fused-float32", "fused", "math"])
+@pytest.mark.parametrize("kernel", ["native", "fused-float32", "fused", "triton", "math"])
 def test_the_one_that_is_taken_is_the_one_that_is_chosen(kernel: str) -> None:
     masked = replace(CALL, shape=replace(CALL.shape, mask=MaskShape(1, 1, 61, 53, other_dtype=True)))
     for call in (CALL, masked):

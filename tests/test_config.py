@@ -58,7 +58,7 @@ def test_the_default_is_exact_on_free_memory_with_recomputed_slices() -> None:
         ("budget", 0, '"512MiB"'),
         ("budget", 1.5, "a fraction"),
         ("policy", "greedy", "heuristic, doggettx, invokeai, mps, exact"),
-        ("kernel", "flash", "auto, native, fused-float32, fused, math"),
+        ("kernel", "flash", "auto, native, fused-float32, fused, triton, math"),
         ("steps", 0, "1 or more, or None"),
         ("steps", -3, "1 or more, or None"),
         ("steps", 2.0, "a whole number"),

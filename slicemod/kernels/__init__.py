@@ -9,11 +9,13 @@ from slicemod.kernels.fused.kernel import FusedKernel
 from slicemod.kernels.kernel import Kernel
 from slicemod.kernels.native.kernel import NativeKernel
 from slicemod.kernels.sliced.kernel import SlicedKernel
+from slicemod.kernels.triton.kernel import TritonKernel
 
 KERNELS: tuple[Kernel, ...] = (
     NativeKernel(),
     Float32FlashKernel(),
     FusedKernel(),
+    TritonKernel(),
     SlicedKernel(),
 )
 

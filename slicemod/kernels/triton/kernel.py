@@ -1,0 +1,77 @@
+"""The Triton kernel: what it can run, and the few bytes that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from slicemod.call import AttentionShape, CallSpec, scale_of
+from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms
+from slicemod.kernels.triton.operators import triton_attention
+from slicemod.kernels.triton.present import triton_obstacle
+from slicemod.plan import SlicePlan
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FLOAT_BYTES, _SEED_BYTES = 4, 8
+
+
+class TritonKernel(Kernel):
+    """Exact attention with a running softmax, for what PyTorch's fused kernels do not compute or have no memory for.
+
+    Args:
+        device_obstacle: says why a device cannot run it, or None if it can.
+    """
+
+    name: ClassVar[str] = "triton"
+    summary: ClassVar[str] = "Triton for NVIDIA GPUs from Ampere on and AMD's CDNA: any head size, mask and dropout"
+
+    def __init__(self, device_obstacle: Callable[[torch.device], str | None] = triton_obstacle) -> None:
+        self._device_obstacle = device_obstacle
+
+    def obstacle(self, call: CallSpec) -> str | None:
+        """Why it cannot run this call."""
+        if (obstacle := self._device_obstacle(call.device)) is not None:
+            return obstacle
+        shape = call.shape
+        if call.dtype not in _DTYPES:
+            return f"it does not compute {call.dtype}"
+        if call.transformed:
+            return "torch.func differentiates PyTorch's operators alone"
+        if not call.ordinary_scale:
+            return "it does not compute a scale that is not positive, or that float32 cannot hold"
+        if not (shape.head_dim and shape.values):
+            return "it does not compute heads without channels"
+        if shape.keys == 1 and call.training:
+            return "the gradient of the query is exactly zero where there is one key, and it gives noise"
+        return None
+
+    def pays_off(self, call: CallSpec) -> bool:
+        """On a GPU. Nothing is measured there that says otherwise; interpreted on a CPU, it takes thousands of times as
+        long as any other."""
+        return call.device.type != "cpu"
+
+    def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan | None:
+        """One step. In training, two float32 numbers for each row: its log-sum-exp, and in the backward pass the
+        product of the output with its gradient. With dropout, a seed."""
+        shape = call.shape
+        peak = 2 * self.kept_bytes(shape, training=call.training) + (_SEED_BYTES if shape.dropout else 0)
+        if peak > free_bytes:
+            return None
+        return SlicePlan("query", 1, shape.queries, peak, self.name, terms.policy, shape.batch_heads, shape.queries)
+
+    def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
+        """One operator, forward and backward."""
+        query, key, value, mask = inputs
+        seed = torch.randint(2**63 - 1, (), device=query.device) if more.dropout_p > 0 else None
+        output: Tensor
+        output, _ = triton_attention(
+            query, key, value, mask, seed, more.dropout_p, more.is_causal, scale_of(query, more.scale), more.training
+        )
+        return output
+
+    def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
+        """The log-sum-exp of each row, in float32."""
+        return _FLOAT_BYTES * shape.batch_heads * shape.queries if training else 0
