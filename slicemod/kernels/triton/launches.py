@@ -48,8 +48,8 @@ class Call(NamedTuple):
 
     def readable(self) -> Call:
         """The same, with copies of tensors that are not in memory as a kernel reads them."""
-        query, key, value, mask = (None if tensor is None else readable(tensor) for tensor in self[:4])
-        return self._replace(query=query, key=key, value=value, mask=mask)
+        query, key, value = readable(self.query), readable(self.key), readable(self.value)
+        return self._replace(query=query, key=key, value=value, mask=None if self.mask is None else readable(self.mask))
 
     @property
     def head_dim(self) -> int:
@@ -173,14 +173,14 @@ def backward_launches(call: Call, given: BackwardCall, card: Card) -> Iterator[L
     sizes = call.query.element_size(), call.head_dim, call.value_dim
     if query_gradient is not None or key_gradient is not None or mask_gradient is not None:
         tiles = forward_tiles(card, *sizes)
-        arguments = _matrix(given.output, unit), grad, products, call.sizes, call.settings(tiles, unit, call.value_dim)
-        yield Launch(row_products_kernel, (call.row_blocks(tiles),), arguments, tiles)
+        settings = call.settings(tiles, unit, call.value_dim)
+        rows = _matrix(given.output, unit), grad, products, call.sizes, settings
+        yield Launch(row_products_kernel, (call.row_blocks(tiles),), rows, tiles)
     tiles = backward_tiles(card, *sizes)
     if query_gradient is not None:
         settings = call.settings(tiles, unit, call.head_dim)
         grid = call.row_blocks(tiles), ceil_div(call.head_dim, settings.out_width)
-        arguments = *known, _matrix(query_gradient, unit), *rest, settings
-        yield Launch(query_gradient_kernel, grid, arguments, tiles)
+        yield Launch(query_gradient_kernel, grid, (*known, _matrix(query_gradient, unit), *rest, settings), tiles)
     if key_gradient is not None or value_gradient is not None:
         widths = 0 if key_gradient is None else call.head_dim, 0 if value_gradient is None else call.value_dim
         settings = call.settings(tiles, unit, max(widths))
@@ -217,5 +217,5 @@ def _unit(*tensors: Tensor) -> int:
 
 
 def _matrix(tensor: Tensor, unit: int) -> Matrix:
-    *steps, column = tensor.stride()
-    return Matrix(tensor, *(step // unit for step in steps), column)
+    item, head, row, column = tensor.stride()
+    return Matrix(tensor, item // unit, head // unit, row // unit, column)

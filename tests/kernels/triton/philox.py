@@ -20,7 +20,10 @@ def dropout_factors(seed: int, dropout_p: float, heads: int, queries: int, keys:
     halves = [np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)]
     with np.errstate(over="ignore"):
         for _ in range(_ROUNDS):
-            one, other = (_MULTIPLIERS[0] * counters[0].astype(np.uint64), _MULTIPLIERS[1] * counters[2].astype(np.uint64))
+            one, other = (
+                _MULTIPLIERS[0] * counters[0].astype(np.uint64),
+                _MULTIPLIERS[1] * counters[2].astype(np.uint64),
+            )
             counters = [
                 _high(other) ^ counters[1] ^ halves[0],
                 other.astype(np.uint32),
@@ -37,12 +40,14 @@ def _high(products: np.ndarray) -> np.ndarray:
     return (products >> np.uint64(32)).astype(np.uint32)
 
 
-def with_dropout(factors: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None) -> Tensor:
+def with_dropout(
+    factors: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor:
     """Exact attention whose weights are multiplied by `factors`, as a function of all inputs."""
     # The weights are the attention of values that are the rows of an identity.
     batch, _, keys, _ = key.shape
     heads, queries = query.shape[1:3]
     identity = torch.eye(keys, dtype=torch.float64).expand(batch, key.shape[1], keys, keys)
-    weights = reference_attention(query, key, identity, *rest, enable_gqa=True)
+    weights = reference_attention(query, key, identity, mask, is_causal, enable_gqa=True)
     values = value.double().repeat_interleave(heads // value.shape[1], 1)
     return (weights * factors.view(batch, heads, queries, keys)) @ values

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.triton.operators import triton_attention
 from slicemod.kernels.triton.present import interpreted
@@ -30,7 +31,7 @@ from tests.test_memory_promise import promise_and_peak
 pytestmark = pytest.mark.skipif(not interpreted(), reason="wants TRITON_INTERPRET=1; make gpu-check sets it")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SLICING = {"kernel": "triton"}
+SLICING = SliceConfig(kernel="triton")
 by_triton = functools.partial(sliced_attention, slicing=SLICING)
 
 
@@ -76,9 +77,7 @@ MASKS = [*masks(2, 3, torch.float32), "causal"]
 WIDTHS = [(11, 11), (40, 40), (64, 23), (80, 80), (13, 160)]
 
 
-def inputs_of(
-    dtype: torch.dtype, kind: str, size: str, widths: tuple[int, int], key_heads: int | None
-) -> Inputs:
+def inputs_of(dtype: torch.dtype, kind: str, size: str, widths: tuple[int, int], key_heads: int | None) -> Inputs:
     (queries, keys), (width, value_width) = SIZES[size], widths
     mask = None if kind == "causal" else masks(queries, keys, dtype)[kind]
     sizes: dict[str, Any] = {"heads": 4, "queries": queries, "keys": keys, "width": width, "key_heads": key_heads}
@@ -133,7 +132,7 @@ def test_a_view_gives_what_its_numbers_give(kind: Any, which: str) -> None:
     else:
         setattr(inputs, which, kind(tuple(getattr(inputs, which).shape)))
     assert inputs.mask is not None
-    same = Inputs(*map(plain, (inputs.query, inputs.key, inputs.value, inputs.mask)))
+    same = Inputs(plain(inputs.query), plain(inputs.key), plain(inputs.value), plain(inputs.mask))
     ours, wanted = results(by_triton, inputs.leaves(), grad), results(by_triton, same.leaves(), plain(grad))
     for name, result in wanted.items():
         assert torch.equal(ours[name], result), name

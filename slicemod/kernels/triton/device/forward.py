@@ -59,7 +59,7 @@ def forward_kernel(query, key, value, mask, output, sums, seed, factors, sizes, 
     total = tl.where(dead, 1.0, total)
     found = found / total[:, None]
     store(head_of(output, item, head, sizes.queries, DV, UNIT), rows, out, found, UNIT, S)
-    if sums is not None:
+    if sums is not None:  # noqa: SIM102 - this is known when it is compiled, and the condition below is not
         if tl.program_id(1) == 0:
             logsumexp = tl.where(dead, INFINITY, top + tl.log2(total) / factors.exponent)
             tl.store(sums + number.to(tl.int64) * sizes.queries + rows, logsumexp, mask=rows < sizes.queries)

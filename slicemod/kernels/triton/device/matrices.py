@@ -43,7 +43,7 @@ def store(head, rows, columns, numbers, UNIT: tl.constexpr, S: tl.constexpr):
 def as_type(numbers, TYPE: tl.constexpr, S: tl.constexpr):
     """float32 numbers rounded to a type. Interpreted, they stay float32, because the interpreter cuts digits off."""
     if S.emulated:
-        if TYPE == tl.bfloat16:
+        if TYPE == tl.bfloat16:  # noqa: SIM300 - in capitals, but no constant
             bits = numbers.to(tl.int32, bitcast=True)
             even = bits + 0x7FFF + ((bits >> 16) & 1)
             rounded = ((even >> 16) << 16).to(tl.float32, bitcast=True)
