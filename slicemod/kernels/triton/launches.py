@@ -187,20 +187,22 @@ def backward_launches(call: Call, given: BackwardCall, card: Card) -> Iterator[L
         grid = call.key_blocks(tiles), ceil_div(max(widths), settings.out_width)
         both = (None if tensor is None else _matrix(tensor, unit) for tensor in (key_gradient, value_gradient))
         yield Launch(key_value_gradients_kernel, grid, (*known, *both, *rest, settings), tiles)
-    if mask_gradient is not None:
+    if mask_gradient is not None and mask_gradient.shape[3] == 1:
+        mask_gradient.zero_()
+    elif mask_gradient is not None:
         yield _mask_launch(call, known, mask_gradient, tiles, unit)
 
 
 def _mask_launch(call: Call, known: tuple[Any, ...], gradient: Tensor, tiles: Tiles, unit: int) -> Launch:
     sizes = call.sizes
-    items, heads, rows, keys = gradient.shape
-    all_rows, all_keys = rows == 1 and sizes.queries > 1, keys == 1 and sizes.keys > 1
+    items, heads, rows, _ = gradient.shape
+    all_rows = rows == 1 and sizes.queries > 1
     row_tiles = 1 if all_rows else ceil_div(sizes.queries, tiles.rows)
-    key_tiles = 1 if all_keys else ceil_div(sizes.keys, tiles.keys)
     shared = MaskSums(call.query.shape[0] // items, sizes.heads // heads, heads)
     settings = call.settings(tiles, unit, 1)
-    arguments = *known, _matrix(gradient, 1), shared, call.factors, sizes, all_rows, all_keys, settings
-    return Launch(mask_gradient_kernel, (items * heads * row_tiles * key_tiles,), arguments, tiles)
+    arguments = *known, _matrix(gradient, 1), shared, call.factors, sizes, all_rows, settings
+    grid = (items * heads * row_tiles * ceil_div(sizes.keys, tiles.keys),)
+    return Launch(mask_gradient_kernel, grid, arguments, tiles)
 
 
 def readable(tensor: Tensor) -> Tensor:

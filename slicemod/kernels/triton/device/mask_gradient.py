@@ -1,4 +1,8 @@
-"""The gradient of an additive mask: a program has a tile of it, and goes over all that the mask is broadcast along."""
+"""The gradient of an additive mask: a program has a tile of it, and goes over all that the mask is broadcast along.
+
+A mask that is broadcast along the keys is not computed here: it adds the same to all scores of a row, which changes no
+weight, so its gradient is zero.
+"""
 
 import triton
 import triton.language as tl
@@ -23,10 +27,9 @@ def mask_gradient_kernel(
     factors,
     sizes,
     ALL_ROWS: tl.constexpr,
-    ALL_KEYS: tl.constexpr,
     S: tl.constexpr,
 ):
-    """Writes the gradient, summed over the items and heads of `shared`, and over rows and keys as the last two say."""
+    """Writes the gradient, summed over the items and heads of `shared`, and over all rows if `ALL_ROWS` says so."""
     ROWS: tl.constexpr = S.rows
     KEYS: tl.constexpr = S.keys
     WIDTH: tl.constexpr = S.width
@@ -38,17 +41,14 @@ def mask_gradient_kernel(
     UNIT: tl.constexpr = S.unit
     row_blocks, key_blocks = tl.cdiv(sizes.queries, ROWS), tl.cdiv(sizes.keys, KEYS)
     own_rows = 1 if ALL_ROWS else row_blocks
-    own_keys = 1 if ALL_KEYS else key_blocks
     turns_of_rows = row_blocks if ALL_ROWS else 1
-    turns_of_keys = key_blocks if ALL_KEYS else 1
-    first_key = tl.program_id(0) % own_keys
-    first_row = tl.program_id(0) // own_keys % own_rows
-    owner = tl.program_id(0) // own_keys // own_rows
+    keys = tl.program_id(0) % key_blocks * KEYS + tl.arange(0, KEYS)
+    first_row = tl.program_id(0) // key_blocks % own_rows
+    owner = tl.program_id(0) // key_blocks // own_rows
     found = tl.zeros((ROWS, KEYS), tl.float32)
-    for turn in range(shared.items * shared.heads * turns_of_rows * turns_of_keys):
-        keys = (first_key + turn % turns_of_keys) * KEYS + tl.arange(0, KEYS)
-        rows = (first_row + turn // turns_of_keys % turns_of_rows) * ROWS + tl.arange(0, ROWS)
-        member = turn // turns_of_keys // turns_of_rows
+    for turn in range(shared.items * shared.heads * turns_of_rows):
+        rows = (first_row + turn % turns_of_rows) * ROWS + tl.arange(0, ROWS)
+        member = turn // turns_of_rows
         item = (owner // shared.own_heads + member // shared.heads).to(tl.int64)
         head = (owner % shared.own_heads + member % shared.heads).to(tl.int64)
         queries = head_of(query, item, head, sizes.queries, D, UNIT)
@@ -71,13 +71,8 @@ def mask_gradient_kernel(
     own_item, own_head = (owner // shared.own_heads).to(tl.int64), (owner % shared.own_heads).to(tl.int64)
     own = head_of(gradient, own_item, own_head, sizes.queries, sizes.keys, 1)
     TYPE: tl.constexpr = gradient.data.dtype.element_ty
-    rows, keys = first_row * ROWS + tl.arange(0, ROWS), first_key * KEYS + tl.arange(0, KEYS)
-    of_rows, of_keys = own.start + rows.to(tl.int64) * own.row, own.start + keys.to(tl.int64) * own.column
-    if ALL_ROWS and ALL_KEYS:
-        tl.store(own.start, as_type(tl.sum(found), TYPE, S).to(TYPE))
-    elif ALL_ROWS:
-        tl.store(of_keys, as_type(tl.sum(found, 0), TYPE, S).to(TYPE), mask=keys < sizes.keys)
-    elif ALL_KEYS:
-        tl.store(of_rows, as_type(tl.sum(found, 1), TYPE, S).to(TYPE), mask=rows < sizes.queries)
+    if ALL_ROWS:
+        numbers = as_type(tl.sum(found, 0), TYPE, S).to(TYPE)
+        tl.store(own.start + keys.to(tl.int64) * own.column, numbers, mask=keys < sizes.keys)
     else:
-        store(own, rows, keys, found, 1, S)
+        store(own, first_row * ROWS + tl.arange(0, ROWS), keys, found, 1, S)
