@@ -154,6 +154,37 @@ def test_a_mask_is_in_the_fused_plan(keys: int, kind: torch.dtype, training: boo
     assert peak <= promised
 
 
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+@pytest.mark.parametrize("width", [40, 64, 80, 96, 128, 160])
+def test_deterministic_algorithms_are_in_the_plan(width: int, backend: SDPBackend) -> None:
+    inputs = layer_inputs(torch.float16, batch=1, heads=8, queries=1024, keys=1024, width=width)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with sdpa_kernel(backend):
+            promised, peak = promise_and_peak(inputs, SliceConfig(kernel="fused"), training=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0.9 * promised <= peak <= promised
+
+
+def test_a_gradient_of_a_mask_by_pytorchs_kernel_is_in_the_plan_and_exact() -> None:
+    mask = torch.randn(1, 1, 1024, 1024, dtype=torch.float16).requires_grad_()
+    inputs = layer_inputs(torch.float16, batch=1, heads=8, queries=1024, keys=1024, width=40, mask=mask)
+    slicing = SliceConfig(kernel="fused")
+    promised, peak = promise_and_peak(inputs, slicing, training=True)
+    assert peak <= promised
+    assert_as_exact_as_sdpa(lambda *args, **kwargs: sliced_attention(*args, **kwargs, slicing=slicing), inputs)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_widened_products_are_as_exact_as_sdpa(width: int) -> None:
+    inputs = layer_inputs(torch.float16, batch=1, heads=8, queries=4096, keys=4096, width=width)
+    plan = SliceConfig(kernel="math", budget="1GiB")
+    promised, peak = promise_and_peak(inputs, plan, training=False)
+    assert 0.9 * promised <= peak <= promised
+    assert_as_exact_as_sdpa(lambda *args, **kwargs: sliced_attention(*args, **kwargs, slicing=plan), inputs)
+
+
 @pytest.mark.parametrize("width", [16, 11])
 def test_what_pytorch_cannot_fuse_is_sliced_where_its_own_way_is_forbidden(width: int) -> None:
     inputs = layer_inputs(torch.float32, width=width)

@@ -115,6 +115,7 @@ def _workspace(shape: AttentionShape, card: Card, *, deterministic: bool) -> int
 def _variant(shape: AttentionShape, card: Card) -> _Variant:
     """The first variant that can run, as `dispatch_cutlassB` tries them. The last one if none can."""
     capability = card.capability or (0, 0)
+    variants: tuple[_Variant, ...]
     if shape.itemsize == _FLOAT:
         variants = _SINGLE_80 if capability >= (8, 0) else _SINGLE_BEFORE_80
     else:

@@ -93,5 +93,5 @@ def fused_peak(call: CallSpec) -> int:
     if call.device.type == "mps":
         return metal_peak(call.shape)
     runs = kernels_of_card(call) if call.layout.runs is None else call.layout.runs
-    choice = _CUDA_KERNEL_OF.get(call.layout.choice)
+    choice = _CUDA_KERNEL_OF.get(-1 if call.layout.choice is None else call.layout.choice)
     return cuda_fused_peak(call, (choice,) if choice in runs else runs)

@@ -105,7 +105,7 @@ def layout_of(inputs: Inputs, arguments: Arguments) -> PlainValues:
         constant_bool(same_heads),
         mask_requires_grad,
         mask_requires_grad and not any(tensor.requires_grad for tensor in (query, key, value)),
-        constant_bool(_is_merged(query)),
+        constant_bool(_is_merged(query)) if on_cuda or (query.is_meta and not torch.compiler.is_compiling()) else True,
         kernels_on_cuda(inputs, arguments) if on_cuda else None,
         pytorchs_choice(inputs, arguments) if on_cuda and not is_watched(query, key, value) else None,
     )

@@ -162,7 +162,8 @@ def test_a_gpu_that_is_not_there_is_assumed() -> None:
 
 @pytest.mark.cuda
 def test_a_gpu_tells_what_it_is() -> None:
-    properties, card = torch.cuda.get_device_properties(0), card_of(torch.device("cuda"))
+    properties: Any = torch.cuda.get_device_properties(0)
+    card = card_of(torch.device("cuda"))
     assert card.processors == properties.multi_processor_count
     if torch.version.hip is None:
         assert card.capability == (properties.major, properties.minor)

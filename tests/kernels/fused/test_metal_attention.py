@@ -77,11 +77,11 @@ def test_pytorchs_switch_is_heeded(value: str, taken: bool, monkeypatch: pytest.
     assert (fused_obstacle(call_of(AttentionShape(2, 6, 61, 53, 64, 2))) is None) == taken
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operators that are called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.called: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

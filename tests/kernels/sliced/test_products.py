@@ -27,11 +27,11 @@ FEW_TERMS = 17  # so that sums over 53 keys, and over 3 x 23 rows, are made of s
 NO_MASK = (True, True, True, False)
 
 
-class NotedProducts(TorchDispatchMode):
+class NotedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the products: the operator, whether its result is contiguous, and how many terms it sums."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[str, bool, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
