@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from slicemod.call import AttentionShape, MaskShape
+from slicemod.call import AttentionShape, CallSpec, MaskShape, attention_shape, attention_sizes
 
 
 def test_scores_take_batch_heads_queries_keys_elements() -> None:
@@ -48,3 +49,31 @@ def test_key_heads_have_to_divide_the_heads(key_heads: int) -> None:
 
 def test_a_mask_counts_its_elements_before_broadcasting() -> None:
     assert MaskShape(1, 3, 1, 7).elements == 21
+
+
+@pytest.mark.parametrize(("warn_only", "expected"), [(False, True), (True, False)])
+def test_a_call_knows_that_it_has_to_be_deterministic(warn_only: bool, expected: bool) -> None:
+    shape = AttentionShape(2, 3, 5, 7, 11, 2)
+    assert not CallSpec.planned(shape, "cuda").deterministic
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert CallSpec.planned(shape, "cuda").deterministic == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("mask", "unaligned"),
+    [
+        (torch.zeros(1, 1, 67, 64), False),
+        (torch.zeros(1, 1, 67, 53), True),
+        (torch.zeros(1, 1, 67, 72)[..., :53], False),  # its rows start at multiples of 8 all the same
+        (torch.zeros(1, 1, 64, 67).mT, True),
+    ],
+)
+def test_a_mask_tells_whether_its_rows_are_aligned(mask: torch.Tensor, unaligned: bool) -> None:
+    query, key = torch.zeros(1, 1, 67, 11), torch.zeros(1, 1, mask.shape[3], 11)
+    sizes = attention_sizes(query, key, key, mask, dropout_p=0.0, is_causal=False, upcast=False)
+    found = attention_shape(sizes).mask
+    assert found is not None
+    assert found.unaligned == unaligned

@@ -68,7 +68,9 @@ def test_a_new_kernel_is_a_line_in_the_list() -> None:
 
 
 def test_without_the_line_there_is_no_such_kernel() -> None:
-    with pytest.raises(ValueError, match="kernel: expected one of auto, native, fused-float32, fused, triton, math; got 'toy'"):
+    with pytest.raises(
+        ValueError, match="kernel: expected one of auto, native, fused-float32, fused, triton, math; got 'toy'"
+    ):
         SliceConfig(kernel="toy")
 
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slicemod.call import Layout
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.fused import obstacles
-from slicemod.kernels.fused.running import fused_attention
+from slicemod.kernels.fused.running import fused_attention, is_fused
 from slicemod.kernels.kernel import Arguments
+from slicemod.torch_internals import FakeTensor, FakeTensorMode
 from tests.kernels.fused.asked import fused_obstacle
 from tests.oracle import layer_inputs, layer_like
 
@@ -174,6 +176,40 @@ def test_auto_fuses_exactly_where_there_is_no_obstacle() -> None:
         plan = planned_attention(inputs.query, inputs.key, inputs.value, mask)[1]
         assert plan is not None
         assert plan.kernel == kernel
+
+
+@pytest.mark.parametrize(
+    ("query", "merged"),
+    [
+        (torch.empty(2, 67, 6, 11, device="meta").transpose(1, 2), True),  # as a layer's
+        (torch.empty(2, 67, 3, 6, 11, device="meta")[:, :, 1].transpose(1, 2), True),  # a part of all projections
+        (torch.empty(2, 6, 67, 11, device="meta"), False),
+        (torch.empty(67, 2, 6, 11, device="meta").permute(1, 2, 0, 3), False),
+        (torch.empty(2, 1, 67, 11, device="meta"), True),
+        (torch.empty(2, 6, 1, 11, device="meta").expand(2, 6, 67, 11), False),
+        (torch.empty(67, 6, 11, device="meta").transpose(0, 1), True),
+    ],
+)
+def test_a_call_tells_whether_its_query_lies_as_a_layers_does(query: Tensor, merged: bool) -> None:
+    assert Layout(*obstacles.layout_of((query, query, query, None), Arguments())).merged == merged
+
+
+@pytest.mark.parametrize(
+    ("key_heads", "mask", "dropout_p", "fused"),
+    [(6, False, 0.0, True), (6, True, 0.0, False), (6, False, 0.3, False), (2, False, 0.0, False)],
+)
+def test_cudnns_attention_runs_where_its_bytes_are_known(
+    key_heads: int, mask: bool, dropout_p: float, fused: bool
+) -> None:
+    def on_cuda(*sizes: int) -> Tensor:
+        tensor: Tensor = FakeTensor(FakeTensorMode(), torch.empty(*sizes, device="meta"), torch.device("cuda"))
+        return tensor
+
+    query, key = on_cuda(2, 6, 67, 64), on_cuda(2, key_heads, 53, 64)
+    inputs = query, key, key, on_cuda(1, 1, 67, 53) if mask else None
+    assert is_fused(SDPBackend.CUDNN_ATTENTION.value, inputs, Arguments(dropout_p)) == fused  # on the assumed card
+    assert is_fused(SDPBackend.FLASH_ATTENTION.value, inputs, Arguments(dropout_p))
+    assert not is_fused(MATH, inputs, Arguments(dropout_p))
 
 
 @pytest.mark.parametrize("grad_enabled", [True, False])
