@@ -13,6 +13,9 @@ from torch import Tensor
 from slicemod.sdpa_mode import sliced_sdpa
 from slicemod.sdpa_report import note_passed_on
 
+# PyTorch's kernels for NVIDIA do not take batches of any size. Attention over time has an item for each pixel.
+_MOST_ITEMS = 2**15
+
 
 def comfy_attention(  # noqa: PLR0913 - the signature of ComfyUI's attention functions
     slicer: sliced_sdpa,
@@ -65,9 +68,21 @@ def comfy_attention(  # noqa: PLR0913 - the signature of ComfyUI's attention fun
     if attn_precision == torch.float32 and q.device.type not in ("cpu", "cuda"):
         q, k, v = q.float(), k.float(), v.float()
     with slicer:
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
-    out = out.to(dtype)
+        out = _in_batches(q, k, v, mask, {"scale": scale, "enable_gqa": enable_gqa}).to(dtype)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def _in_batches(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, more: dict[str, Any]) -> Tensor:
+    """Attention of `_MOST_ITEMS` at a time, as ComfyUI computes it; inputs and output with their heads apart."""
+    batch, heads, queries, _ = q.shape
+    if batch <= _MOST_ITEMS:
+        return F.scaled_dot_product_attention(q, k, v, mask, **more)
+    out = q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+    for start in range(0, batch, _MOST_ITEMS):
+        items = slice(start, start + _MOST_ITEMS)
+        own_mask = mask[items] if mask is not None and mask.dim() == 4 and mask.shape[0] > 1 else mask
+        out[items] = F.scaled_dot_product_attention(q[items], k[items], v[items], own_mask, **more)
+    return out
 
 
 _KNOWN = frozenset(inspect.signature(comfy_attention).parameters) - {"slicer"}

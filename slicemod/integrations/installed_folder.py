@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,8 @@ class InstalledFolder:
             raise UserError(f"PATH: expected {self.path}, which `slicemod install` makes; it is not there.")
         self._ensure_ours(discard_changes)
         try:
-            shutil.rmtree(self.path)
+            with tempfile.TemporaryDirectory(prefix=".slicemod-", dir=self.path.parent) as removed:
+                self.path.rename(Path(removed) / "former")  # whole or not at all, should a file be in use
         except OSError as error:
             raise UserError(f"PATH: {self.path} cannot be removed: {error}. Check who may write there.") from error
 

@@ -89,6 +89,16 @@ def test_half_precision_stays_half_precision_with_scores_in_float32() -> None:
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
+@pytest.mark.parametrize("masks", [None, 1, 2**15 + 5], ids=str)
+def test_a_batch_of_very_many_items_is_computed_in_several(masks: int | None) -> None:
+    torch.manual_seed(1)
+    given = [torch.randn(2**15 + 5, tokens, HEADS) for tokens in (3, 2, 2)]
+    mask = None if masks is None else torch.randn(masks, 3, 2)
+    ours, slicer = sliced({}, given, mask=mask)
+    torch.testing.assert_close(ours, attention_pytorch(*given, HEADS, mask=mask))
+    assert [shape.partition(" heads")[0] for shape in slicer.report.shapes] == ["32768 x 3", "5 x 3"]
+
+
 def test_a_budget_holds() -> None:
     with pytest.raises(NotEnoughMemoryError):
         sliced({"kernel": "math", "budget": 64}, inputs(apart=False))
