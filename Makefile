@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VERSION ?= 2.9.1# of PyTorch, for test-torch: the oldest that slicemod takes
 
-.PHONY: demo test check format docs benchmarks benchmarks-avx2 benchmarks-gpu figures clean
+.PHONY: demo test test-torch check format docs benchmarks benchmarks-avx2 benchmarks-gpu figures clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
@@ -12,6 +13,16 @@ demo: $(VENV)/installed
 test: export OMP_WAIT_POLICY = PASSIVE  # two test processes on two cores: waiting threads sleep, not spin
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(CI),--run-slow)
+
+# The core tests at another version of PyTorch, in an environment of its own:
+#     make test-torch VERSION=2.11.0 PYTHON=python3.12
+TORCH_VENV = build/torch-$(VERSION)-$(notdir $(PYTHON))
+NOT_CORE := $(foreach part,training bench planning,tests/$(part) slicemod/$(part)) \
+	$(foreach part,cli commands_in_documents docs_site packaging,tests/test_$(part).py)
+test-torch: export OMP_WAIT_POLICY = PASSIVE
+test-torch: $(TORCH_VENV)/installed
+	$(TORCH_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "on Python", sys.version)'
+	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(NOT_CORE))
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -61,12 +72,21 @@ figures: $(VENV)/installed
 	$(BIN)/slicemod bench --from docs/benchmarks/gpu-layers.json --plots docs/images/benchmarks/gpu-layers --into docs/benchmarks.md
 	$(BIN)/slicemod bench --from docs/benchmarks/gpu-unet.json --plots docs/images/benchmarks/gpu-unet --into docs/benchmarks.md
 
+NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit("slicemod needs Python 3.10 or newer, got " + sys.version.split()[0] + "; call make with PYTHON=python3.10 or newer" if sys.version_info < (3, 10) else 0)'
+
 # The CompVis code that the tests swap into comes without what it depends on: tests need its UNet alone.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("slicemod needs Python 3.11 or newer, got " + sys.version.split()[0] + "; call make with PYTHON=python3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[train,dev,docs]'
 	$(BIN)/python -m pip install --no-deps --constraint constraints.txt stable-diffusion-sdkit
+	touch $@
+
+$(TORCH_VENV)/installed: pyproject.toml constraints-oldest.txt
+	@$(NEW_ENOUGH)
+	$(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --constraint constraints-oldest.txt torch==$(VERSION) --editable '.[train,test]'
+	$(TORCH_VENV)/bin/python -m pip install --no-deps --constraint constraints-oldest.txt stable-diffusion-sdkit
 	touch $@
 
 clean:

@@ -69,7 +69,7 @@ def check_plan(plan: SlicePlan, described: PlainValues) -> None:
     Raises:
         ValueError: it cannot.
     """
-    obstacle = _obstacle_of_plan(plan, *described)
+    obstacle = _obstacle(plan.kernel, *described)
     if obstacle is not None:
         raise ValueError(
             f'plan: expected one made for this call; got one of kernel="{plan.kernel}", and {obstacle}. Leave plan '
@@ -78,8 +78,8 @@ def check_plan(plan: SlicePlan, described: PlainValues) -> None:
 
 
 @constant_in_graph
-def _obstacle_of_plan(plan: SlicePlan, *described: Any) -> str | None:
-    return kernels.kernel_named(plan.kernel).obstacle(call_spec(*described))
+def _obstacle(kernel: str, *described: Any) -> str | None:
+    return kernels.kernel_named(kernel).obstacle(call_spec(*described))
 
 
 def follow(plan: SlicePlan, inputs: Inputs, arguments: Arguments) -> Tensor:

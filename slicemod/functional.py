@@ -19,7 +19,7 @@ from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.known_calls import KNOWN_CALLS, CallKey, KnownCall, key_of
 from slicemod.layers.inputs import as_four_dims, autocast_inputs, check_inputs
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
-from slicemod.watched import constant_in_graph
+from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
 
 def sliced_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
@@ -135,7 +135,8 @@ def planned_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_
     if plan is not None:
         check_plan(plan, described)
     elif torch.compiler.is_dynamo_compiling():
-        found = _plan_in_graph(slicing, *described)
+        settings = plain_values(slicing) if isinstance(slicing, SliceConfig) else slicing
+        found = _plan_in_graph(settings, *described)
         if isinstance(found, str):
             output = refused(query, value, found)
             return output.reshape(*lead, queries, value.shape[3]), None
@@ -150,13 +151,14 @@ def planned_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_
 
 
 @constant_in_graph
-def _plan_in_graph(slicing: SliceConfig | Mapping[str, Any] | None, *described: Any) -> SlicePlan | str:
+def _plan_in_graph(settings: PlainValues | Mapping[str, Any] | None, *described: Any) -> SlicePlan | str:
     """The plan of a call, or the text that says why there is none.
 
     It runs outside of the traced graph, and its answer is a constant of the graph.
     """
+    slicing = SliceConfig(*settings) if isinstance(settings, tuple) else SliceConfig.of(settings)
     try:
-        return plans_of(call_spec(*described), SliceConfig.of(slicing)).now()
+        return plans_of(call_spec(*described), slicing).now()
     except NotEnoughMemoryError as error:  # the graph raises it when it runs, as the same type
         return str(error)
 

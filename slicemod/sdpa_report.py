@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
 from itertools import count
 from threading import Lock
 from typing import Any
@@ -13,12 +12,11 @@ import torch
 
 from slicemod.call import attention_shape
 from slicemod.plan import SlicePlan
-from slicemod.watched import constant_in_graph
+from slicemod.watched import constant_in_graph, plain_values
 
 # A report is filled from any thread, and a Counter's += is no single step.
 _LOCK = Lock()
 _NUMBERS = count()
-_PLAN_FIELDS = tuple(field.name for field in fields(SlicePlan))
 
 
 class SdpaReport:
@@ -88,8 +86,7 @@ _REPORTS: WeakValueDictionary[int, SdpaReport] = WeakValueDictionary()
 
 def note_sliced(number: int, sizes: tuple[Any, ...] | None, plan: SlicePlan | None) -> None:
     """Count a sliced call in the report with this number; `sizes` of `attention_sizes`, None where they are symbols."""
-    plain = None if plan is None else tuple([getattr(plan, name) for name in _PLAN_FIELDS])
-    _note_sliced(number, sizes, plain, torch.compiler.is_compiling())
+    _note_sliced(number, sizes, None if plan is None else plain_values(plan), torch.compiler.is_compiling())
 
 
 @constant_in_graph

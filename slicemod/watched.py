@@ -25,6 +25,14 @@ def constant_in_graph(function: Function) -> Function:
     return function
 
 
+def plain_values(record: Any) -> PlainValues:
+    """The fields of a frozen dataclass, in the order in which its constructor takes them. Code around it may be traced.
+
+    Before PyTorch 2.14 a tracer takes a record itself for no constant.
+    """
+    return tuple([getattr(record, name) for name in record.__match_args__])
+
+
 def is_transformed() -> bool:
     """A function of `torch.func` transforms the current call, and no graph is traced."""
     return not torch.compiler.is_compiling() and innermost_transformation() is not None

@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """One thread: plans of the fused kernel count threads, and parallel workers share the cores."""
     torch.set_num_threads(1)
     # Inductor looks compiled code up by what it computes, not by the instructions that it was compiled for.
-    compiled = config.rootpath / "build" / f"inductor-{torch.backends.cpu.get_cpu_capability()}"
+    compiled = config.rootpath / "build" / f"inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     # Hypothesis' own plugin comes later, and with it a profile that is asked for.
     hypothesis.settings.load_profile("slow" if config.getoption("--run-slow") else "fast")

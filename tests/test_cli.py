@@ -200,7 +200,7 @@ def test_the_command_runs_as_a_module_without_loading_training_code() -> None:
         (["--data.image_size", "48"], "image_size"),
         (["--model.unet.class_path", "diffusers.UNet9DModel"], "UNet9DModel"),
         (["--model.unet.class_path", "torch.nn.Linear"], "torch.nn.Linear"),
-        (["--model.unet.norm_num_groups", "3"], "3"),
+        (["--model.unet.norm_num_groups", "3"], "num_groups"),
         (["--model.optimizer.class_path", "torch.optim.Nothing"], "Nothing"),
         (["--attention.budget", "a lot"], "a lot"),
         (["--attention.policy", "best"], "best"),

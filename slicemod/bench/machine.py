@@ -37,7 +37,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     True
     """
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": _processor(Path("/proc/cpuinfo")),
         "cores": os.cpu_count(),

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from slicemod.torch_internals import differentiates_forward, is_any_autocast_enabled
+from slicemod.watched import constant_in_graph
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -77,10 +78,16 @@ def autocast_inputs(
     if not is_any_autocast_enabled():  # faster than the questions below
         return query, key, value, attn_mask
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return query, key, value, attn_mask
     dtype = torch.get_autocast_dtype(device)
     return _cast(query, dtype), _cast(key, dtype), _cast(value, dtype), _cast(attn_mask, dtype)
+
+
+@constant_in_graph
+def _has_autocast(device: str) -> bool:
+    """Before PyTorch 2.13 its compiler cannot trace this question."""
+    return torch.amp.is_autocast_available(device)
 
 
 def _cast(tensor: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:

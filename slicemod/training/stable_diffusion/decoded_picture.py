@@ -22,21 +22,26 @@ def decoded_picture(content: bytes) -> Image.Image:
         PictureError: Pillow cannot decode it, or its mode does not say which value is white.
     """
     try:
-        # Pillow's warnings (a large picture, damaged EXIF) do not name the file.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as opened:
-            if opened.format == "EPS":
-                raise PictureError("it is PostScript, a program that would have to be run")
-            opened.load()
-            _scale_transparent_key(opened, content)
-            upright = ImageOps.exif_transpose(opened)
-            upright.format = opened.format
-            return opaque_rgb(upright)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's (a large picture, damaged EXIF) do not name the file
+            return _decoded(content)
     except PictureError:
         raise
     except UnidentifiedImageError as error:
         raise PictureError("it is no picture that Pillow knows") from error
     except Exception as error:  # on damaged bytes Pillow's readers raise what they like
         raise PictureError(f"it cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _decoded(content: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(content)) as opened:
+        if opened.format == "EPS":
+            raise PictureError("it is PostScript, a program that would have to be run")
+        opened.load()
+        _scale_transparent_key(opened, content)
+        upright = ImageOps.exif_transpose(opened)
+        upright.format = opened.format
+        return opaque_rgb(upright)
 
 
 def opaque_rgb(picture: Image.Image) -> Image.Image:
