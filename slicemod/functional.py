@@ -21,6 +21,8 @@ from slicemod.layers.inputs import as_four_dims, autocast_inputs, check_inputs
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
+_SETTINGS = SliceConfig.__match_args__
+
 
 def sliced_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
     query: Tensor,
@@ -135,7 +137,7 @@ def planned_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_
     if plan is not None:
         check_plan(plan, described)
     elif torch.compiler.is_dynamo_compiling():
-        settings = plain_values(slicing) if isinstance(slicing, SliceConfig) else slicing
+        settings = plain_values(slicing, _SETTINGS) if isinstance(slicing, SliceConfig) else slicing
         found = _plan_in_graph(settings, *described)
         if isinstance(found, str):
             output = refused(query, value, found)

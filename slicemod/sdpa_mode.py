@@ -72,6 +72,8 @@ class _SlicedMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        if func is Tensor.unflatten and args:  # before PyTorch 2.14 a compiler traces the method, not the function
+            return args[0].unflatten(*args[1:], **kwargs)
         if func is not _SDPA and func not in _CALLERS:
             return func(*args, **kwargs)
         if func is _SDPA and any(isinstance(given, Tensor) and given.is_nested for given in (*args, *kwargs.values())):
@@ -204,8 +206,9 @@ class sliced_sdpa(AbstractContextManager[SdpaReport]):  # noqa: N801 - reads as 
     Gradient checkpointing calls a part of the model again in the backward pass: `backward()` belongs into the block
     too, or the model is installed, which covers it wherever it is.
 
-    Under `torch.compile` the mode may be on outside of the graph or be entered inside. Make the object outside, since
-    `fullgraph` cannot trace that, and enter the same one again, since code is compiled once for each.
+    Under `torch.compile` the mode may be on outside of the graph or be entered inside, with `fullgraph` only from
+    PyTorch 2.14 on. Make the object outside, since `fullgraph` cannot trace that, and enter the same one again, since
+    code is compiled once for each.
 
     What slicemod has no attention for (nested tensors, forward-mode differentiation, inputs that PyTorch refuses too)
     is passed on to PyTorch, and the report says so. What is no call of the function is not seen: TorchScript,

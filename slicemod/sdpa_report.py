@@ -17,6 +17,7 @@ from slicemod.watched import constant_in_graph, plain_values
 # A report is filled from any thread, and a Counter's += is no single step.
 _LOCK = Lock()
 _NUMBERS = count()
+_PLAN_FIELDS = SlicePlan.__match_args__
 
 
 class SdpaReport:
@@ -86,7 +87,8 @@ _REPORTS: WeakValueDictionary[int, SdpaReport] = WeakValueDictionary()
 
 def note_sliced(number: int, sizes: tuple[Any, ...] | None, plan: SlicePlan | None) -> None:
     """Count a sliced call in the report with this number; `sizes` of `attention_sizes`, None where they are symbols."""
-    _note_sliced(number, sizes, None if plan is None else plain_values(plan), torch.compiler.is_compiling())
+    plain = None if plan is None else plain_values(plan, _PLAN_FIELDS)
+    _note_sliced(number, sizes, plain, torch.compiler.is_compiling())
 
 
 @constant_in_graph

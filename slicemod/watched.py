@@ -25,12 +25,13 @@ def constant_in_graph(function: Function) -> Function:
     return function
 
 
-def plain_values(record: Any) -> PlainValues:
-    """The fields of a frozen dataclass, in the order in which its constructor takes them. Code around it may be traced.
+def plain_values(record: Any, names: tuple[str, ...]) -> PlainValues:
+    """The fields of a record with these names. Code around it may be traced.
 
-    Before PyTorch 2.14 a tracer takes a record itself for no constant.
+    Not every version of PyTorch can trace how a record is handed to a function that is `constant_in_graph`, or how its
+    `__match_args__`, which are these names, are read.
     """
-    return tuple([getattr(record, name) for name in record.__match_args__])
+    return tuple([getattr(record, name) for name in names])
 
 
 def is_transformed() -> bool:

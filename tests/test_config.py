@@ -252,7 +252,7 @@ def test_every_rank_takes_the_budget_of_the_smallest(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     answers = [rank.communicate(timeout=100)[0].decode().split() for rank in ranks]
-    assert answers == [["500000", str(2 * 2**20)]] * 2
+    assert [words[-2:] for words in answers] == [["500000", str(2 * 2**20)]] * 2  # before them an older Gloo greets
 
 
 def test_a_plan_is_looked_for_once_and_the_free_memory_read_each_time(

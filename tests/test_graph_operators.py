@@ -95,7 +95,7 @@ def test_a_budget_that_is_too_small_is_an_error_of_its_type_under_a_compiler(bac
         layer(x)
     with pytest.raises(NotEnoughMemoryError) as compiled:
         torch.compile(layer, fullgraph=True, backend=backend)(x)
-    assert str(compiled.value) == str(eager.value)
+    assert str(compiled.value).startswith(str(eager.value))  # PyTorch 2.9 adds where in the graph it was
 
 
 def test_the_operators_are_registered_as_pytorch_wants_them() -> None:

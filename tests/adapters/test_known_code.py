@@ -79,7 +79,7 @@ def test_other_code_is_another_one_also_in_what_forward_calls(other: type) -> No
 
 def test_code_without_a_source_is_not_known() -> None:
     space: dict[str, Any] = {}
-    exec("def forward(self, x): return x", space)
+    exec(compile("def forward(self, x): return x", "no file", "exec"), space)
     assert digest_of(type("Made", (nn.Module,), {"forward": space["forward"]})) is None
     assert None not in KNOWN
     assert not is_known(type("Made", (nn.Module,), {"forward": space["forward"]}))
