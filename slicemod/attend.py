@@ -29,8 +29,11 @@ def attend(owner: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 def plan_parts(owner: Any, x: Tensor, context: Tensor, heads: int) -> StreamPlan | None:
     """The parts in which a layer of `x` `(B, N, C)` and `context` `(B, M, C')` is computed in inference.
 
-    None if it has to be computed as a whole: if it is small, or if the user decides how the attention is sliced.
+    None if it has to be computed as a whole: if it is small, if the user decides how the attention is sliced, or if a
+    graph is traced, whose number of tokens may be symbolic.
     """
+    if torch.compiler.is_compiling():
+        return None
     if owner.slicing.kernel == "math" or owner.slicing.steps is not None:
         return None
     return plan_stream(heads, x.shape[1], context.shape[1], x.device.type)
