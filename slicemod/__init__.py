@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slicemod.planning.picture import plan_picture as plan_picture
     from slicemod.sdpa_mode import sliced_sdpa
     from slicemod.sdpa_report import SdpaReport
-    from slicemod.swap import SwapReport, restore_attention, swap_attention
+    from slicemod.swap import SwapReport, restore_attention, swap_attention, swap_vae
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "sliced_attention",
     "sliced_sdpa",
     "swap_attention",
+    "swap_vae",
 ]
 
 

@@ -1,6 +1,14 @@
 """The public names, which `slicemod` shows as its own."""
 
-from slicemod.adapters import attn_block, compvis, diffusers_host, lookalikes, sd_scripts  # noqa: F401 - the hosts
+from slicemod.adapters import (  # noqa: F401 - the hosts
+    attn_block,
+    compvis,
+    diffusers_host,
+    feed_forward,
+    lookalikes,
+    sd_scripts,
+    vae,
+)
 from slicemod.adapters.diffusers_backend import register_diffusers_backend
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.call import AttentionShape
@@ -12,7 +20,7 @@ from slicemod.memory.free_memory import free_memory
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.sdpa_mode import sliced_sdpa
 from slicemod.sdpa_report import SdpaReport
-from slicemod.swap import SwapReport, restore_attention, swap_attention
+from slicemod.swap import SwapReport, restore_attention, swap_attention, swap_vae
 
 __all__ = [
     "Answer",
@@ -32,4 +40,5 @@ __all__ = [
     "sliced_attention",
     "sliced_sdpa",
     "swap_attention",
+    "swap_vae",
 ]

@@ -1,6 +1,6 @@
-"""Replaces the attention in other people's models by slicemod's, and restores it.
+"""Replaces the attention in other people's models by slicemod's, and restores it. On request other layers too.
 
-A `Host` knows one family of attention layers. Each file in `adapters/` registers its host here. `swap_attention` walks
+A `Host` knows one family of layers. Each file in `adapters/` registers its host here. `swap_attention` walks
 the model, asks the hosts about each layer, and reports. The projections are reused, so state dict keys, optimizers and
 averaged weights stay valid. A swapped layer holds what it replaced, so that a copy or a pickle of the model can be
 restored too.
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -18,16 +19,19 @@ from typing import Any, Protocol
 from torch import nn
 
 from slicemod.config import SliceConfig
+from slicemod.feed_forward.plan import FeedForwardPlan
 from slicemod.plan import SlicePlan
+from slicemod.vae.plan import StripPlan
 
 
 class Host(Protocol):
-    """One family of attention layers."""
+    """One family of layers."""
 
     name: str
+    role: str  # "attention", "feed-forward" or "VAE half"
 
     def recognises(self, module: nn.Module) -> bool:
-        """Whether the module is an attention layer of this family, swapped or not."""
+        """Whether the module is a layer of this family, swapped or not."""
 
     def holder(self, module: nn.Module) -> Any:
         """The object that holds `slicing` and `plan` of a swapped layer; None if the layer is not swapped."""
@@ -59,7 +63,16 @@ class Host(Protocol):
 
 
 HOSTS: list[Host] = []
-_HOST_MODULES = ("attn_block", "compvis", "diffusers_host", "lookalikes", "sd_scripts")  # each registers its host
+_PLURALS = {"attention": "attention layers", "feed-forward": "feed-forwards", "VAE half": "VAE halves"}
+_HOST_MODULES = (
+    "attn_block",
+    "compvis",
+    "diffusers_host",
+    "feed_forward",
+    "lookalikes",
+    "sd_scripts",
+    "vae",
+)  # each registers its host
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,7 @@ class SwappedLayer:
     Attributes:
         name: its path in the model.
         host: the name of its host.
+        role: "attention", "feed-forward" or "VAE half".
         replaced: the name of the class of the module or processor that was replaced.
         slicing: its settings.
         holder: the object that holds its plan.
@@ -77,15 +91,16 @@ class SwappedLayer:
 
     name: str
     host: str
+    role: str
     replaced: str
     slicing: SliceConfig
     holder: Any
     before: SliceConfig | None = None
 
     @property
-    def plan(self) -> SlicePlan | None:
+    def plan(self) -> SlicePlan | FeedForwardPlan | StripPlan | None:
         """The plan of the layer's last eager call."""
-        plan: SlicePlan | None = self.holder.plan
+        plan: SlicePlan | FeedForwardPlan | StripPlan | None = self.holder.plan
         return plan
 
 
@@ -110,8 +125,7 @@ class SwapReport:
     model: nn.Module = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        swapped = f"swapped {len(self.layers)} attention layers ({self.layers[0].slicing})"
-        lines = [f"{swapped}, skipped {len(self.skipped)}"]
+        lines = [f"swapped {_counted(self.layers)} ({self.layers[0].slicing}), skipped {len(self.skipped)}"]
         for layer in self.layers:
             plan = "" if layer.plan is None else f"; last plan: {layer.plan}"
             lines.append(f"  {layer.name} ({layer.host}): {layer.replaced} -> {type(layer.holder).__name__}{plan}")
@@ -135,7 +149,7 @@ class SwapReport:
         lost = []
         for layer in self.layers:
             if layer.name not in present:
-                lost.append((layer.name, "no known attention is there"))
+                lost.append((layer.name, f"no known {layer.role} is there"))
                 continue
             host, module = present[layer.name]
             holder = host.holder(module)
@@ -167,8 +181,9 @@ def swap_attention(
     slicing: SliceConfig | Mapping[str, Any] | None = None,
     *,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    feed_forward: bool = False,
 ) -> SwapReport:
-    """Make the attention layers of `model` compute within a memory budget.
+    """Make the attention layers of `model` compute within a memory budget, and on request its feed-forwards.
 
     Parameters, state dict keys, hooks and modes stay as they are.
 
@@ -180,6 +195,8 @@ def swap_attention(
             if it chooses them: modules of unknown classes with `to_q`, `to_k`, `to_v`, `to_out` and `heads` that are
             called as CrossAttention is, and classes with a known name but unknown code. You then have to know that
             they compute softmax attention and nothing more.
+        feed_forward: swap the feed-forwards of the model too. They compute some tokens at a time within the same
+            budget, and in training they compute them again in the backward pass.
 
     Returns:
         What was swapped, and what was skipped and why. Skipped are layers that hold or do more than plain attention,
@@ -192,9 +209,48 @@ def swap_attention(
     Warns:
         UserWarning: some layers were swapped, and others could not be, though `filter_fn` did not leave them out.
     """
-    slicing = SliceConfig.of(slicing)
+    roles = ("attention", "feed-forward") if feed_forward else ("attention",)
+    return _swap(model, SliceConfig.of(slicing), roles, filter_fn)
+
+
+def swap_vae(vae: nn.Module, budget: int | float | str = "auto") -> SwapReport:
+    """Make a VAE encode and decode a strip of rows at a time, with the results that it has without.
+
+    Group norm has the statistics of the whole image, and a convolution the rows of the neighbouring strips, so there
+    are no seams. Its attention is swapped as by `swap_attention`. Parameters, state dict keys and hooks of the encoder,
+    the decoder and the convolutions stay. Where gradients are needed, the VAE computes as before.
+
+    Args:
+        vae: diffusers' `AutoencoderKL` or CompVis LDM's. It is changed in place. `restore_attention` undoes it.
+        budget: what a strip may take beside the input and the output of its layer, and what the attention may; in the
+            forms of `SliceConfig.budget`. "auto" is as much as runs at full speed.
+
+    Returns:
+        What was swapped, and what was skipped and why. In a `with` statement it undoes the swap at the end.
+
+    Raises:
+        TypeError: the VAE is not a module.
+        ValueError: it has neither encoder nor decoder that can be swapped.
+
+    Warns:
+        UserWarning: a part was swapped and another could not be.
+    """
+    slicing = SliceConfig(budget=budget)
+    halves = _swap(vae, slicing, ("VAE half",), None)
+    if not any(True for _ in _layers(vae, ("attention",))):
+        return halves
+    attention = _swap(vae, slicing, ("attention",), None)
+    return SwapReport(halves.layers + attention.layers, halves.skipped + attention.skipped, vae)
+
+
+def _swap(
+    model: nn.Module,
+    slicing: SliceConfig,
+    roles: Sequence[str],
+    filter_fn: Callable[[str, nn.Module], bool] | None,
+) -> SwapReport:
     layers, skipped, refused = [], [], []
-    for name, parent, child, host in _layers(model):
+    for name, parent, child, host in _layers(model, roles):
         module = parent.get_submodule(child)
         holder = host.holder(module)
         if filter_fn is not None and not filter_fn(name, module):
@@ -213,20 +269,21 @@ def swap_attention(
                 holder = host.swap(parent, child, slicing)
             holder.slicing = slicing
             replaced = host.replaced(parent.get_submodule(child))
-            layers.append(SwappedLayer(name, host.name, replaced, slicing, holder, before))
+            layers.append(SwappedLayer(name, host.name, host.role, replaced, slicing, holder, before))
     if not layers:
         reasons = "".join(f" {name}: {reason}." for name, reason in skipped[:5])
         raise ValueError(
-            f"model: expected attention layers of {', '.join(host.name for host in HOSTS)}; found "
+            f"model: expected {' or '.join(_PLURALS[role] for role in roles)} of "
+            f"{', '.join(host.name for host in HOSTS if host.role in roles)}; found "
             f"{'only such as cannot be swapped' if skipped else 'none'} in {type(model).__name__}."
             f"{reasons or ' ' + _what_to_pass(model)}"
         )
     if refused:
         warnings.warn(
-            f"{type(model).__name__} was swapped in part: {len(layers)} attention layers were, {len(refused)} were "
+            f"{type(model).__name__} was swapped in part: {_counted(layers)} were, {len(refused)} were "
             f"left as they are and take the memory they took: {_in_short(refused)}. The report has all of them; leave "
             "them out by filter_fn to swap the others without this warning.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return SwapReport(tuple(layers), tuple(skipped), model)
 
@@ -277,14 +334,20 @@ def _in_short(layers: Sequence[tuple[str, str]]) -> str:
     for name, reason in layers:
         alike.setdefault(reason, {}).setdefault(re.sub(r"\d+", "", name), []).append(name)
     return "; ".join(
-        ", ".join(f"{found[0]} to {found[-1]} ({len(found)})" if found[1:] else found[0] for found in kinds.values())
+        ", ".join(f"{found[0]} to {found[-1]} ({len(found)})" if found[1:] else found[0] for found in roles.values())
         + f": {reason}"
-        for reason, kinds in alike.items()
+        for reason, roles in alike.items()
     )
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
-    """Path, parent, name and host of every attention layer below `model`."""
+def _counted(layers: Sequence[SwappedLayer]) -> str:
+    """How many layers of each role there are."""
+    numbers = Counter(layer.role for layer in layers)
+    return " and ".join(f"{numbers[role]} {_PLURALS[role]}" for role in _PLURALS if role in numbers)
+
+
+def _layers(model: nn.Module, roles: Container[str] = _PLURALS) -> list[tuple[str, nn.Module, str, Host]]:
+    """Path, parent, name and host of every layer of these roles below `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}. {_what_to_pass(model)}")
     for name in _HOST_MODULES:
@@ -293,13 +356,13 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Host]]:
     for path, parent in model.named_modules():
         for child, module in vars(parent)["_modules"].items():  # named_children leaves out a module that occurs twice
             host = None if module is None else _host(module)
-            if host is not None:
+            if host is not None and host.role in roles:
                 found.append((f"{path}.{child}" if path else child, parent, child, host))
     return found
 
 
 def _host(module: nn.Module) -> Host | None:
-    """The host of an attention layer. If several hosts recognise it, one without doubts is taken."""
+    """The host of a layer. If several hosts recognise it, one without doubts is taken."""
     hosts = [host for host in HOSTS if host.recognises(module)]
     return min(hosts, key=lambda host: host.doubt(module) is not None, default=None)
 

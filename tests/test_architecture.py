@@ -41,6 +41,8 @@ ORDER = (
     "reference.py",
     "attend.py",
     "attention.py",
+    "feed_forward/",
+    "vae/",
     "swap.py",
     "adapters/",
     "public.py",

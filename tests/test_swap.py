@@ -180,7 +180,15 @@ def test_a_layer_in_two_places_is_swapped_in_both(places: tuple[str, str]) -> No
 
 
 def test_hosts_are_registered_by_importing_the_package() -> None:
-    assert {host.name for host in swap.HOSTS} == {"CompVis LDM", "CompVis VAE", "diffusers", "lookalikes", "sd-scripts"}
+    assert {host.name for host in swap.HOSTS} == {
+        "CompVis LDM",
+        "CompVis VAE",
+        "VAE",
+        "diffusers",
+        "feed-forward",
+        "lookalikes",
+        "sd-scripts",
+    }
 
 
 def test_a_with_statement_gives_the_same_objects_back() -> None:

@@ -31,6 +31,7 @@ class DiffusersHost:
     """`diffusers.models.attention_processor.Attention`, which is known by its name and its processor."""
 
     name = "diffusers"
+    role = "attention"
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module is called Attention and has a processor."""

@@ -1,4 +1,4 @@
-"""The code of `forward` that is known to be plain attention and nothing else.
+"""The code of `forward` that is known: to be plain attention, or a plain feed-forward, and nothing else.
 
 Many packages have copies of the attention of CompVis LDM and Stability sgm, in modules of any name, and some copies
 compute something else. The name of a class says little about this. So the code itself is compared, without its layout
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import textwrap
+from collections.abc import Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -63,13 +64,47 @@ KNOWN = {
     "c25b4bcc641ee4c6": "InvokeAI",
 }
 
+# Digests of feed-forwards that call the parts of their `net` one after the other.
+KNOWN_FEED_FORWARDS = {
+    "21251b88a3d24e89": "diffusers",
+    "8a10bc845cc06684": "CompVis latent-diffusion and stable-diffusion, Stability sgm, and packages made from them",
+}
+
+# Digests of activations with their projection that compute each token by itself.
+KNOWN_ACTIVATIONS = {
+    "c139ff191caeeb0f": "diffusers, GELU",
+    "12e2462a06d651ac": "diffusers, GEGLU",
+    "36f0ba0d7ac090a4": "diffusers, SwiGLU",
+    "6c2c1c4cbcd0d5f6": "diffusers, ApproximateGELU",
+    "3f4138280077dccf": "diffusers, LinearActivation",
+    "71cf39891f321e91": "CompVis and Stability sgm, GEGLU",
+}
+
+# Digests of a VAE's encoder, decoder and their parts, which `adapters/vae.py` computes in strips.
+KNOWN_VAE = {
+    "c182f0e14c43622c": "diffusers, Decoder",
+    "514e26c945519e35": "diffusers, Encoder",
+    "1e4838983d8b5c5a": "diffusers, ResnetBlock2D",
+    "64f580281092f207": "diffusers, ResnetBlock2D, before 0.37",
+    "876c9650b607b3de": "diffusers, Upsample2D",
+    "ccff0479b5a7d9c7": "diffusers, Downsample2D",
+    "c5bd0f4f6fc918bb": "diffusers, UNetMidBlock2D",
+    "9c3d6e0da32c0376": "diffusers, UpDecoderBlock2D",
+    "af5d87802f8ecdc9": "diffusers, DownEncoderBlock2D",
+    "dddd43302cc1bb73": "CompVis and Stability, Decoder",
+    "759a5c53e2b77ae4": "CompVis and Stability, Encoder",
+    "121d458a916e66a1": "CompVis and Stability, ResnetBlock",
+    "821a1092b63d99b6": "CompVis and Stability, Upsample",
+    "205acd4c402c1c20": "CompVis and Stability, Downsample",
+}
+
 _NOT_CODE = {"annotation", "returns", "type_comment", "decorator_list", "ctx", "kind", "type_params"}
 
 
-def is_known(kind: type) -> bool:
-    """Whether `forward` of the class, with the methods that it calls, is known to be plain attention."""
+def is_known(kind: type, known: Mapping[str, str] = KNOWN) -> bool:
+    """Whether `forward` of the class, with the methods that it calls, is one of the known codes: of plain attention."""
     codes = forward_methods(kind)
-    return bool(codes) and digest(tuple(codes.values())) in KNOWN
+    return bool(codes) and digest(tuple(codes.values())) in known
 
 
 def forward_methods(kind: type) -> dict[str, CodeType]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from slicemod.adapters.known_code import forward_methods, is_known
+from slicemod.adapters.known_code import KNOWN, forward_methods, is_known
 from slicemod.adapters.own_code import ACCELERATE, altered, copy_accelerate_hook, replaced_function
 from slicemod.config import SliceConfig
 
@@ -20,7 +20,9 @@ class ReplacingHost(ABC):
     """A `Host` that replaces whole modules. A swapped layer holds the original, and is known by this."""
 
     name: str
+    role: str = "attention"
     parts: tuple[str, ...]  # the submodules that both have
+    known: Mapping[str, str] = KNOWN  # the codes of `forward` that need no doubt
 
     @abstractmethod
     def matches(self, original: nn.Module) -> bool:
@@ -43,11 +45,11 @@ class ReplacingHost(ABC):
         module = parent.get_submodule(child)
         if _compiled(parent, module):
             return "it was compiled by itself; compile it after the swap"
-        return _changed(module) or _more(module, self.parts) or self.misfit(module)
+        return self._changed(module) or _more(module, self.parts) or self.misfit(module)
 
     def doubt(self, module: nn.Module) -> str | None:
         """That the layer's code is not known."""
-        if is_known(type(module)):
+        if is_known(type(module), self.known):
             return None
         return f"its class {type(module).__qualname__} has a forward that slicemod does not know"
 
@@ -78,7 +80,7 @@ class ReplacingHost(ABC):
         """Put the original back, with the parts as they are now. For example, LoRA may have wrapped some meanwhile."""
         swapped = parent.get_submodule(child)
         original = original_of(swapped)
-        lost = _changed(swapped)
+        lost = self._changed(swapped)
         if _compiled(parent, swapped):
             lost = "it was compiled by itself, and what was compiled runs until it is compiled again"
         self._hand_over(swapped, original)
@@ -89,6 +91,13 @@ class ReplacingHost(ABC):
         """False, because a module that others put in the place of ours has no note of the swap."""
         return False
 
+    def _changed(self, module: nn.Module) -> str | None:
+        """That somebody changed what the layer computes. Hooks of accelerate are allowed."""
+        kind = type(module)
+        methods = forward_methods(kind) or ["forward"]
+        changed = altered(module, methods, hooks=(ACCELERATE,))
+        return changed or _other_functions(kind, methods if is_known(kind, self.known) else ())
+
     def _hand_over(self, source: nn.Module, target: nn.Module) -> None:
         """Give `target` the parts, the mode and the hooks of `source`.
 
@@ -96,6 +105,9 @@ class ReplacingHost(ABC):
         """
         for part in self.parts:
             setattr(target, part, source.get_submodule(part))
+        self._hand_over_hooks(source, target)
+
+    def _hand_over_hooks(self, source: nn.Module, target: nn.Module) -> None:
         target.training = source.training
         vars(target).update({name: value for name, value in vars(source).items() if "_hook" in name})
         copy_accelerate_hook(source, target)
@@ -112,15 +124,9 @@ def _compiled(parent: nn.Module, module: nn.Module) -> bool:
     return type(parent).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-def _changed(module: nn.Module) -> str | None:
-    """That somebody changed what the layer computes. Hooks of accelerate are allowed."""
-    methods = forward_methods(type(module)) or ["forward"]
-    return altered(module, methods, hooks=(ACCELERATE,)) or _other_functions(type(module), methods)
-
-
 def _other_functions(kind: type, methods: Iterable[str]) -> str | None:
     """That somebody replaced a function that known code calls."""
-    replaced = (replaced_function(kind, name) for name in (methods if is_known(kind) else ()))
+    replaced = (replaced_function(kind, name) for name in methods)
     return next((reason for reason in replaced if reason is not None), None)
 
 

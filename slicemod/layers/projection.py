@@ -8,7 +8,6 @@ small enough for this to take only milliseconds.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Hashable
 from time import perf_counter
 from typing import Any, TypeGuard
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from slicemod.call import needs_grad
 from slicemod.half_precision import cpu_products
+from slicemod.layers.plain_module import runs_alone
 from slicemod.rounding import ceil_div
-from slicemod.torch_internals import differentiates_forward, has_any_global_hook, is_any_autocast_enabled
+from slicemod.torch_internals import differentiates_forward, is_any_autocast_enabled
 from slicemod.watched import is_watched
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -66,13 +66,7 @@ def project(module: Any, x: Tensor) -> Tensor:
 
 def is_plain(module: nn.Module, x: Tensor) -> bool:
     """Nothing watches the operators, and no hook or changed `forward` would be missed if the module is not called."""
-    if is_watched(x) or has_any_global_hook():
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    # Some programs put a forward of their own into a module, or into its class.
-    own = type(module).forward.__globals__ is vars(sys.modules[type(module).__module__])
-    return own and "forward" not in vars(module) and module._compiled_call_impl is None
+    return not is_watched(x) and runs_alone(module)
 
 
 def _is_product(linear: nn.Linear, x: Tensor) -> bool:

@@ -33,9 +33,9 @@ class LoRALinear(nn.Module):
         return output
 
 
-def add_lora(model: nn.Module) -> None:
+def add_lora(model: nn.Module, targets: tuple[str, ...] = TARGETS) -> None:
     for name, module in list(model.named_modules()):
-        if name.endswith(TARGETS) and isinstance(module, nn.Linear):
+        if name.endswith(targets) and isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(module))
 

@@ -1,0 +1,1 @@
+"""The feed-forward of a transformer block, some tokens at a time."""

@@ -1,0 +1,85 @@
+"""`StripwiseHalf`: an encoder or decoder of a VAE that computes its layers a strip of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slicemod.call import needs_grad
+from slicemod.config import SliceConfig
+from slicemod.vae.layers import Layer
+from slicemod.vae.plan import LayerSizes, StripPlan, plan_strips
+from slicemod.vae.running import run, sizes
+from slicemod.watched import PlainValues, constant_in_graph
+
+
+class StripwiseHalf(nn.Module):
+    """In the place of an encoder or a decoder, with its parts.
+
+    Where gradients are needed, the code of the original runs, with these parts. The attribute `plan` is the plan of
+    the last eager call; None if that call needed gradients.
+
+    Args:
+        describe: takes this module, and returns its layers in order.
+        whole: the original's `forward` as a function of this module and the image.
+        slicing: its budget is what a strip may take beside the input and the output of its layer.
+    """
+
+    def __init__(
+        self,
+        describe: Callable[[Any], Sequence[Layer]],
+        whole: Callable[..., Tensor],
+        slicing: SliceConfig,
+    ) -> None:
+        super().__init__()
+        self.describe = describe
+        self.whole = whole
+        self.slicing = slicing
+        self.plan: StripPlan | None = None  # of the last eager call
+
+    def forward(self, sample: Tensor, *more: Any, **others: Any) -> Tensor:
+        """Compute the encoder or decoder.
+
+        Args:
+            sample: `(B, C, H, W)`: images to encode, or latents to decode.
+            more: further arguments of the original, which have to be None.
+            others: the same by name.
+
+        Returns:
+            What the original returns: `(B, C', H', W')`.
+
+        Raises:
+            NotEnoughMemoryError: not even a strip of one row fits the budget.
+            ValueError: a part was changed after the swap, or another argument is given.
+        """
+        if needs_grad(sample, *self.parameters()):
+            self.plan = None
+            return self.whole(self, sample, *more, **others)
+        if any(given is not None for given in (*more, *others.values())):
+            raise ValueError(
+                f"{type(self).__name__}: expected an image and nothing more; got {len(more) + len(others)} further "
+                "arguments. Restore the VAE by restore_attention to pass them."
+            )
+        layers = self.describe(self)
+        items, _, height, width = sample.shape
+        call = (sizes(layers), (items, height, width), sample.element_size())
+        if torch.compiler.is_dynamo_compiling():
+            return run(layers, sample, _planned(self.slicing, str(sample.device), *call))
+        self.plan = _planned(self.slicing, str(sample.device), *call)
+        return run(layers, sample, self.plan)
+
+    def extra_repr(self) -> str:
+        """The budget and the last plan, in the module's `repr`."""
+        return f"budget={self.slicing.budget!r}{'' if self.plan is None else f', plan: {self.plan}'}"
+
+
+@constant_in_graph
+def _planned(
+    slicing: SliceConfig, device: str, layers: PlainValues, image: tuple[int, int, int], itemsize: int
+) -> StripPlan:
+    where = torch.device(device)
+    described = [LayerSizes(*fields) for fields in layers]
+    return plan_strips(described, image, itemsize, slicing.parsed_budget.bytes_on(where), where.type)
