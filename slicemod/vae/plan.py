@@ -9,9 +9,9 @@ from typing import Literal
 from slicemod.memory.sizes import exact_size_text
 from slicemod.plan import NotEnoughMemoryError
 
-# What a layer holds beside its input and output to run at full speed. For CPUs measured on two cores, where larger
-# strips were no faster; for other devices an estimate.
-_FULL_SPEED_ON_CPU, _FULL_SPEED = 24 * 2**20, 256 * 2**20
+# Elements that a layer holds beside its input and output to run at full speed. For CPUs measured on two cores, where
+# larger strips were no faster; for other devices an estimate.
+_FULL_SPEED_ON_CPU, _FULL_SPEED = 6 * 2**20, 2**26
 
 Kind = Literal["convolution", "resnet", "upsample", "downsample", "whole"]
 
@@ -66,10 +66,10 @@ def plan_strips(
         NotEnoughMemoryError: not even a strip of one row fits.
 
     >>> plan_strips([LayerSizes("resnet", 256, 128)], (1, 512, 512), 4, 2**24).rows
-    (10,)
+    (9,)
     """
     items, height, width = image
-    target = min(free_bytes, _FULL_SPEED_ON_CPU if device_type == "cpu" else _FULL_SPEED)
+    target = min(free_bytes, itemsize * (_FULL_SPEED_ON_CPU if device_type == "cpu" else _FULL_SPEED))
     rows, peak, strips = [], 0, 0
     for layer in layers:
         height, width, before = _after(layer, height, width)
