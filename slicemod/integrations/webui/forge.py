@@ -52,14 +52,23 @@ def undo() -> None:
 
 
 def _apply() -> None:
-    for name in ("unet", "flux", "chroma"):
-        import_module(f"backend.nn.{name}")
+    for name in ("unet", "flux", "chroma", "vae"):
+        _import_if_there(f"{_MODELS}{name}")
     own = import_module("backend.attention")
     for module in _model_modules():
         for name, replacement in ((_FUNCTION, _sliced), (_VAE_FUNCTION, _sliced_for_vae)):
             function = vars(module).get(name)
             if function is not None and function is getattr(own, name):
                 setattr(module, name, replacement(function))
+
+
+def _import_if_there(name: str) -> None:
+    """Import a model's module before its attention is replaced; Forge's kin have others."""
+    try:
+        import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
 
 
 def _model_modules() -> list[ModuleType]:

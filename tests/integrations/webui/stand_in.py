@@ -225,5 +225,6 @@ def add_forge(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     for name, names in held.items():
         module = ModuleType(name)
         vars(module).update(names)
+        module.__path__ = []
         monkeypatch.setitem(sys.modules, name, module)
     return {name: sys.modules[name] for name in held}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,22 @@ def test_models_compute_what_they_computed(webui: Webui, forge: dict[str, Module
         torch.testing.assert_close(attention(query, key, value, 3, mask), attention_pytorch(query, key, value, 3, mask))
         expected = attention_pytorch(*heads_apart, 3, skip_reshape=True)
         torch.testing.assert_close(attention(*heads_apart, 3, skip_reshape=True), expected)
+
+
+def test_models_that_only_kin_of_forge_have_are_taken_too(
+    webui: Webui, forge: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "backend.nn.chroma")
+    wan = ModuleType("backend.nn.wan")
+    vars(wan)["attention_function"] = attention_pytorch
+    monkeypatch.setitem(sys.modules, "backend.nn.wan", wan)
+    assert webui.opts.set(ENABLED, True)
+    given = torch.randn(3, 2, 29, 21).unbind()
+    ours = wan.attention_function
+    assert ours is not attention_pytorch
+    torch.testing.assert_close(
+        ours(*given, 3, mask=None, transformer_options={}, enable_gqa=False), attention_pytorch(*given, 3)
+    )
 
 
 @pytest.mark.parametrize("size", [(5, 7), (3, 5, 7)], ids=["image", "video"])
