@@ -129,12 +129,19 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _start_runs_by(override: SlicedOverride, model: Any) -> None:
-    """Let each run of the sampler start a new list of calls."""
+    """Let each run of the sampler start a new list of calls, and say so if it brought none."""
     run = import_module("comfy.patcher_extension").WrappersMP.OUTER_SAMPLE
 
     def outer_sample(executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         override.start_run()
-        return executor(*args, **kwargs)
+        output = executor(*args, **kwargs)
+        report = override.report
+        if not (report.calls or report.in_graphs or report.passed_on):
+            _LOG.warning(
+                "Sliced attention: no call of attention got to slicemod in this run. Another node's attention took "
+                'them, as the node "Attention plans" tells, or the model is of a kind that lets no node choose it.'
+            )
+        return output
 
     model.remove_wrappers_with_key(run, _OURS)
     model.add_wrapper_with_key(run, _OURS, outer_sample)

@@ -99,6 +99,17 @@ def test_other_nodes_before_and_after_are_named() -> None:
     assert "took it off" in plans_text(after)
 
 
+def test_a_run_without_a_call_for_slicemod_warns(caplog: pytest.LogCaptureFixture) -> None:
+    ours = sliced(ModelPatcher(TinyModel()))
+    sample(ours, X, TEXT)
+    assert caplog.records == []
+    after = ours.clone()
+    after.set_model_optimized_attention(stand_in.attention_pytorch)
+    sample(after, X, TEXT)
+    (record,) = caplog.records
+    assert (record.levelname, "no call of attention got to slicemod" in record.message) == ("WARNING", True)
+
+
 def test_a_model_without_the_node_is_refused() -> None:
     with pytest.raises(ValueError, match='model: expected one that comes from the node "Sliced attention"'):
         AttentionPlans().tell(ModelPatcher(TinyModel()), {})
