@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION ?= 2.9.1# of PyTorch, for test-torch: the oldest that slicemod takes
 
-.PHONY: demo test test-torch check format docs benchmarks benchmarks-avx2 benchmarks-gpu figures clean
+.PHONY: demo test test-torch check format docs benchmarks benchmarks-avx2 benchmarks-gpu figures hosts-table clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
@@ -73,6 +73,11 @@ figures: $(VENV)/installed
 	$(BIN)/slicemod bench --from docs/benchmarks/gpu-unet.json --plots docs/images/benchmarks/gpu-unet --into docs/benchmarks.md
 
 NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit("slicemod needs Python 3.10 or newer, got " + sys.version.split()[0] + "; call make with PYTHON=python3.10 or newer" if sys.version_info < (3, 10) else 0)'
+
+# The page on diffusers' model classes, of which it runs small ones for some ten minutes. DIFFUSERS: a checkout of
+# diffusers' sources, whose tests have most of the configurations. Three classes need torchvision.
+hosts-table: $(VENV)/installed
+	$(BIN)/python -m tests.diffusers_classes $(DIFFUSERS)
 
 # The CompVis code that the tests swap into comes without what it depends on: tests need its UNet alone.
 $(VENV)/installed: pyproject.toml constraints.txt

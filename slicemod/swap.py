@@ -63,6 +63,7 @@ class Host(Protocol):
 
 
 HOSTS: list[Host] = []
+_ANY_MODEL = "sliced_sdpa(...).install(model) slices what any model calls F.scaled_dot_product_attention for."
 _PLURALS = {"attention": "attention layers", "feed-forward": "feed-forwards", "VAE half": "VAE halves"}
 _HOST_MODULES = (
     "attn_block",
@@ -276,7 +277,7 @@ def _swap(
             f"model: expected {' or '.join(_PLURALS[role] for role in roles)} of "
             f"{', '.join(host.name for host in HOSTS if host.role in roles)}; found "
             f"{'only such as cannot be swapped' if skipped else 'none'} in {type(model).__name__}."
-            f"{reasons or ' ' + _what_to_pass(model)}"
+            f"{reasons + ' ' + _ANY_MODEL if reasons else ' ' + _what_to_pass(model)}"
         )
     if refused:
         warnings.warn(
@@ -376,4 +377,7 @@ def _what_to_pass(owner: object) -> str:
         names += [f"{name}.{inmost}" for inmost, m in of_part.items() if isinstance(m, nn.Module) and _layers(m)]
     if names:
         return f"Pass its {' or '.join(names)}."
-    return "Pass the UNet, transformer, ControlNet or VAE itself, a LightningModule once it has made its model."
+    return (
+        "Pass the UNet, transformer, ControlNet or VAE itself, a LightningModule once it has made its model. "
+        f"{_ANY_MODEL}"
+    )

@@ -64,12 +64,14 @@ def projections_of(query: nn.Module, key: nn.Module, value: nn.Module, output: A
 
     Not so are, for example, projections with adapters, hooks or quantised weights, and all projections under autocast,
     while a gradient is needed, and while something, such as a compiler, watches the operators. `output` may be a
-    sequence of the projection and a dropout, if nothing is dropped now.
+    sequence of the projection and perhaps a dropout, if nothing is dropped now.
     """
-    if type(output) in (nn.Sequential, nn.ModuleList) and len(output) == 2 and is_plain(output, x):
-        output, dropout = output
-        if type(dropout) is not nn.Dropout or not is_plain(dropout, x) or (dropout.training and dropout.p > 0):
-            return None
+    is_called_in_order = type(output) is nn.ModuleList or (type(output) is nn.Sequential and is_plain(output, x))
+    if is_called_in_order and len(output) in (1, 2):
+        output, *rest = output
+        for dropout in rest:
+            if type(dropout) is not nn.Dropout or not is_plain(dropout, x) or (dropout.training and dropout.p > 0):
+                return None
     if (
         is_plain_linear(query, x)
         and is_plain_linear(key, x)

@@ -178,6 +178,17 @@ def test_dropped_outputs_are_not_computed_in_parts() -> None:
         assert projections_of(ours.to_q, ours.to_k, ours.to_v, ours.to_out, x) is not None
 
 
+@pytest.mark.parametrize("dropout", [[], [nn.Dropout(0.0)]], ids=["alone", "and dropout"])
+@pytest.mark.parametrize("kind", [nn.Sequential, lambda *parts: nn.ModuleList(parts)], ids=["sequence", "list"])
+def test_an_output_projection_may_be_in_a_sequence_or_as_diffusers_in_a_list(
+    kind: Callable[..., Any], dropout: list[nn.Module]
+) -> None:
+    ours, x = layer(), torch.zeros(1)
+    with torch.no_grad():
+        parts = projections_of(ours.to_q, ours.to_k, ours.to_v, kind(ours.to_out[0], *dropout), x)
+    assert parts == (ours.to_q, ours.to_k, ours.to_v, ours.to_out[0])
+
+
 def test_few_tokens_are_not_divided() -> None:
     assert plan_stream(8, LEAST_TOKENS - 1, LEAST_TOKENS - 1, "cpu") is None
 
