@@ -20,8 +20,9 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--run-slow` runs the tests marked slow as well."""
+    """`--run-slow` runs the tests marked slow as well, `--gpu-check` those marked gpu_check."""
     parser.addoption("--run-slow", action="store_true", help="run the tests that take longer than a minute")
+    parser.addoption("--gpu-check", action="store_true", help="compile the Triton kernels for all cards")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,11 +39,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip what this run or this machine cannot do."""
     slow = pytest.mark.skip(reason="slow: pass --run-slow")
     cuda = pytest.mark.skip(reason="needs a CUDA device")
+    gpu_check = pytest.mark.skip(reason="compiles for one more GPU: pass --gpu-check")
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
             item.add_marker(slow)
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(cuda)
+        if item.get_closest_marker("gpu_check") and not config.getoption("--gpu-check"):
+            item.add_marker(gpu_check)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from slicemod.kernels.triton.device.mask_gradient import mask_gradient_kernel
 from slicemod.kernels.triton.device.query_gradient import query_gradient_kernel
 from slicemod.kernels.triton.device.row_products import row_products_kernel
 from slicemod.kernels.triton.records import Factors, MaskSums, Matrix, Settings, Sizes
-from slicemod.kernels.triton.tile_sizes import Card, Tiles, backward_tiles, chunks_of, forward_tiles
+from slicemod.kernels.triton.tile_sizes import Card, Pass, Tiles, chunks_of, tiles_of
 from slicemod.rounding import ceil_div
 
 _MOST_BYTES_AT_ONCE = 16  # that a thread of a GPU reads
@@ -60,6 +60,10 @@ class Call(NamedTuple):
     def value_dim(self) -> int:
         """Channels of value."""
         return self.value.shape[3]
+
+    def tiles(self, which: Pass, card: Card) -> Tiles:
+        """The tiles of a pass on this card."""
+        return tiles_of(which, card, self.query.element_size(), max(self.head_dim, self.value_dim))
 
     def row_blocks(self, tiles: Tiles) -> int:
         """Blocks of rows in all heads."""
@@ -136,7 +140,7 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
 
 def forward_launch(call: Call, output: Tensor, sums: Tensor | None, card: Card) -> Launch:
     """Writes the output `(B, H, N, Dv)`, and the log-sum-exp of each row into `sums`, `(B, H, N)` float32."""
-    tiles = forward_tiles(card, call.query.element_size(), call.head_dim, call.value_dim)
+    tiles = call.tiles("forward", card)
     unit = _unit(call.query, call.key, call.value, output)
     settings = call.settings(tiles, unit, call.value_dim)
     query, key, value, out = (_matrix(tensor, unit) for tensor in (call.query, call.key, call.value, output))
@@ -170,27 +174,26 @@ def backward_launches(call: Call, given: BackwardCall, card: Card) -> Iterator[L
     grad, products = _matrix(given.grad_output, unit), torch.empty_like(given.sums)
     known = *matrices, call.mask_matrix, grad, given.sums, products, call.seed
     rest = call.factors, call.sizes
-    sizes = call.query.element_size(), call.head_dim, call.value_dim
+    tiles = call.tiles("query", card)
     if query_gradient is not None or key_gradient is not None or mask_gradient is not None:
-        tiles = forward_tiles(card, *sizes)
         settings = call.settings(tiles, unit, call.value_dim)
         rows = _matrix(given.output, unit), grad, products, call.sizes, settings
         yield Launch(row_products_kernel, (call.row_blocks(tiles),), rows, tiles)
-    tiles = backward_tiles(card, *sizes)
     if query_gradient is not None:
         settings = call.settings(tiles, unit, call.head_dim)
         grid = call.row_blocks(tiles), ceil_div(call.head_dim, settings.out_width)
         yield Launch(query_gradient_kernel, grid, (*known, _matrix(query_gradient, unit), *rest, settings), tiles)
+    if mask_gradient is not None and mask_gradient.shape[3] == 1:
+        mask_gradient.zero_()
+    elif mask_gradient is not None:
+        yield _mask_launch(call, known, mask_gradient, tiles, unit)
+    tiles = call.tiles("keys", card)
     if key_gradient is not None or value_gradient is not None:
         widths = 0 if key_gradient is None else call.head_dim, 0 if value_gradient is None else call.value_dim
         settings = call.settings(tiles, unit, max(widths))
         grid = call.key_blocks(tiles), ceil_div(max(widths), settings.out_width)
         both = (None if tensor is None else _matrix(tensor, unit) for tensor in (key_gradient, value_gradient))
         yield Launch(key_value_gradients_kernel, grid, (*known, *both, *rest, settings), tiles)
-    if mask_gradient is not None and mask_gradient.shape[3] == 1:
-        mask_gradient.zero_()
-    elif mask_gradient is not None:
-        yield _mask_launch(call, known, mask_gradient, tiles, unit)
 
 
 def _mask_launch(call: Call, known: tuple[Any, ...], gradient: Tensor, tiles: Tiles, unit: int) -> Launch:

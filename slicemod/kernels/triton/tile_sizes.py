@@ -1,12 +1,13 @@
-"""How large the tiles are that one program computes at a time."""
+"""How large the tiles are that one program computes at a time, by card and head size."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from slicemod.rounding import ceil_div
 
 Card = str | None  # "sm_90", "gfx942"; None where Triton interprets on the CPU
+Pass = Literal["forward", "query", "keys"]
 
 _LEAST = 16  # columns of the smallest product of a tensor core
 
@@ -31,22 +32,64 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Chosen by what compilers made of them, not by time: none was run on a GPU.
-_HALF = Tiles(64, 64, 64, 128, 8, 2)
-_FLOAT = Tiles(32, 32, 64, 128, 4, 2)
-_INTERPRETED = Tiles(64, 64, 64, 128, 4, 2)  # whose time is that of the number of operations, whatever their size
+class _Line(NamedTuple):
+    """The tiles of one kernel for the cards whose names begin like this, up to this head size."""
+
+    which: Pass
+    cards: tuple[str, ...]
+    widest: int
+    tiles: Tiles
 
 
-def forward_tiles(card: Card, itemsize: int, head_dim: int, value_dim: int) -> Tiles:
-    """The tiles of the forward pass for elements of `itemsize` bytes."""
+_AMD, _ANY, _WIDE = ("gfx",), ("",), 2**30
+_WARP_GROUPS = ("sm_9", "sm_10")  # four warps multiply together there, 64 rows or more at a time
+
+# All lines were chosen by what Triton 3.8 makes of them for sm_80, sm_86, sm_90, sm_100 and gfx942: registers that
+# suffice, shared memory that every card has. None was timed, as none ran on a GPU. The first line that fits holds.
+_HALF = (
+    _Line("forward", _AMD, 64, Tiles(128, 64, 64, 128, 4, 2)),
+    _Line("forward", _AMD, 128, Tiles(64, 64, 128, 128, 4, 2)),
+    _Line("forward", _AMD, 256, Tiles(64, 32, 256, 256, 8, 1)),
+    _Line("forward", _ANY, 64, Tiles(128, 64, 64, 128, 8, 3)),
+    _Line("forward", _ANY, 128, Tiles(64, 64, 128, 128, 8, 2)),
+    _Line("forward", _ANY, 256, Tiles(64, 32, 256, 256, 8, 2)),
+    _Line("forward", _ANY, _WIDE, Tiles(64, 64, 64, 128, 8, 2)),
+    _Line("query", _AMD, 64, Tiles(64, 64, 64, 128, 8, 2)),
+    _Line("query", _AMD, 128, Tiles(64, 32, 128, 128, 8, 1)),
+    _Line("query", _AMD, _WIDE, Tiles(64, 32, 64, 128, 8, 1)),
+    _Line("query", _WARP_GROUPS, 64, Tiles(64, 64, 64, 128, 8, 2)),
+    _Line("query", _ANY, 64, Tiles(64, 32, 64, 128, 8, 2)),
+    _Line("query", _ANY, 128, Tiles(64, 32, 128, 128, 8, 2)),
+    _Line("query", _ANY, _WIDE, Tiles(64, 32, 64, 128, 8, 2)),
+    _Line("keys", _AMD, _WIDE, Tiles(32, 64, 64, 128, 8, 1)),
+    _Line("keys", _WARP_GROUPS, 64, Tiles(32, 64, 64, 128, 8, 2)),
+    _Line("keys", _WARP_GROUPS, 128, Tiles(32, 64, 128, 128, 8, 2)),
+    _Line("keys", _WARP_GROUPS, _WIDE, Tiles(32, 64, 64, 128, 8, 2)),
+    _Line("keys", _ANY, 128, Tiles(64, 32, 128, 128, 8, 2)),
+    _Line("keys", _ANY, _WIDE, Tiles(64, 32, 64, 128, 8, 2)),
+)
+_FLOAT = (  # multiplied without tensor cores, which would round it
+    _Line("forward", _ANY, _WIDE, Tiles(32, 32, 64, 128, 4, 2)),
+    _Line("query", _ANY, 64, Tiles(32, 32, 64, 128, 4, 2)),
+    _Line("query", _ANY, _WIDE, Tiles(32, 32, 32, 64, 8, 1)),
+    _Line("keys", _ANY, 64, Tiles(32, 32, 64, 128, 4, 2)),
+    _Line("keys", _ANY, _WIDE, Tiles(32, 32, 32, 64, 8, 1)),
+)
+_INTERPRETED = Tiles(64, 64, 64, 128, 4, 2)  # its time is the number of operations, whatever their size
+
+
+def tiles_of(which: Pass, card: Card, itemsize: int, width: int) -> Tiles:
+    """The tiles of a pass, for elements of `itemsize` bytes and heads of up to `width` channels.
+
+    >>> tiles_of("forward", "sm_86", 2, 40).rows
+    128
+    """
     if card is None:
         return _INTERPRETED
-    return _HALF if itemsize == 2 else _FLOAT
-
-
-def backward_tiles(card: Card, itemsize: int, head_dim: int, value_dim: int) -> Tiles:
-    """The tiles of the backward pass for elements of `itemsize` bytes."""
-    return forward_tiles(card, itemsize, head_dim, value_dim)
+    lines = _HALF if itemsize == 2 else _FLOAT
+    return next(
+        line.tiles for line in lines if line.which == which and width <= line.widest and card.startswith(line.cards)
+    )
 
 
 def chunks_of(size: int, most: int) -> tuple[int, int]:

@@ -1,0 +1,52 @@
+"""What the Triton kernels are compiled to for GPUs that are not here: this shows what the interpreter cannot.
+
+`make gpu-check` runs all of these tests, and a plain run only the first of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from slicemod.kernels.triton.present import interpreted
+from tests.kernels.triton.compiled import FEATURES, KIB, SHARED, WIDTHS, Compiled, compiled
+from tests.pairwise import pairwise
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="Triton interprets here, and compiles nothing")
+
+# Cases that may keep registers in memory, and how many instructions or registers that may be.
+SPILLS: dict[tuple[str, int], tuple[int, str]] = {}
+
+
+def checked(cases: list[tuple[Any, ...]]) -> list[Any]:
+    """All but the first are left to `make gpu-check`."""
+    return [pytest.param(*case, marks=[pytest.mark.gpu_check] if number else []) for number, case in enumerate(cases)]
+
+
+def assert_sound(card: str, dtype: torch.dtype, width: int, made: Compiled) -> None:
+    assert made.shared <= SHARED[card] * KIB
+    if made.kernel == "row_products":  # no product of matrices, and half of a minute's work
+        assert made.wide_loads
+        return
+    allowed, _ = SPILLS.get((made.kernel, width), (0, ""))
+    assert made.spills <= allowed
+    assert (made.products > 0) == (dtype.itemsize == 2)
+    assert made.wide_loads >= made.loads / 2
+
+
+@pytest.mark.parametrize(("card", "width"), checked([(card, width) for width in WIDTHS for card in SHARED]))
+def test_kernels_keep_to_registers_and_shared_memory(card: str, width: int) -> None:
+    for made in compiled(card, torch.float16, width, FEATURES[-1]):
+        assert_sound(card, torch.float16, width, made)
+
+
+@pytest.mark.parametrize(
+    ("card", "width", "features", "dtype"),
+    checked(pairwise(SHARED, WIDTHS, FEATURES[:-1], [torch.float32, torch.bfloat16])),
+    ids=str,
+)
+def test_so_do_those_of_other_dtypes_and_features(card: str, width: int, features: str, dtype: torch.dtype) -> None:
+    for made in compiled(card, dtype, width, features):
+        assert_sound(card, dtype, width, made)
