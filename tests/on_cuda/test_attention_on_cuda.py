@@ -35,6 +35,7 @@ SLICINGS = {
     "key chunks": SliceConfig(kernel="math", policy="exact", budget="24KiB"),
     "kept weights": SliceConfig(kernel="math", steps=5, checkpoint=False),
     "upcast": SliceConfig(kernel="math", steps=5, upcast=True),
+    "triton": SliceConfig(kernel="triton"),
 }
 
 
@@ -70,7 +71,7 @@ def test_output_and_gradients_are_as_exact_as_sdpas(slicing: str, dtype: torch.d
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 @pytest.mark.parametrize("mask", ["no mask", "bool", "gradient", "causal"])
-def test_the_sliced_kernels_peak_is_what_the_plan_says(
+def test_the_peak_of_a_kernel_of_ours_is_what_the_plan_says(
     slicing: str, dtype: torch.dtype, mask: str, training: bool
 ) -> None:
     sizes: dict[str, Any] = {"heads": 6, "queries": 131, "keys": 113}
@@ -186,11 +187,11 @@ def test_widened_products_are_as_exact_as_sdpa(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [16, 11])
-def test_what_pytorch_cannot_fuse_is_sliced_where_its_own_way_is_forbidden(width: int) -> None:
+def test_what_pytorch_cannot_fuse_is_left_to_kernels_of_ours_where_its_own_way_is_forbidden(width: int) -> None:
     inputs = layer_inputs(torch.float32, width=width)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         for _ in range(2):
-            assert plan_of(inputs).kernel == "math"
+            assert plan_of(inputs).kernel in ("triton", "math")
 
 
 def test_a_known_call_follows_pytorchs_settings() -> None:
@@ -198,7 +199,7 @@ def test_a_known_call_follows_pytorchs_settings() -> None:
     for _ in range(2):
         assert plan_of(inputs).kernel == "fused"
     with sdpa_kernel(SDPBackend.MATH):
-        assert plan_of(inputs).kernel == "math"
+        assert plan_of(inputs).kernel in ("triton", "math")
     assert plan_of(inputs).kernel == "fused"
 
 

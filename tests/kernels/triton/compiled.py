@@ -133,8 +133,8 @@ def _of_amd(code: str) -> tuple[int, int, int, int, int]:
 def table() -> str:
     """Registers and KiB of shared memory of each kernel in float16, with the features that take the most."""
     lines = [
-        f"Compiled by Triton {triton.__version__} in float16, with an additive mask, its gradient, and dropout: registers "
-        "of a thread and KiB of shared memory.",
+        f"Compiled by Triton {triton.__version__} in float16, with an additive mask, its gradient, and dropout: "
+        "registers of a thread, and KiB of shared memory of a program.",
         "",
         f"| kernel, channels of a head | {' | '.join(SHARED)} |",
         f"|---|{'---:|' * len(SHARED)}",
@@ -146,7 +146,10 @@ def table() -> str:
                 spilled = f", {made.spills} spilled" if made.spills else ""
                 cell = f"{made.registers}, {made.shared / KIB:.0f}{spilled}"
                 rows.setdefault(f"{made.kernel.replace('_', ' ')}, {width}", []).append(cell)
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in sorted(rows.items(), key=lambda row: row[0].split(",")[0])]
+    lines += [
+        f"| {name} | {' | '.join(cells)} |"
+        for name, cells in sorted(rows.items(), key=lambda row: row[0].split(",")[0])
+    ]
     return "\n".join(lines)
 
 
@@ -154,7 +157,9 @@ def _fill(page: Path, content: str) -> None:
     mark = re.compile(r"(<!-- compiled kernels -->\n).*?(<!-- end -->)", re.DOTALL)
     text = page.read_text(encoding="utf-8")
     if len(mark.findall(text)) != 1:
-        raise SystemExit(f"{page}: expected one block `<!-- compiled kernels -->` to `<!-- end -->`; got another number.")
+        raise SystemExit(
+            f"{page}: expected one block `<!-- compiled kernels -->` to `<!-- end -->`; got another number."
+        )
     page.write_text(mark.sub(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text), encoding="utf-8")
 
 

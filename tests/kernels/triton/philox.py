@@ -47,7 +47,7 @@ def with_dropout(
     # The weights are the attention of values that are the rows of an identity.
     batch, _, keys, _ = key.shape
     heads, queries = query.shape[1:3]
-    identity = torch.eye(keys, dtype=torch.float64).expand(batch, key.shape[1], keys, keys)
+    identity = torch.eye(keys, dtype=torch.float64, device=query.device).expand(batch, key.shape[1], keys, keys)
     weights = reference_attention(query, key, identity, mask, is_causal, enable_gqa=True)
     values = value.double().repeat_interleave(heads // value.shape[1], 1)
     return (weights * factors.view(batch, heads, queries, keys)) @ values

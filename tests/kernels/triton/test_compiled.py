@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from slicemod.kernels.triton.present import interpreted
-from tests.kernels.triton.compiled import FEATURES, KIB, SHARED, WIDTHS, Compiled, compiled
+from tests.kernels.triton.versions import too_old
 from tests.pairwise import pairwise
 
-pytestmark = pytest.mark.skipif(interpreted(), reason="Triton interprets here, and compiles nothing")
+if (reason := "Triton interprets here, and compiles nothing" if interpreted() else too_old()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+from tests.kernels.triton.compiled import FEATURES, KIB, SHARED, WIDTHS, Compiled, compiled
 
 # Cases that may keep registers in memory, and how many instructions or registers that may be.
 SPILLS: dict[tuple[str, int], tuple[int, str]] = {}

@@ -23,12 +23,16 @@ from slicemod.reference import reference_attention
 from tests.kernels.native.test_binding import KINDS, plain
 from tests.kernels.native.test_operators import FAR_APART
 from tests.kernels.triton.philox import dropout_factors, with_dropout
+from tests.kernels.triton.versions import too_old
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
 from tests.pairwise import pairwise
 from tests.test_functional import LAYOUTS, SPECIAL, strided
 from tests.test_memory_promise import promise_and_peak
 
-pytestmark = pytest.mark.skipif(not interpreted(), reason="wants TRITON_INTERPRET=1; make gpu-check sets it")
+pytestmark = [
+    pytest.mark.skipif(not interpreted(), reason="wants TRITON_INTERPRET=1; make gpu-check sets it"),
+    pytest.mark.skipif(too_old() is not None, reason=str(too_old())),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLICING = SliceConfig(kernel="triton")

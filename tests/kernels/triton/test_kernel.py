@@ -18,6 +18,7 @@ from slicemod.functional import sliced_attention
 from slicemod.kernels.kernel import Terms
 from slicemod.kernels.triton.kernel import TritonKernel
 from slicemod.kernels.triton.present import card_obstacle, interpreted, triton_obstacle
+from tests.kernels.triton.versions import too_old
 from tests.oracle import layer_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -112,6 +113,7 @@ def test_it_pays_off_on_gpus_alone() -> None:
 
 
 @pytest.mark.skipif(interpreted(), reason="the tests run in the interpreter now")
+@pytest.mark.skipif(too_old() is not None, reason=str(too_old()))
 def test_a_layer_is_as_exact_as_sdpa_in_the_interpreter() -> None:
     """A few of what `make gpu-check` runs, in a process of its own, as Triton looks at the environment but once."""
     file = Path(__file__).parent / "test_interpreted.py"
