@@ -110,8 +110,8 @@ def parts_of(
     step = kind.step(model.denoiser)
     alone = step._replace(batch=1, training=False, checkpoint_blocks=False)
 
-    def traced(name: str, source: StepSource, of: StepKind) -> StepPlanner:
-        return StepPlanner(source, of, _AMPLE, slicing, lambda told: progress(f"{name}: {told}"))
+    def traced(name: str, source: StepSource, of: StepKind, *, swapped: bool = False) -> StepPlanner:
+        return StepPlanner(source, of, _AMPLE, slicing, lambda told: progress(f"{name}: {told}"), swapped=swapped)
 
     for number, encoder in enumerate(model.encoders, 1):
         name = "text encoder" if len(model.encoders) == 1 else f"text encoder {number}"
@@ -123,13 +123,16 @@ def parts_of(
     denoiser = "transformer" if isinstance(model.denoiser, TransformerSource) else "UNet"
     if kind.train:
         images = alone._replace(batch=step.batch)
-        yield _part("VAE encoding", traced("VAE encoding", model.autoencoder._replace(encodes=True), images))
+        encoder = model.autoencoder._replace(encodes=True)
+        yield _part("VAE encoding", traced("VAE encoding", encoder, images, swapped=True))
         yield _part(f"{denoiser}, training", traced(denoiser, model.denoiser, step), is_denoiser=True)
         return
-    yield _part(f"{denoiser}, a step", traced(denoiser, model.denoiser, step), is_denoiser=True)
+    yield _part(
+        f"{denoiser}, a step", traced(denoiser, model.denoiser, step, swapped=denoiser == "UNet"), is_denoiser=True
+    )
     decoded = model.autoencoder_dtype(step.dtype)
     images = alone._replace(dtype=decoded, batch=max(1, step.batch // model.denoiser.guidance_batch))
-    decoder = traced("VAE decoding", model.autoencoder, images)
+    decoder = traced("VAE decoding", model.autoencoder, images, swapped=True)
     yield TracedPart("VAE decoding", decoder, decoder.weights * step.dtype.itemsize // decoded.itemsize)
 
 

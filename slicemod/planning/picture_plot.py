@@ -16,15 +16,19 @@ from slicemod.planning.step_peaks import Way
 _DOUBLINGS = 2  # of the memory, to either side of the one that is asked about
 _POINTS_PER_DOUBLING = 3
 # Of Okabe and Ito, which remain apart for the colour-blind.
+_NAMES: dict[Way, str] = {
+    "full attention": "full attention",
+    "fused": "PyTorch's fused attention",
+    "slicemod": "slicemod",
+}
 _COLOURS: dict[Way, str] = {"fused": "#009E73", "full attention": "#D55E00", "slicemod": "#0072B2"}
 
 
-def plot_largest(planner: PicturePlanner, names: dict[Way, str], path: Path, title: str) -> None:
+def plot_largest(planner: PicturePlanner, path: Path, title: str) -> None:
     """Draws a line for each way to compute, and marks the memory that is asked about.
 
     Args:
         planner: of the whole.
-        names: what the ways are called.
         path: the picture, of a format that matplotlib writes.
         title: above it.
     """
@@ -44,7 +48,7 @@ def plot_largest(planner: PicturePlanner, names: dict[Way, str], path: Path, tit
                 *zip(*drawn, strict=True),
                 color=_COLOURS[way],
                 linewidth=width,
-                label=names[way],
+                label=_NAMES[way],
                 marker="o",
                 markersize=width + 1,
             )
@@ -65,13 +69,16 @@ def plot_largest(planner: PicturePlanner, names: dict[Way, str], path: Path, tit
 
 def _label(axes: Axes, memory: int, found: list[Largest]) -> None:
     """Writes each largest image beside the mark; ways with the same one share a label."""
-    for pixels in {largest.pixels for largest in found if largest.pixels}:
+    edges = {largest.pixels for largest in found if largest.pixels}
+    for pixels in edges:
         same = [largest for largest in found if largest.pixels == pixels]
+        is_highest = pixels == max(edges)  # no line runs to the upper left of it
         axes.annotate(
             f"{pixels} x {pixels}: {same[-1].why}",
             (memory, pixels),
-            xytext=(8, -12),
+            xytext=(-8, 6) if is_highest else (8, -14),
             textcoords="offset points",
+            horizontalalignment="right" if is_highest else "left",
             color=_COLOURS[same[-1].way],
             fontsize=9,
         )

@@ -12,11 +12,7 @@ from slicemod.memory.sizes import size_text
 from slicemod.planning.picture_peaks import Largest, PartPeak, PicturePlanner, WholePlan
 from slicemod.planning.step_peaks import Way
 
-NAMES: dict[Way, str] = {
-    "full attention": "full attention",
-    "fused": "PyTorch's fused",
-    "slicemod": "slicemod",
-}
+NAMES: dict[Way, str] = {"full attention": "full attention", "fused": "PyTorch's fused", "slicemod": "slicemod"}
 
 
 def shown_ways(planner: PicturePlanner) -> tuple[Way, ...]:

@@ -18,7 +18,7 @@ from slicemod.planning.memory_given import bytes_given
 from slicemod.planning.picture import picture_planner
 from slicemod.planning.picture_kind import PictureKind
 from slicemod.planning.picture_model import find_picture_model
-from slicemod.planning.picture_report import NAMES, largest_as_json, largest_table, parts_table, whole_as_json
+from slicemod.planning.picture_report import largest_as_json, largest_table, parts_table, whole_as_json
 from slicemod.planning.picture_report import remarks as whole_remarks
 from slicemod.planning.plan_options import parser
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
@@ -68,7 +68,7 @@ def _plan_whole(options: Namespace, kind: PictureKind, slicing: SliceConfig, mem
             status.update(f"drawing {options.plot}")
             from slicemod.planning.picture_plot import plot_largest
 
-            plot_largest(planner, NAMES, options.plot, title)
+            plot_largest(planner, options.plot, title.partition(";")[0].capitalize())
     if options.json:
         found = {"resolutions": [whole_as_json(plan) for plan in plans], "largest_image": largest_as_json(largest)}
         return _print_json(_about(options, step, memory) | found | {"left_out": list(model.left_out)})

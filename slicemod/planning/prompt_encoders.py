@@ -175,12 +175,12 @@ KNOWN = {
         "CLIPTextModelWithProjection", _OPENCLIP_G | {"projection_dim": 1280}, 77,
         (1_389_320_296, 9_067_520), (1_389_320_296, 9_067_520), (2_778_639_976, 18_135_040),
     ),
-    "T5-XXL, 256 tokens": _known(*_T5, 256, *zip(_T5_WEIGHTS, (47_185_920, 39_913_472, 79_759_360), strict=True)),
-    "T5-XXL, 300 tokens": _known(*_T5, 300, *zip(_T5_WEIGHTS, (56_985_600, 51_847_168, 103_610_368), strict=True)),
-    "T5-XXL, 512 tokens": _known(*_T5, 512, *zip(_T5_WEIGHTS, (134_350_848, 130_156_544, 260_179_968), strict=True)),
+    "T5-XXL, 256 tokens": _known(*_T5, 256, *zip(_T5_WEIGHTS, (47_185_920, 37_748_736, 75_497_472), strict=True)),
+    "T5-XXL, 300 tokens": _known(*_T5, 300, *zip(_T5_WEIGHTS, (56_985_600, 45_926_400, 91_852_800), strict=True)),
+    "T5-XXL, 512 tokens": _known(*_T5, 512, *zip(_T5_WEIGHTS, (111_149_056, 97_126_400, 194_119_680), strict=True)),
     "UMT5-XXL": _known(
         "UMT5EncoderModel", _T5_XXL | {"vocab_size": 256_384}, 512,
-        (13_375_086_592, 134_350_848), (11_361_820_672, 130_156_544), (22_723_641_344, 260_179_968),
+        (13_375_086_592, 101_320_704), (11_361_820_672, 97_126_400), (22_723_641_344, 194_119_680),
     ),
     "Qwen2.5-VL 7B": _known(
         "Qwen2_5_VLForConditionalGeneration", _QWEN25_VL, 512 + 34,

@@ -8,23 +8,28 @@ not proportional: PyTorch convolves tiny images in another way, which takes less
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from slicemod.call import AttentionShape, CallSpec
 from slicemod.choose import choose
 from slicemod.config import SliceConfig
+from slicemod.feed_forward.plan import FeedForwardShape, plan_feed_forward
 from slicemod.kernels import kernel_named
 from slicemod.kernels.fused.running import BACKENDS
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
+from slicemod.planning.autoencoders import AutoencoderSource
+from slicemod.planning.layer_calls import LayerCall
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak, Timeline
 from slicemod.planning.step_source import StepSource
+from slicemod.planning.strip_peaks import strip_layers, strips_within
 from slicemod.planning.unet_step import StepKind, TracedStep, trace_step
 from slicemod.rounding import ceil_div
 from slicemod.user_error import UserError
+from slicemod.vae.plan import LayerSizes
 
 Way = Literal["full attention", "fused", "slicemod"]
 WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
@@ -69,6 +74,8 @@ class StepPlanner:
         memory: bytes for the whole step, weights included.
         slicing: policy and kernel of slicemod's attention. Its budget is replaced by what the rest of the step leaves.
         progress: is told what is being done if that takes seconds.
+        swapped: slicemod's way is `swap_attention(feed_forward=True)` or `swap_vae`, which compute layers in parts in
+            inference. Otherwise it is the attention alone.
 
     Raises:
         UserError: `source` describes no model.
@@ -81,6 +88,8 @@ class StepPlanner:
         memory: int,
         slicing: SliceConfig,
         progress: Callable[[str], None] = lambda _: None,
+        *,
+        swapped: bool = False,
     ) -> None:
         self.kind, self.memory, self.slicing = kind, memory, slicing
         self.resolution_step = source.resolution_step
@@ -95,6 +104,15 @@ class StepPlanner:
         for pixels in self._pixels:
             progress(f"tracing the step at {pixels} x {pixels} pixels")
             self._traced.append(trace_step(source, kind, pixels))
+        self._swapped: list[TracedStep] = []
+        self._strips: tuple[LayerSizes, ...] = ()
+        self._input_pixels = 1
+        if swapped and isinstance(source, AutoencoderSource):
+            self._strips = strip_layers(source, kind.dtype)
+            self._input_pixels = 1 if source.encodes else source.latent_pixels
+        # A layer is left whole in training, where the user decides about slices, and where its weights come and go.
+        elif swapped and not (kind.training or kind.streams_weights or slicing.kernel == "math" or slicing.steps):
+            self._swapped = [trace_step(source, kind._replace(swapped=True), edge) for edge in self._pixels]
         if not self._traced[0].timeline.has_the_rows_of(self._traced[1].timeline):
             raise UserError(
                 "model: expected one that runs the same operators at every resolution; got one that does not. Name "
@@ -162,10 +180,13 @@ class StepPlanner:
 
     def _step(self, pixels: int) -> TracedStep:
         if pixels not in self._steps:
-            first, second = self._traced
-            low, high = self._pixels
-            self._steps[pixels] = first.between(second, pixels**2 - low**2, high**2 - low**2)
+            self._steps[pixels] = self._between(self._traced, pixels)
         return self._steps[pixels]
+
+    def _between(self, traced: Sequence[TracedStep], pixels: int) -> TracedStep:
+        first, second = traced
+        low, high = self._pixels
+        return first.between(second, pixels**2 - low**2, high**2 - low**2)
 
     def _plan(self, pixels: int) -> ResolutionPlan:
         timeline, calls = self.at(pixels)
@@ -181,14 +202,68 @@ class StepPlanner:
             costs["fused"] = [fused_attention_cost(call) for call in calls]
         if len(plans) == len(calls):
             costs["slicemod"] = [planned_attention_cost(call, plan) for call, plan in zip(calls, plans, strict=True)]
+        peaks = {way: timeline.peak(cost) for way, cost in costs.items()}
+        if self._swapped:
+            budget, peaks["slicemod"] = self._plan_swapped(pixels)
+        elif self._strips:
+            budget, peaks["slicemod"] = self._plan_strips(pixels, [answers[call] for call in calls], budget)
         counted = Counter(calls[: self._traced[0].layers])
         largest_first = sorted(counted.items(), key=lambda item: -item[0].shape.scores_bytes)
         return ResolutionPlan(
             pixels,
             budget,
             tuple(LayerPlan(call.shape, layers, answers[call]) for call, layers in largest_first),
-            {way: timeline.peak(cost) for way, cost in costs.items()},
+            {way: peak for way, peak in peaks.items() if peak is not None},
         )
+
+    def _plan_swapped(self, pixels: int) -> tuple[int, StepPeak | None]:
+        """The budget that the rest of the step leaves to swapped layers, and the peak; None if they do not fit."""
+        step = self._between(self._swapped, pixels)
+        budget = self.memory - step.timeline.held_at_attention([AttentionCost(0, 0)] * len(step.calls))
+        # Attention gets what the projections of the layer leave, and all layers the same.
+        budget -= max((call.held for call in step.calls if isinstance(call, LayerCall)), default=0)
+        costs = {call: self._swapped_cost(call, budget) for call in set(step.calls)}
+        found = [cost for call in step.calls if (cost := costs[call]) is not None]
+        return budget, step.timeline.peak(found) if len(found) == len(step.calls) else None
+
+    def _plan_strips(
+        self, pixels: int, attention: Sequence[SlicePlan | NotEnoughMemoryError], budget: int
+    ) -> tuple[int, StepPeak | None]:
+        """The budget of an autoencoder whose layers go through in strips, and the peak; None if it does not fit."""
+        timeline = self._step(pixels).timeline
+        edge = pixels // self._input_pixels
+        found = strips_within(
+            self._strips,
+            (self.kind.batch, edge, edge),
+            self.kind.dtype.itemsize,
+            self.memory - timeline.weights,
+            self.kind.device_type,
+        )
+        plans = [plan for plan in attention if isinstance(plan, SlicePlan)]
+        if found is None or len(plans) < len(attention):
+            return budget, None
+        held = timeline.held_at_attention([AttentionCost(0, 0)] * len(plans)) - timeline.weights
+        most = max((held + plan.peak_bytes for plan in plans), default=0)
+        return min(budget, found.budget), StepPeak(timeline.weights, max(found.plan.peak_bytes, most), 0, 0, 0)
+
+    def _swapped_cost(self, call: Any, budget: int) -> AttentionCost | None:
+        if isinstance(call, FeedForwardShape):
+            return self._feed_forward_cost(call, budget)
+        attention = call.attention if isinstance(call, LayerCall) else call
+        if attention is None:
+            return AttentionCost(0, 0)
+        plan = self._answer(attention, budget)
+        held = call.held if isinstance(call, LayerCall) else 0
+        return AttentionCost(0, held + plan.peak_bytes) if isinstance(plan, SlicePlan) else None
+
+    def _feed_forward_cost(self, call: FeedForwardShape, budget: int) -> AttentionCost | None:
+        try:
+            plan = plan_feed_forward(call, budget, self.kind.device_type)
+        except NotEnoughMemoryError:
+            return None
+        # What a chunk gives is copied into the output, which exists already. A single chunk is the output.
+        own = call.tokens * call.out * call.itemsize if plan.steps == 1 else 0
+        return AttentionCost(0, plan.peak_bytes - own)
 
     def _answer(self, call: CallSpec, budget: int) -> SlicePlan | NotEnoughMemoryError:
         if budget < 1:

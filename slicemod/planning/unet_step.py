@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slicemod.call import AttentionShape, CallSpec
+from slicemod.call import CallSpec
 from slicemod.planning.attention_stand_in import AttentionStandIn
 from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
+from slicemod.planning.layer_calls import LayerCall, LayerStandIn
 from slicemod.planning.memory_timeline import MemoryRecorder, Timeline
 from slicemod.planning.step_source import StepSource
 from slicemod.torch_internals import tree_leaves
@@ -30,6 +31,7 @@ class StepKind(NamedTuple):
         checkpoint_blocks: the model's own gradient checkpointing is on.
         streams_weights: each layer's weights are loaded when it runs and taken away after it, as accelerate's
             sequential offloading does.
+        swapped: in inference, the layers of diffusers' UNets are swapped, and are left to their plans as attention is.
     """
 
     dtype: torch.dtype
@@ -38,6 +40,7 @@ class StepKind(NamedTuple):
     training: bool = False
     checkpoint_blocks: bool = False
     streams_weights: bool = False
+    swapped: bool = False
 
 
 class TracedStep(NamedTuple):
@@ -45,13 +48,13 @@ class TracedStep(NamedTuple):
 
     Attributes:
         timeline: what it allocates and frees.
-        calls: of attention, in order.
+        calls: of attention and of swapped layers, in order.
         layers: how many of them are in the forward pass.
         inputs: bytes of the tensors that it is given, which the timeline leaves out.
     """
 
     timeline: Timeline
-    calls: tuple[CallSpec, ...]
+    calls: tuple[Any, ...]
     layers: int
     inputs: int = 0
 
@@ -62,13 +65,21 @@ class TracedStep(NamedTuple):
             ValueError: the steps do not run the same operators.
         """
 
-        def scaled(a: AttentionShape, b: AttentionShape) -> AttentionShape:
-            queries = a.queries + (b.queries - a.queries) * part // whole
-            return replace(a, queries=queries, keys=a.keys + (b.keys - a.keys) * part // whole)
-
-        calls = (replace(a, shape=scaled(a.shape, b.shape)) for a, b in zip(self.calls, other.calls, strict=True))
+        calls = (_between(a, b, part, whole) for a, b in zip(self.calls, other.calls, strict=True))
         inputs = self.inputs + (other.inputs - self.inputs) * part // whole
         return TracedStep(self.timeline.between(other.timeline, part, whole), tuple(calls), self.layers, inputs)
+
+
+def _between(a: Any, b: Any, part: int, whole: int) -> Any:
+    """The call at `part / whole` of the way from one to another, which differs only in its numbers of tokens."""
+    if isinstance(a, LayerCall):
+        return replace(a, call=_between(a.call, b.call, part, whole))
+    if isinstance(a, CallSpec):
+        return replace(a, shape=_between(a.shape, b.shape, part, whole))
+    names = [name for name in ("queries", "keys", "tokens") if hasattr(a, name)]
+    return replace(
+        a, **{name: getattr(a, name) + (getattr(b, name) - getattr(a, name)) * part // whole for name in names}
+    )
 
 
 def trace_step(source: StepSource, kind: StepKind, pixels: int) -> TracedStep:
@@ -112,7 +123,9 @@ def trace_inference(
     tensors = _held_by(model)
     recorder.ignore([*tensors, *given])
     streamed = _stream_weights(model, recorder) if kind.streams_weights else 0
-    with torch.no_grad(), recorder, stand_in.installed():
+    layers = LayerStandIn(recorder, kind.device_type, stand_in.calls)
+    swapped = layers.installed(model) if kind.swapped else nullcontext()
+    with torch.no_grad(), recorder, stand_in.installed(), swapped:
         call()
     weights = sum(tensor.nbytes for tensor in tensors) - streamed
     inputs = sum(tensor.nbytes for tensor in given)

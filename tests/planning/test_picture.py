@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import transformers
 from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 import slicemod
-from slicemod import SliceConfig
+from slicemod import AttentionShape, SliceConfig, swap_attention, swap_vae
 from slicemod.bench.memory import peak_memory
+from slicemod.call import CallSpec
 from slicemod.planning.autoencoders import AutoencoderSource
+from slicemod.planning.layer_calls import LayerCall
 from slicemod.planning.picture import Budgets, plan_picture
 from slicemod.planning.prompt_encoders import KNOWN, PromptEncoderSource
 from slicemod.planning.step_peaks import StepPlanner
@@ -55,6 +58,47 @@ def test_the_predicted_peak_of_an_autoencoder_is_the_measured_one(pixels: int, e
     predicted, measured = _predicted(source, FLOAT32, pixels), _measured(source, model, FLOAT32, pixels)
     print(f"{pixels} {encodes=}: predicted {predicted:,}, measured {measured:,}")
     assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("pixels", "share"), [(256, 0.5), (512, 1.0), (512, 0.5)])
+@pytest.mark.parametrize("encodes", [False, True], ids=["decoding", "encoding"])
+def test_the_predicted_peak_of_a_swapped_autoencoder_is_the_measured_one(
+    pixels: int, share: float, encodes: bool
+) -> None:
+    source, model = AutoencoderSource("AutoencoderKL", KL, encodes=encodes), AutoencoderKL(**KL)
+    ample = StepPlanner(source, FLOAT32, 2**40, SliceConfig(), swapped=True)
+    whole = ample.plan(pixels).peaks["fused"].total
+    plan = ample.within(int(share * whole)).plan(pixels)
+    swap_vae(model, plan.budget)
+    predicted, measured = plan.peaks["slicemod"], _measured(source, model, FLOAT32, pixels)
+    print(f"{pixels} {share} {encodes=}: predicted {predicted.total - predicted.weights:,}, measured {measured:,}")
+    assert predicted.total <= share * whole
+    assert predicted.total - predicted.weights == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("budget", [2**23, 2**33])
+def test_the_predicted_peak_of_a_swapped_unet_is_the_measured_one(budget: int) -> None:
+    config = SMALL.config | {"block_out_channels": (64, 128)}
+    source, unet = SMALL._replace(config=config), UNet2DConditionModel(**config)
+    ample = StepPlanner(source, FLOAT32, 2**40, SliceConfig(), swapped=True)
+    plan = ample.within(2**40 - ample.plan(512).budget + budget).plan(512)
+    assert plan.budget == budget
+    swap_attention(unet, {"budget": budget}, feed_forward=True)
+    predicted, measured = plan.peaks["slicemod"], _measured(source, unet, FLOAT32, 512)
+    print(f"{budget}: predicted {predicted.total - predicted.weights:,}, measured {measured:,}")
+    assert predicted.total - predicted.weights == pytest.approx(measured, rel=0.02)
+    assert predicted.total <= plan.peaks["fused"].total
+
+
+def test_a_layer_in_parts_takes_less_than_one_as_a_whole() -> None:
+    shape = AttentionShape(2, 8, 4096, 4096, 40, 4)
+    whole = LayerCall(CallSpec.planned(shape.with_queries(4095), "cpu"), 320, in_parts=False)
+    parts = LayerCall(CallSpec.planned(shape, "cpu"), 320, in_parts=True)
+    assert (whole.attention, parts.attention and parts.attention.shape.queries) == (whole.call, 1024)
+    assert replace(whole, in_parts=True).attention is replace(parts, in_parts=False).attention is None
+    tokens = 4096 * 320 * 4  # bytes of (N, C) of one item
+    assert whole.held == pytest.approx(2 * 4 * tokens, rel=0.001)  # of both items: query, key, value and their output
+    assert parts.held == 2 * tokens // 2 + 2 * tokens // 8  # of half of the heads: key and value, and a quarter of rows
 
 
 @pytest.mark.slow
@@ -127,7 +171,7 @@ def test_the_table_of_text_encoders_has_what_a_trace_finds(name: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         peak = StepPlanner(encoder.source, StepKind(dtype, 1, "cuda"), 2**60, SliceConfig()).plan(8).peaks["fused"]
         assert peak.weights == encoder.peak(dtype).weights
-        assert encoder.peak(dtype).activations == pytest.approx(peak.total - peak.weights, rel=0.02)
+        assert encoder.peak(dtype).activations == pytest.approx(peak.total - peak.weights, rel=0.1)
 
 
 @pytest.fixture(scope="module")
