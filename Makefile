@@ -63,12 +63,19 @@ benchmarks-avx2: $(VENV)/installed
 	$(BIN)/slicemod bench --growth --dtype float32 bfloat16 --rounds 5 --peers sdpa slicemod \
 		--json docs/benchmarks/growth-avx2.json
 
-# The same on a GPU, for a minute or two.
+# The same on a GPU, for ten minutes at most: first whether every kernel is exact there and keeps to its plan.
 benchmarks-gpu: $(VENV)/installed
-	$(BIN)/slicemod bench --device cuda --largest 2 --resolution 512 1024 --dtype float16 --rounds 5 \
-		--peers sdpa full diffusers-sliced ldm 'memory-*' slicemod slicemod-exact --json docs/benchmarks/gpu-layers.json
-	$(BIN)/slicemod bench --device cuda --work sd15-unet --resolution 512 1024 --dtype float16 --mode inference --rounds 5 \
-		--peers sdpa diffusers-full diffusers-sliced ldm slicemod --json docs/benchmarks/gpu-unet.json
+	-timeout 240 $(BIN)/python -m pytest -q tests/on_cuda --junit-xml docs/benchmarks/gpu-tests.xml
+	$(BIN)/slicemod bench --device cuda --largest 2 --resolution 512 1024 --dtype float16 --rounds 5 --minutes 2 \
+		--peers sdpa full diffusers-sliced ldm 'memory-*' slicemod slicemod-triton slicemod-exact \
+		--json docs/benchmarks/gpu-layers.json
+	$(BIN)/slicemod bench --device cuda --work sd15-layers sdxl-layers --largest 3 --resolution 512 1024 2048 \
+		--dtype float16 bfloat16 --rounds 5 --minutes 2 --peers 'sdpa*' flex xformers slicemod slicemod-triton slicemod-exact \
+		--json docs/benchmarks/gpu-backends.json
+	$(BIN)/slicemod bench --device cuda --largest 2 --resolution 1024 --dtype float16 --rounds 5 --minutes 1 --compile \
+		--peers sdpa slicemod slicemod-triton --json docs/benchmarks/gpu-compiled.json
+	$(BIN)/slicemod bench --device cuda --work sd15-unet --resolution 512 1024 --dtype float16 --mode inference --rounds 5 --minutes 1 \
+		--peers sdpa diffusers-full diffusers-sliced ldm slicemod slicemod-triton --json docs/benchmarks/gpu-unet.json
 
 # The pictures and tables of README and docs from docs/benchmarks/*.json.
 figures: $(VENV)/installed

@@ -154,9 +154,9 @@ class CompVisLayer(Peer):
 class Slicemod(Peer):
     """Ours, with some settings."""
 
-    def __init__(self, name: str, slicing: SliceConfig) -> None:
+    def __init__(self, name: str, slicing: SliceConfig, devices: tuple[str, ...] = Peer.devices) -> None:
         super().__init__(name)
-        self.slicing = slicing
+        self.slicing, self.devices = slicing, devices
 
     def in_layer(self, layer: Any) -> nn.Module:
         """A MemoryAwareCrossAttention with these settings and the projections of `layer`."""
@@ -300,6 +300,7 @@ def all_peers(budget: str) -> tuple[Peer, ...]:
     """
     cuda = ("cuda",)
     ours = [Slicemod("slicemod", SliceConfig(budget, "exact")), Slicemod("slicemod-fused", SliceConfig(kernel="fused"))]
+    ours.append(Slicemod("slicemod-triton", SliceConfig(kernel="triton"), devices=cuda))
     ours += [
         Slicemod(f"slicemod-{policy}", SliceConfig(budget if policy == "exact" else "auto", policy, "math"))
         for policy in POLICIES

@@ -58,7 +58,7 @@ def test_all_the_kernels_and_policies_of_ours_are_there() -> None:
     ours = {
         peer.name.removeprefix("slicemod").removeprefix("-") for peer in all_peers("1MiB") if "slicemod" in peer.name
     }
-    assert ours == {"", "fused", "heuristic", "doggettx", "invokeai", "mps", "exact"}
+    assert ours == {"", "fused", "triton", "heuristic", "doggettx", "invokeai", "mps", "exact"}
 
 
 def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
