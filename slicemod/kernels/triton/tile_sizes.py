@@ -68,12 +68,14 @@ _HALF = (
     _Line("keys", _ANY, 128, Tiles(64, 32, 128, 128, 8, 2)),
     _Line("keys", _ANY, _WIDE, Tiles(64, 32, 64, 128, 8, 2)),
 )
-_FLOAT = (  # multiplied without tensor cores, which would round it
+_FLOAT = (  # NVIDIA's tensor cores would round it, so products are unrolled, and take many registers
     _Line("forward", _ANY, _WIDE, Tiles(32, 32, 64, 128, 4, 2)),
     _Line("query", _ANY, 64, Tiles(32, 32, 64, 128, 4, 2)),
+    _Line("query", _AMD, _WIDE, Tiles(32, 32, 64, 64, 4, 1)),
     _Line("query", _ANY, _WIDE, Tiles(32, 32, 32, 64, 8, 1)),
     _Line("keys", _ANY, 64, Tiles(32, 32, 64, 128, 4, 2)),
-    _Line("keys", _ANY, _WIDE, Tiles(32, 32, 32, 64, 8, 1)),
+    _Line("keys", _AMD, _WIDE, Tiles(32, 32, 64, 64, 4, 1)),
+    _Line("keys", _ANY, _WIDE, Tiles(32, 32, 32, 32, 8, 1)),
 )
 _INTERPRETED = Tiles(64, 64, 64, 128, 4, 2)  # its time is the number of operations, whatever their size
 

@@ -19,8 +19,10 @@ if (reason := "Triton interprets here, and compiles nothing" if interpreted() el
 
 from tests.kernels.triton.compiled import FEATURES, KIB, SHARED, WIDTHS, Compiled, compiled
 
-# Cases that may keep registers in memory, and how many instructions or registers that may be.
-SPILLS: dict[tuple[str, int], tuple[int, str]] = {}
+# Kernels that may keep registers in memory: how many instructions do, on which kind of card, and why.
+SPILLS = {
+    ("key_value_gradients", torch.float32, "sm_"): (16, "without tensor cores, products of tiles are unrolled"),
+}
 
 
 def checked(cases: list[tuple[Any, ...]]) -> list[Any]:
@@ -28,21 +30,22 @@ def checked(cases: list[tuple[Any, ...]]) -> list[Any]:
     return [pytest.param(*case, marks=[pytest.mark.gpu_check] if number else []) for number, case in enumerate(cases)]
 
 
-def assert_sound(card: str, dtype: torch.dtype, width: int, made: Compiled) -> None:
+def assert_sound(card: str, dtype: torch.dtype, made: Compiled) -> None:
     assert made.shared <= SHARED[card] * KIB
-    if made.kernel == "row_products":  # no product of matrices, and half of a minute's work
+    if made.kernel == "row_products":  # it multiplies no matrices
         assert made.wide_loads
         return
-    allowed, _ = SPILLS.get((made.kernel, width), (0, ""))
+    nvidia = card.startswith("sm_")
+    allowed, _ = SPILLS.get((made.kernel, dtype, "sm_" if nvidia else "gfx"), (0, ""))
     assert made.spills <= allowed
-    assert (made.products > 0) == (dtype.itemsize == 2)
-    assert made.wide_loads >= made.loads / 2
+    assert made.products or dtype == torch.float32
+    assert made.wide_loads >= (made.loads / 2 if nvidia else 1)
 
 
 @pytest.mark.parametrize(("card", "width"), checked([(card, width) for width in WIDTHS for card in SHARED]))
 def test_kernels_keep_to_registers_and_shared_memory(card: str, width: int) -> None:
     for made in compiled(card, torch.float16, width, FEATURES[-1]):
-        assert_sound(card, torch.float16, width, made)
+        assert_sound(card, torch.float16, made)
 
 
 @pytest.mark.parametrize(
@@ -52,4 +55,4 @@ def test_kernels_keep_to_registers_and_shared_memory(card: str, width: int) -> N
 )
 def test_so_do_those_of_other_dtypes_and_features(card: str, width: int, features: str, dtype: torch.dtype) -> None:
     for made in compiled(card, dtype, width, features):
-        assert_sound(card, dtype, width, made)
+        assert_sound(card, dtype, made)
