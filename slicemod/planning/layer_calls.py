@@ -108,7 +108,7 @@ class LayerStandIn:
     def _attention(self, layer: Any) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
             tokens = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            (batch, queries, _), keys = hidden_states.shape, tokens.shape[1]
+            (batch, queries, _width), keys = hidden_states.shape, tokens.shape[1]
             size = hidden_states.element_size()
             shape = AttentionShape(batch, layer.heads, queries, keys, layer.to_q.out_features // layer.heads, size)
             shape = replace(shape, upcast=upcasts(self._device_type, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -64,7 +65,7 @@ class PictureKind:
             )
 
     @classmethod
-    def of(cls, given: PictureKind | dict[str, Any] | None) -> PictureKind:
+    def of(cls, given: PictureKind | Mapping[str, Any] | None) -> PictureKind:
         """The record itself, or one of a dict of its fields.
 
         Raises:

@@ -40,6 +40,10 @@ class Part(Protocol):
     def whole_peak(self, way: Way, pixels: int) -> int:
         """Bytes of that peak where memory does not matter."""
 
+    @property
+    def trains(self) -> bool:
+        """It is a step of training."""
+
 
 class EncoderPart:
     """A text encoder whose figures are known: the same for every image and every way."""
@@ -48,6 +52,7 @@ class EncoderPart:
         self.name = name
         self._peak = encoder.peak(dtype)
         self.waiting = self._peak.weights
+        self.trains = False
 
     def peaks(self, pixels: int, memory: int) -> Mapping[Way, StepPeak]:
         """The peak of one prompt."""
@@ -77,6 +82,7 @@ class TracedPart:
 
     def __init__(self, name: str, planner: StepPlanner, waiting: int, *, is_denoiser: bool = False) -> None:
         self.name, self.planner, self.waiting, self.is_denoiser = name, planner, waiting, is_denoiser
+        self.trains = planner.kind.training
 
     def within(self, pixels: int, memory: int) -> StepPlanner:
         """The planner of the step, for what its own inputs leave of `memory`."""
@@ -120,20 +126,35 @@ def parts_of(
             continue
         source = encoder.source if isinstance(encoder, KnownEncoder) else encoder
         yield _part(name, traced(name, source, alone))
-    denoiser = "transformer" if isinstance(model.denoiser, TransformerSource) else "UNet"
+    denoiser = "transformer" if is_transformer(model) else "UNet"
     if kind.train:
         images = alone._replace(batch=step.batch)
-        encoder = model.autoencoder._replace(encodes=True)
-        yield _part("VAE encoding", traced("VAE encoding", encoder, images, swapped=True))
+        encodes = model.autoencoder._replace(encodes=True)
+        yield _part("VAE encoding", traced("VAE encoding", encodes, images, swapped=True))
         yield _part(f"{denoiser}, training", traced(denoiser, model.denoiser, step), is_denoiser=True)
         return
     yield _part(
-        f"{denoiser}, a step", traced(denoiser, model.denoiser, step, swapped=denoiser == "UNet"), is_denoiser=True
+        f"{denoiser}, a step",
+        traced(denoiser, model.denoiser, step, swapped=not is_transformer(model)),
+        is_denoiser=True,
     )
     decoded = model.autoencoder_dtype(step.dtype)
     images = alone._replace(dtype=decoded, batch=max(1, step.batch // model.denoiser.guidance_batch))
     decoder = traced("VAE decoding", model.autoencoder, images, swapped=True)
     yield TracedPart("VAE decoding", decoder, decoder.weights * step.dtype.itemsize // decoded.itemsize)
+
+
+def sliced_parts(model: PictureModel, kind: PictureKind, slicing: SliceConfig) -> str:
+    """What is in slices in slicemod's way."""
+    if kind.train or model.autoencoder.class_name != "AutoencoderKL":
+        return "attention"
+    layers_are_whole = kind.offload == "sequential" or slicing.kernel == "math"
+    return "attention and VAE" if is_transformer(model) or layers_are_whole else "layers, feed-forwards and VAE"
+
+
+def is_transformer(model: PictureModel) -> bool:
+    """The steps are those of a transformer, not of a UNet."""
+    return isinstance(model.denoiser, TransformerSource)
 
 
 def _part(name: str, planner: StepPlanner, *, is_denoiser: bool = False) -> Part:

@@ -109,6 +109,11 @@ class PicturePlanner:
         self.parts, self.together, self.memory, self.ways = parts, together, memory, tuple(ways)
         self.resolution_step, self.most_pixels = resolution_step, most_pixels
 
+    @property
+    def trains(self) -> bool:
+        """The last part is a step of training."""
+        return self.parts[-1].trains
+
     def stays_loaded(self, part: Part) -> int:
         """Bytes of the other parts while one runs."""
         return sum(other.waiting for other in self.parts if other is not part) if self.together else 0

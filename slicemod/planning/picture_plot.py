@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -16,19 +17,15 @@ from slicemod.planning.step_peaks import Way
 _DOUBLINGS = 2  # of the memory, to either side of the one that is asked about
 _POINTS_PER_DOUBLING = 3
 # Of Okabe and Ito, which remain apart for the colour-blind.
-_NAMES: dict[Way, str] = {
-    "full attention": "full attention",
-    "fused": "PyTorch's fused attention",
-    "slicemod": "slicemod",
-}
 _COLOURS: dict[Way, str] = {"fused": "#009E73", "full attention": "#D55E00", "slicemod": "#0072B2"}
 
 
-def plot_largest(planner: PicturePlanner, path: Path, title: str) -> None:
+def plot_largest(planner: PicturePlanner, names: Mapping[Way, str], path: Path, title: str) -> None:
     """Draws a line for each way to compute, and marks the memory that is asked about.
 
     Args:
         planner: of the whole.
+        names: what the ways are called.
         path: the picture, of a format that matplotlib writes.
         title: above it.
     """
@@ -48,7 +45,7 @@ def plot_largest(planner: PicturePlanner, path: Path, title: str) -> None:
                 *zip(*drawn, strict=True),
                 color=_COLOURS[way],
                 linewidth=width,
-                label=_NAMES[way],
+                label=names[way],
                 marker="o",
                 markersize=width + 1,
             )

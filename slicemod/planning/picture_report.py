@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -12,7 +12,12 @@ from slicemod.memory.sizes import size_text
 from slicemod.planning.picture_peaks import Largest, PartPeak, PicturePlanner, WholePlan
 from slicemod.planning.step_peaks import Way
 
-NAMES: dict[Way, str] = {"full attention": "full attention", "fused": "PyTorch's fused", "slicemod": "slicemod"}
+_SHORT: dict[Way, str] = {"full attention": "full attention", "fused": "PyTorch's fused", "slicemod": "slicemod"}
+
+
+def names_of_ways(sliced: str) -> dict[Way, str]:
+    """What the ways are called, with what is in slices in slicemod's."""
+    return _SHORT | {"fused": "PyTorch's fused attention", "slicemod": f"slicemod: {sliced} in slices"}
 
 
 def shown_ways(planner: PicturePlanner) -> tuple[Way, ...]:
@@ -20,18 +25,18 @@ def shown_ways(planner: PicturePlanner) -> tuple[Way, ...]:
     return tuple(way for way in planner.ways if way != "full attention" or "fused" not in planner.ways)
 
 
-def largest_table(planner: PicturePlanner, largest: Sequence[Largest]) -> Table:
-    """The largest image for each way: what one wants to know first."""
+def largest_table(planner: PicturePlanner, names: Mapping[Way, str], largest: Sequence[Largest]) -> Table:
+    """The largest image for each way, by its name: what one wants to know first."""
     table = Table(
         title=f"largest square image within {size_text(planner.memory)}",
         title_justify="left",
         box=SIMPLE,
         pad_edge=False,
     )
-    for column in ("attention by", "pixels", "limit"):
+    for column in ("computed by", "pixels", "limit"):
         table.add_column(column, no_wrap=True)
     for found in largest:
-        table.add_row(NAMES[found.way], found.size, found.limit or "the model takes no larger ones")
+        table.add_row(names[found.way], found.size, found.limit or "the model takes no larger ones")
     return table
 
 
@@ -40,7 +45,8 @@ def parts_table(planner: PicturePlanner, plans: Sequence[WholePlan]) -> Table:
     ways = shown_ways(planner)
     table = Table(title="what each part takes", title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("pixels", justify="right", no_wrap=True)
-    for column in ("part", "weights", "stays loaded", *(f"peak, {NAMES[way]}" for way in ways)):
+    weights = "weights, optimizer" if planner.trains else "weights"
+    for column in ("part", weights, "stays loaded", *(f"peak, {_SHORT[way]}" for way in ways)):
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
     for plan in plans:
         table.add_section()

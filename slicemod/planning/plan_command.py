@@ -18,7 +18,8 @@ from slicemod.planning.memory_given import bytes_given
 from slicemod.planning.picture import picture_planner
 from slicemod.planning.picture_kind import PictureKind
 from slicemod.planning.picture_model import find_picture_model
-from slicemod.planning.picture_report import largest_as_json, largest_table, parts_table, whole_as_json
+from slicemod.planning.picture_parts import sliced_parts
+from slicemod.planning.picture_report import largest_as_json, largest_table, names_of_ways, parts_table, whole_as_json
 from slicemod.planning.picture_report import remarks as whole_remarks
 from slicemod.planning.plan_options import parser
 from slicemod.planning.plan_report import as_json, attention_table, remarks, step_table
@@ -59,6 +60,7 @@ def _plan_whole(options: Namespace, kind: PictureKind, slicing: SliceConfig, mem
     check_resolutions(options.resolution, model.denoiser.resolution_step)
     step = kind.step(model.denoiser)
     title = _title(options, step, model.denoiser, "the whole of ")
+    names = names_of_ways(sliced_parts(model, kind, slicing))
     with Console(stderr=True).status("") as status:
         planner = picture_planner(model, kind, memory, slicing, status.update)
         status.update("looking for the largest images")
@@ -68,13 +70,13 @@ def _plan_whole(options: Namespace, kind: PictureKind, slicing: SliceConfig, mem
             status.update(f"drawing {options.plot}")
             from slicemod.planning.picture_plot import plot_largest
 
-            plot_largest(planner, options.plot, title.partition(";")[0].capitalize())
+            plot_largest(planner, names, options.plot, title.partition(";")[0].capitalize())
     if options.json:
         found = {"resolutions": [whole_as_json(plan) for plan in plans], "largest_image": largest_as_json(largest)}
         return _print_json(_about(options, step, memory) | found | {"left_out": list(model.left_out)})
     console = _console()
     console.print(f"{title}\n", highlight=False)
-    console.print(largest_table(planner, largest))
+    console.print(largest_table(planner, names, largest))
     console.print(parts_table(planner, plans))
     for remark in whole_remarks(planner, model.left_out):
         console.print(remark, highlight=False)

@@ -7,6 +7,7 @@ in place of a trace, because transformers takes seconds to load; a test traces t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ ENCODERS = {
 }
 
 
-class PromptEncoderSource(NamedTuple):
+@dataclass(frozen=True)
+class PromptEncoderSource:
     """What is needed to build a text encoder and its inputs.
 
     Attributes:

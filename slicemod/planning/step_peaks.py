@@ -202,7 +202,7 @@ class StepPlanner:
             costs["fused"] = [fused_attention_cost(call) for call in calls]
         if len(plans) == len(calls):
             costs["slicemod"] = [planned_attention_cost(call, plan) for call, plan in zip(calls, plans, strict=True)]
-        peaks = {way: timeline.peak(cost) for way, cost in costs.items()}
+        peaks: dict[Way, StepPeak | None] = {way: timeline.peak(cost) for way, cost in costs.items()}
         if self._swapped:
             budget, peaks["slicemod"] = self._plan_swapped(pixels)
         elif self._strips:

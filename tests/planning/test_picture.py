@@ -78,7 +78,7 @@ def test_the_predicted_peak_of_a_swapped_autoencoder_is_the_measured_one(
 
 @pytest.mark.parametrize("budget", [2**23, 2**33])
 def test_the_predicted_peak_of_a_swapped_unet_is_the_measured_one(budget: int) -> None:
-    config = SMALL.config | {"block_out_channels": (64, 128)}
+    config = {**SMALL.config, "block_out_channels": (64, 128)}
     source, unet = SMALL._replace(config=config), UNet2DConditionModel(**config)
     ample = StepPlanner(source, FLOAT32, 2**40, SliceConfig(), swapped=True)
     plan = ample.within(2**40 - ample.plan(512).budget + budget).plan(512)
