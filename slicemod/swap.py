@@ -238,9 +238,7 @@ def swap_vae(vae: nn.Module, budget: int | float | str = "auto") -> SwapReport:
     """
     slicing = SliceConfig(budget=budget)
     halves = _swap(vae, slicing, ("VAE half",), None)
-    if not any(True for _ in _layers(vae, ("attention",))):
-        return halves
-    attention = _swap(vae, slicing, ("attention",), None)
+    attention = _swap(vae, slicing, ("attention",), None, required=False)
     return SwapReport(halves.layers + attention.layers, halves.skipped + attention.skipped, vae)
 
 
@@ -249,6 +247,8 @@ def _swap(
     slicing: SliceConfig,
     roles: Sequence[str],
     filter_fn: Callable[[str, nn.Module], bool] | None,
+    *,
+    required: bool = True,
 ) -> SwapReport:
     layers, skipped, refused = [], [], []
     for name, parent, child, host in _layers(model, roles):
@@ -271,7 +271,7 @@ def _swap(
             holder.slicing = slicing
             replaced = host.replaced(parent.get_submodule(child))
             layers.append(SwappedLayer(name, host.name, host.role, replaced, slicing, holder, before))
-    if not layers:
+    if required and not layers:
         reasons = "".join(f" {name}: {reason}." for name, reason in skipped[:5])
         raise ValueError(
             f"model: expected {' or '.join(_PLURALS[role] for role in roles)} of "
@@ -344,7 +344,7 @@ def _in_short(layers: Sequence[tuple[str, str]]) -> str:
 def _counted(layers: Sequence[SwappedLayer]) -> str:
     """How many layers of each role there are."""
     numbers = Counter(layer.role for layer in layers)
-    return " and ".join(f"{numbers[role]} {_PLURALS[role]}" for role in _PLURALS if role in numbers)
+    return " and ".join(f"{numbers[role]} {_PLURALS[role]}" for role in _PLURALS if role in numbers) or "no layers"
 
 
 def _layers(model: nn.Module, roles: Container[str] = _PLURALS) -> list[tuple[str, nn.Module, str, Host]]:

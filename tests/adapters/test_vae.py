@@ -216,6 +216,21 @@ def test_changed_code_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
         swap_vae(vae, SMALL)
 
 
+def test_attention_that_cannot_be_swapped_is_named_and_the_halves_are_swapped() -> None:
+    vae = diffusers_vae()
+    for half in (vae.encoder, vae.decoder):
+        half.mid_block.attentions[0].set_processor(type("Other", (), {"__call__": lambda self, attn, x, **more: x})())
+    with pytest.warns(UserWarning, match="swapped in part: no layers were, 2 were left as they are"):
+        report = swap_vae(vae, SMALL)
+    assert [layer.role for layer in report.layers] == ["VAE half"] * 2
+    assert len(report.skipped) == 2
+
+
+def test_a_vae_without_attention_is_swapped() -> None:
+    vae = diffusers_vae(mid_block_add_attention=False)
+    assert_same_picture(vae, decoded, torch.randn(1, 4, 13, 11))
+
+
 def test_what_is_no_vae_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected VAE halves of VAE; found none in Linear"):
         swap_vae(nn.Linear(3, 5), SMALL)
