@@ -13,9 +13,9 @@ from slicemod.call import AttentionShape, CallSpec, upcasts
 from slicemod.choose import Answer, answers
 from slicemod.config import SliceConfig
 from slicemod.plan import SlicePlan
-from slicemod.planning.layers_alike import LayersAlike
+from slicemod.planning.model_layers import ModelLayers
 
-INFERENCE_BATCH, TRAINING_BATCH = 2, 1  # guidance has two items an image
+_TRAINING_BATCH = 1
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = AttentionShape(1, 8, 4096, 4096, 40, 4)  # SD1.5's largest layer, which every kernel computes
 
@@ -77,7 +77,7 @@ def kernels_on(device: torch.device) -> Iterator[Presence]:
 
 
 def choices(
-    layers: tuple[LayersAlike, ...],
+    model: ModelLayers,
     pixels: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -86,14 +86,14 @@ def choices(
     """The choice for each of the layers, in inference and then in training.
 
     Args:
-        layers: of a model.
+        model: its layers.
         pixels: edge of a square image.
         device: where they would run; it need not be there.
         dtype: of query, key and value.
         free_bytes: for each call.
     """
-    for training, batch in ((False, INFERENCE_BATCH), (True, TRAINING_BATCH)):
-        for alike in layers:
+    for training, batch in ((False, model.guidance_batch), (True, _TRAINING_BATCH)):
+        for alike in model.layers:
             shape = replace(alike.at_resolution(pixels).shape, batch=batch)
             call = _call(shape, device, dtype, training=training)
             yield LayerChoice(alike.layers, training, call.shape, tuple(answers(call, SliceConfig(), free_bytes)))

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     free = bytes_given("--budget", options.budget, device)
     present = list(kernels_on(device))
     chosen = {
-        (model, pixels): list(choices(models[model].layers, pixels, device, getattr(torch, dtype), free))
+        (model, pixels): list(choices(models[model], pixels, device, getattr(torch, dtype), free))
         for model, pixels in images
     }
     if options.json:

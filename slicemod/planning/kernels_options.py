@@ -13,9 +13,9 @@ def parser(name: str = "kernels") -> ArgumentParser:
         description="Shows which kernels this machine has, and why it does not have the others. For the attention "
         "layers of a model it shows which kernel runs, how many bytes that takes, and why each better kernel is passed "
         "over.",
-        epilog="The batch is two items in inference, as with guidance, and one in training. You can name a device that "
-        "this machine does not have; on CUDA, PyTorch is then assumed to have a fused kernel. The first use of this "
-        "command compiles the native kernel if it can.",
+        epilog="The batch is that of one image: in inference two items where the pipeline computes guidance at once, "
+        "and one in training. You can name a device that this machine does not have; on CUDA, PyTorch is then assumed "
+        "to have a fused kernel. The first use of this command compiles the native kernel if it can.",
     )
     options.add_argument("--model", nargs="+", default=["sd15", "sdxl"], metavar="MODEL",
                          help=f"{', '.join(MODELS)}, a YAML of configs/, a diffusers folder or its config.json "

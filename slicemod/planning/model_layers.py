@@ -16,11 +16,13 @@ class ModelLayers(NamedTuple):
         pixels: edge of the images that it was trained on; where that is not known, of 64 x 64 latents.
         step: edges that it takes are multiples of this.
         layers: those alike together, largest first.
+        guidance_batch: items of a call for one image in inference.
     """
 
     pixels: int
     step: int
     layers: tuple[LayersAlike, ...]
+    guidance_batch: int = 2
 
 
 def _of_stable_diffusion(pixels: int, step: int, *rows: tuple[int, int, int, int, int]) -> ModelLayers:
@@ -81,4 +83,4 @@ def recorded_layers(model: str) -> ModelLayers:
         raise UserError(
             f"model: expected one that computes attention; got {model!r}, which has none. Name another one."
         )
-    return ModelLayers(source.own_pixels or layers[0].pixels, source.resolution_step, layers)
+    return ModelLayers(source.own_pixels or layers[0].pixels, source.resolution_step, layers, source.guidance_batch)

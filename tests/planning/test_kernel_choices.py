@@ -13,7 +13,7 @@ from slicemod.planning.kernel_choices import choices, kernels_on
 from slicemod.planning.model_layers import KNOWN_LAYERS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LAYERS = KNOWN_LAYERS["sd15"].layers
+SD15 = KNOWN_LAYERS["sd15"]
 
 
 def test_every_kernel_of_the_list_is_there_or_says_why_not() -> None:
@@ -34,8 +34,8 @@ def test_a_kernel_for_half_precision_alone_is_there_in_half_precision() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_plans_are_those_of_the_calls(dtype: torch.dtype) -> None:
-    found = list(choices(LAYERS, 512, CPU, dtype, 2**26))
-    assert [choice.training for choice in found] == [False] * len(LAYERS) + [True] * len(LAYERS)
+    found = list(choices(SD15, 512, CPU, dtype, 2**26))
+    assert [choice.training for choice in found] == [False] * len(SD15.layers) + [True] * len(SD15.layers)
     for choice in found:
         assert choice.shape.batch == (1 if choice.training else 2)
         assert choice.shape.upcast == (dtype == torch.bfloat16)
@@ -44,14 +44,19 @@ def test_the_plans_are_those_of_the_calls(dtype: torch.dtype) -> None:
 
 
 def test_the_better_kernels_say_why_they_are_passed_over() -> None:
-    found = next(choices(LAYERS, 512, CUDA, torch.float16, 2**26))
+    found = next(choices(SD15, 512, CUDA, torch.float16, 2**26))
     assert found.plan is not None
     assert found.plan.kernel == "fused"
     assert list(found.passed_over) == ["native", "fused-float32"]
 
 
 def test_where_none_fits_all_say_why() -> None:
-    found = next(choice for choice in choices(LAYERS, 512, CUDA, torch.float16, 16) if choice.training)
+    found = next(choice for choice in choices(SD15, 512, CUDA, torch.float16, 16) if choice.training)
     assert found.plan is None
     assert list(found.passed_over) == [kernel.name for kernel in kernels.KERNELS]
     assert "16 bytes" in found.passed_over["fused"]
+
+
+def test_a_model_whose_pipeline_does_not_guide_at_once_has_one_item() -> None:
+    found = list(choices(SD15._replace(guidance_batch=1), 512, CUDA, torch.float16, 2**26))
+    assert {choice.shape.batch for choice in found} == {1}

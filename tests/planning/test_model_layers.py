@@ -41,3 +41,10 @@ def test_another_model_is_recorded_at_its_own_resolution() -> None:
     digits = layers_of(DIGITS)
     assert digits.pixels == 32
     assert digits.layers
+
+
+def test_a_transformer_is_recorded_with_its_text() -> None:
+    flux = layers_of("flux-schnell")
+    (layers,) = flux.layers
+    assert (flux.guidance_batch, layers.layers, layers.text_tokens) == (1, 57, 512)
+    assert layers.at_resolution(1024).shape.queries == 512 + (1024 // 16) ** 2
