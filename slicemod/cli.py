@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "slicemod.planning.plan_command",
-        "tell whether a UNet's step fits a device, and in how many slices",
+        "tell what a picture or training takes, which part limits, and the largest image that fits",
         "slicemod.planning.plan_options",
         unneeded=("peft", "scipy", "transformers"),
     ),

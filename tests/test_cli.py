@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from slicemod import NotEnoughMemoryError
 from slicemod.cli import BAD_INPUT, COMMANDS, main
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.planning import plan_options
+from slicemod.planning.picture_kind import Offload
 from slicemod.planning.transformers import NAMED_TRANSFORMERS
 from slicemod.planning.unets import NAMED_UNETS
 from slicemod.training.commands import sample_options
@@ -163,6 +164,7 @@ def test_the_names_that_options_list_are_those_there_are() -> None:
     assert set(plan_options.UNETS) == set(NAMED_UNETS)
     assert set(plan_options.TRANSFORMERS) == set(NAMED_TRANSFORMERS)
     assert set(plan_options.POLICIES) == set(POLICIES)
+    assert set(plan_options.OFFLOADS) == set(get_args(Offload))
     assert set(sample_options.SAMPLERS) == set(SAMPLERS)
 
 

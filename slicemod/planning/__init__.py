@@ -1,1 +1,1 @@
-"""Predicts the memory of a UNet's step and the plans of its attention, without its weights and without the device."""
+"""Predicts the memory of a picture and of each of its parts, without their weights and without the device."""
