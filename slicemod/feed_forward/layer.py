@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from slicemod.call import needs_grad
 from slicemod.config import SliceConfig
+from slicemod.feed_forward.gates import Gate, gate_of
+from slicemod.feed_forward.operators import feed_forward
 from slicemod.feed_forward.plan import FeedForwardPlan, plan_feed_forward
-from slicemod.feed_forward.sizes import FeedForwardSizes, sizes_of
+from slicemod.feed_forward.sizes import FeedForwardSizes, first_projection, sizes_of
 from slicemod.graph_operators import refused
 from slicemod.plan import NotEnoughMemoryError
 from slicemod.watched import constant_in_graph
@@ -72,7 +74,7 @@ class SlicedFeedForward(nn.Module):
             plan = found
         else:
             plan = self.plan = _planned(self.slicing, *call)
-        output = self._in_chunks(tokens, plan)
+        output: Tensor = self._in_chunks(tokens, plan)
         return output.view(*hidden_states.shape[:-1], output.shape[-1])
 
     def _whole(self, hidden_states: Tensor) -> Tensor:
@@ -86,11 +88,32 @@ class SlicedFeedForward(nn.Module):
             checkpoint(self._whole, chunk, use_reentrant=False) if plan.checkpoint else self._whole(chunk)
             for chunk in chunks
         )
-        if plan.steps == 1:
+        if plan.steps == 1 and not (plan.checkpoint and torch.compiler.is_compiling()):
             return next(results)
         if torch.compiler.is_compiling():
-            return torch.cat(list(results))  # into which the compiler has the chunks computed
+            gate = self._plain_gate()
+            if gate is None:
+                return torch.cat(list(results))  # into which the compiler has the chunks computed
+            first, second = first_projection(self.net[0]), self.net[2]
+            biases = [] if first.bias is None else [first.bias, second.bias]
+            output: Tensor = feed_forward(tokens, [first.weight, second.weight], biases, *gate, plan.tokens)
+            return output
         return _joined(results, len(tokens))
+
+    def _plain_gate(self) -> Gate | None:
+        """The gate if one operator computes all that the parts do; None if they do more, such as LoRA and dropout."""
+        first, second = first_projection(self.net[0]), self.net[2]
+        if (
+            type(first) is not nn.Linear
+            or type(second) is not nn.Linear
+            or torch.is_autocast_enabled(first.weight.device.type)
+        ):
+            return None
+        drops = any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in self.net)
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (first, *self.net))
+        if drops or hooked or (first.bias is None) != (second.bias is None):
+            return None
+        return gate_of(self.net[0])
 
     def extra_repr(self) -> str:
         """Slicing and the last plan, in the module's `repr`."""
@@ -140,7 +163,7 @@ def _planned(
     training: bool,
     trains_weights: bool,
     device: str,
-    *sizes: float,
+    *sizes: Any,
 ) -> FeedForwardPlan:
     shape = FeedForwardSizes(*sizes).shape(
         tokens, itemsize, training=training, trains_weights=trains_weights, checkpoint=bool(slicing.checkpoint)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock as DiffusersBlock
 from diffusers.models.attention import FeedForward
 from ldm.modules.attention import BasicTransformerBlock as LDMBlock
 from torch import Tensor, nn
 
+from slicemod.bench.memory import peak_memory
 from slicemod.feed_forward.layer import SlicedFeedForward
 from slicemod.feed_forward.plan import FeedForwardPlan
 from slicemod.swap import restore_attention, swap_attention
@@ -30,7 +32,7 @@ def given() -> Tensor:
     return torch.randn(2, 613, 32, generator=torch.Generator().manual_seed(1))
 
 
-def results(model: nn.Module) -> list[Tensor]:
+def results(model: Any) -> list[Tensor]:
     """The output, and the gradients of the parameters that are trained."""
     output = model(given())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -171,3 +173,35 @@ def test_a_compiled_swapped_block_is_one_graph(make: Any) -> None:
     expected = results(model)
     swap_attention(model, SMALL, feed_forward=True)
     assert_same(results(torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
+
+
+@torch.no_grad()
+def test_the_peak_of_a_unet_is_no_longer_that_of_its_feed_forwards() -> None:
+    """As the UNet of SD1.5 at 1024x1024, with a fifth of the channels: feed-forwards are the largest there too."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(64, 128),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=8,
+    )
+    inputs = torch.randn(1, 4, 64, 64), 3, torch.randn(1, 7, 64)
+
+    def peak(**more: Any) -> int:
+        swap_attention(unet, {"budget": "2MiB"}, **more)
+        unet(*inputs)
+        return peak_memory(lambda: unet(*inputs))
+
+    alone = peak()
+    assert peak(feed_forward=True) <= 0.68 * alone
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_stable_diffusion_at_1024_pixels_peaks_at_175_mib() -> None:
+    """It was 260 MiB with any attention. The plans are those of "auto"."""
+    unet = UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768).bfloat16()
+    inputs = torch.randn(1, 4, 128, 128).bfloat16(), 3, torch.randn(1, 77, 768).bfloat16()
+    swap_attention(unet, feed_forward=True)
+    assert peak_memory(lambda: unet(*inputs)) <= 175 * 2**20

@@ -26,6 +26,11 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def last_of(layer: SlicedFeedForward) -> Any:
+    """The last projection."""
+    return layer.net[2]
+
+
 def results(layer: Any, x: Tensor) -> list[Tensor]:
     """The output, and the gradients of input and parameters."""
     x = x.detach().requires_grad_()
@@ -75,14 +80,13 @@ def test_second_derivatives_are_those_of_the_whole() -> None:
 def test_the_backward_pass_drops_what_the_forward_pass_dropped() -> None:
     """The sum of the outputs is linear in the last bias and the last weight: the gradient tells what was dropped."""
     layer = SlicedFeedForward(FeedForward(61, dropout=0.5).net, {"budget": "1MiB"}).train()
-    x = torch.randn(997, 61)
-    weight = layer.net[2].weight
+    x, last = torch.randn(997, 61), last_of(layer)
     output = layer(x)
     assert layer.plan is not None
     assert layer.plan.steps > 2
-    (gradient,) = torch.autograd.grad(output.sum(), [weight])
+    (gradient,) = torch.autograd.grad(output.sum(), [last.weight])
     with torch.no_grad():
-        from_gradient = (gradient * weight).sum() + len(x) * layer.net[2].bias.sum()
+        from_gradient = (gradient * last.weight).sum() + len(x) * last.bias.sum()
     torch.testing.assert_close(output.sum(), from_gradient, rtol=1e-4, atol=1e-2)
 
 
@@ -114,9 +118,10 @@ def test_no_tokens_give_no_output() -> None:
     assert SlicedFeedForward(FeedForward(61).net)(torch.randn(2, 0, 61)).shape == (2, 0, 61)
 
 
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_a_compiled_layer_is_one_graph_and_computes_the_same(training: bool) -> None:
-    whole, x = LAYERS["geglu"](), torch.randn(2, 211, 61)
+def test_a_compiled_layer_is_one_graph_and_computes_the_same(make: Any, training: bool) -> None:
+    whole, x = make(), torch.randn(2, 211, 61)
     layer = SlicedFeedForward(whole.net, {"budget": "2MiB"})
     compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.set_grad_enabled(training):
@@ -124,6 +129,26 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(training: bool) -> 
             assert_same(results(compiled, x), results(whole, x))
         else:
             torch.testing.assert_close(compiled(x), whole(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_layer_without_biases_or_with_frozen_weights_computes_the_same() -> None:
+    for whole in (FeedForward(61, bias=False), FeedForward(61).requires_grad_(False)):
+        layer, x = SlicedFeedForward(whole.net, {"budget": "1MiB"}), torch.randn(2, 211, 61, requires_grad=True)
+        compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        wanted = [x, *(parameter for parameter in whole.parameters() if parameter.requires_grad)]
+        ours, theirs = (torch.autograd.grad(each(x).square().sum(), wanted) for each in (compiled, whole))
+        assert_same(list(ours), list(theirs))
+
+
+def test_a_compiled_layer_with_dropout_drops_the_same_in_both_passes() -> None:
+    layer = SlicedFeedForward(FeedForward(61, dropout=0.5).net, {"budget": "1MiB"}).train()
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, last = torch.randn(499, 61), last_of(layer)
+    output = compiled(x)
+    (gradient,) = torch.autograd.grad(output.sum(), [last.weight])
+    with torch.no_grad():
+        from_gradient = (gradient * last.weight).sum() + len(x) * last.bias.sum()
+    torch.testing.assert_close(output.sum(), from_gradient, rtol=1e-4, atol=1e-2)
 
 
 def test_a_compiled_layer_without_room_raises_the_same_error() -> None:
@@ -134,14 +159,21 @@ def test_a_compiled_layer_without_room_raises_the_same_error() -> None:
 
 
 @pytest.mark.slow
-def test_the_bound_holds_under_the_default_compiler() -> None:
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_the_bound_holds_under_the_default_compiler(training: bool) -> None:
     layer, x = SlicedFeedForward(FeedForward(61, mult=8).net, {"budget": "3MiB"}), torch.randn(6007, 61)
+    x.requires_grad_(training)
     compiled: Any = torch.compile(layer, fullgraph=True)
 
     def peak(each: Any) -> int:
-        with torch.no_grad():
-            each(x)
-            return peak_memory(lambda: each(x))
+        def step() -> Any:
+            output = each(x)
+            wanted = [x, *layer.parameters()]
+            return torch.autograd.grad(output, wanted, torch.ones_like(output)) if training else output
+
+        with torch.set_grad_enabled(training):
+            step()
+            return peak_memory(step)
 
     eager = peak(layer)
     assert layer.plan is not None

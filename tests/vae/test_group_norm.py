@@ -13,7 +13,7 @@ from slicemod.vae.strips import Strips
 
 def in_strips(image: Tensor, rows: list[int]) -> Strips:
     strips = Strips()
-    for strip in image.split(rows, dim=2):
+    for strip in torch.split(image, rows, dim=2):
         strips.append(strip.clone())
     return strips
 

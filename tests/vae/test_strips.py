@@ -11,7 +11,7 @@ from slicemod.vae.strips import Strips, bounds
 def strips() -> tuple[torch.Tensor, Strips]:
     image = torch.randn(1, 3, 17, 5)
     cut = Strips()
-    for part in image.split([5, 1, 11], dim=2):
+    for part in torch.split(image, [5, 1, 11], dim=2):
         cut.append(part.clone())
     return image, cut
 
