@@ -162,6 +162,9 @@ class SliceConfig:
         return replace(self, budget=available)
 
 
+SETTINGS = SliceConfig.__match_args__  # for `plain_values`
+
+
 @lru_cache(maxsize=256)  # a dict comes with every call of a function, and to check it takes microseconds
 def _of_fields(named: tuple[tuple[str, type, Any], ...], _known: tuple[Kernel, ...]) -> SliceConfig:
     """The config of fields that were given before, for the same list of kernels."""

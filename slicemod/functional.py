@@ -11,7 +11,7 @@ from torch import Tensor
 from slicemod import kernels
 from slicemod.call import needs_grad
 from slicemod.choose import CallPlans, plans_of
-from slicemod.config import SliceConfig
+from slicemod.config import SETTINGS, SliceConfig
 from slicemod.dispatch import call_spec, check_plan, describe, follow
 from slicemod.graph_operators import is_dynamic, planned_at_run_time, refused
 from slicemod.kernels.fused.obstacles import layout_of
@@ -20,8 +20,6 @@ from slicemod.known_calls import KNOWN_CALLS, CallKey, KnownCall, key_of
 from slicemod.layers.inputs import as_four_dims, autocast_inputs, check_inputs
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.watched import PlainValues, constant_in_graph, plain_values
-
-_SETTINGS = SliceConfig.__match_args__
 
 
 def sliced_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
@@ -137,7 +135,7 @@ def planned_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_
     if plan is not None:
         check_plan(plan, described)
     elif torch.compiler.is_dynamo_compiling():
-        settings = plain_values(slicing, _SETTINGS) if isinstance(slicing, SliceConfig) else slicing
+        settings = plain_values(slicing, SETTINGS) if isinstance(slicing, SliceConfig) else slicing
         found = _plan_in_graph(settings, *described)
         if isinstance(found, str):
             output = refused(query, value, found)

@@ -12,4 +12,5 @@ def _since(version: str, what: str) -> pytest.MarkDecorator:
 
 
 enters_objects_in_graphs = _since("2.14", "enter a context manager, made outside of the graph, in it")
+refuses_masks_of_causal_calls = _since("2.14", "refuse a mask together with is_causal on a CPU")
 exports_forwards_that_are_objects = _since("2.11", "export strictly where the forward of a module is no plain function")

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slicemod.call import needs_grad
-from slicemod.config import SliceConfig
+from slicemod.config import SETTINGS, SliceConfig
 from slicemod.feed_forward.gates import Gate, gate_of
 from slicemod.feed_forward.operators import feed_forward
 from slicemod.feed_forward.plan import FeedForwardPlan, plan_feed_forward
 from slicemod.feed_forward.sizes import FeedForwardSizes, first_projection, sizes_of
 from slicemod.graph_operators import refused
 from slicemod.plan import NotEnoughMemoryError
-from slicemod.watched import constant_in_graph
+from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
 
 class SlicedFeedForward(nn.Module):
@@ -67,7 +67,7 @@ class SlicedFeedForward(nn.Module):
         training = trains_weights or needs_grad(tokens)
         call = (len(tokens), tokens.element_size(), copied, training, trains_weights, str(tokens.device), *sizes)
         if torch.compiler.is_dynamo_compiling():
-            found = _plan_in_graph(self.slicing, *call)
+            found = _plan_in_graph(plain_values(self.slicing, SETTINGS), *call)
             if isinstance(found, str):
                 output = refused(tokens[None, None], tokens.new_empty(1, 1, 1, sizes.out), found)
                 return output.view(*hidden_states.shape[:-1], sizes.out)
@@ -174,9 +174,9 @@ def _planned(
 
 
 @constant_in_graph
-def _plan_in_graph(slicing: SliceConfig, *call: Any) -> FeedForwardPlan | str:
+def _plan_in_graph(settings: PlainValues, *call: Any) -> FeedForwardPlan | str:
     """The plan of a call, or the text that says why there is none; see `slicemod.functional`."""
     try:
-        return _planned(slicing, *call)
+        return _planned(SliceConfig(*settings), *call)
     except NotEnoughMemoryError as error:
         return str(error)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from slicemod.call import needs_grad
-from slicemod.config import SliceConfig
+from slicemod.config import SETTINGS, SliceConfig
 from slicemod.vae.layers import Layer
 from slicemod.vae.plan import LayerSizes, StripPlan, plan_strips
 from slicemod.vae.running import run, sizes
-from slicemod.watched import PlainValues, constant_in_graph
+from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
 
 class StripwiseHalf(nn.Module):
@@ -67,7 +67,8 @@ class StripwiseHalf(nn.Module):
         items, _, height, width = sample.shape
         call = (sizes(layers), (items, height, width), sample.element_size())
         if torch.compiler.is_dynamo_compiling():
-            return run(layers, sample, _planned(self.slicing, str(sample.device), *call))
+            settings = plain_values(self.slicing, SETTINGS)
+            return run(layers, sample, _planned_in_graph(settings, str(sample.device), *call))
         self.plan = _planned(self.slicing, str(sample.device), *call)
         return run(layers, sample, self.plan)
 
@@ -77,6 +78,10 @@ class StripwiseHalf(nn.Module):
 
 
 @constant_in_graph
+def _planned_in_graph(settings: PlainValues, *call: Any) -> StripPlan:
+    return _planned(SliceConfig(*settings), *call)
+
+
 def _planned(
     slicing: SliceConfig, device: str, layers: PlainValues, image: tuple[int, int, int], itemsize: int
 ) -> StripPlan:

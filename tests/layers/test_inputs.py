@@ -158,7 +158,7 @@ def sliced(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 # torch's own forward mode compiles its decompositions with torch.jit.script when it is first used.
-forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 @forward_mode
