@@ -69,8 +69,8 @@ class SlicedFeedForward(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             found = _plan_in_graph(plain_values(self.slicing, SETTINGS), *call)
             if isinstance(found, str):
-                output = refused(tokens[None, None], tokens.new_empty(1, 1, 1, sizes.out), found)
-                return output.view(*hidden_states.shape[:-1], sizes.out)
+                nothing: Tensor = refused(tokens[None, None], tokens.new_empty(1, 1, 1, sizes.out), found)
+                return nothing.view(*hidden_states.shape[:-1], sizes.out)
             plan = found
         else:
             plan = self.plan = _planned(self.slicing, *call)
