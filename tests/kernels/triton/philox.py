@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,8 +37,9 @@ def dropout_factors(seed: int, dropout_p: float, heads: int, queries: int, keys:
     return torch.from_numpy(np.where(uniform >= np.float32(dropout_p), 1 / (1 - dropout_p), 0.0))
 
 
-def _high(products: np.ndarray) -> np.ndarray:
-    return (products >> np.uint64(32)).astype(np.uint32)
+def _high(products: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    high: npt.NDArray[np.uint32] = (products >> np.uint64(32)).astype(np.uint32)
+    return high
 
 
 def with_dropout(
