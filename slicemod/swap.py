@@ -134,6 +134,11 @@ class SwapReport:
         lines += [f"  {name}: no longer swapped, {reason}" for name, reason in self._lost()]
         return "\n".join(lines)
 
+    @property
+    def attention_plans(self) -> dict[str, SlicePlan]:
+        """The plan of each attention layer's last eager call, by the layer's name."""
+        return {layer.name: layer.plan for layer in self.layers if isinstance(layer.plan, SlicePlan)}
+
     def check(self) -> tuple[tuple[str, str], ...]:
         """Path and reason of each layer that is no longer swapped, or not with these settings. Warns of them."""
         lost = self._lost()

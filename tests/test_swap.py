@@ -83,7 +83,7 @@ def test_a_second_swap_changes_the_settings_and_nothing_else() -> None:
     assert list(model.modules()) == before
     assert names(report) == ALL
     model(torch.randn(2, 61, 32))
-    assert {layer.plan.steps for layer in report.layers if layer.plan} == {5}
+    assert {plan.steps for plan in report.attention_plans.values()} == {5}
 
 
 def test_restore_gives_back_the_same_objects_and_says_how_many() -> None:

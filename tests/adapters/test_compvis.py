@@ -78,7 +78,8 @@ def test_a_swapped_unet_computes_the_same_and_has_the_same_gradients(model: nn.M
 def test_the_plans_of_all_layers_are_in_the_report(model: nn.Module) -> None:
     report = swap_attention(model, SLICINGS["rows"])
     model(*inputs()[:2], context=inputs()[2])
-    assert all(layer.plan is not None and layer.plan.steps > 1 for layer in report.layers)
+    assert report.attention_plans.keys() == {layer.name for layer in report.layers}
+    assert all(plan.steps > 1 for plan in report.attention_plans.values())
 
 
 def test_restored_outputs_are_bit_identical_and_modules_the_same_objects(model: nn.Module) -> None:

@@ -74,5 +74,4 @@ def _peak_resident() -> dict[str, int]:
 
 def current_plans(report: SwapReport | None) -> dict[str, SlicePlan]:
     """The plan of each swapped layer's last eager call, by the layer's name."""
-    layers = () if report is None else report.layers
-    return {layer.name: layer.plan for layer in layers if layer.plan is not None}
+    return {} if report is None else report.attention_plans

@@ -66,8 +66,7 @@ def measure_training_steps(
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start
-        layers = () if report is None else report.layers
-        plans = {layer.name: layer.plan for layer in layers if layer.plan is not None}
+        plans = {} if report is None else report.attention_plans
         measured.append(StepMemory(name, resolution, batch, peak, seconds, plans))
     restore_attention(model.unet)
     model.zero_grad(set_to_none=True)
