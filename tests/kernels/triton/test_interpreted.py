@@ -221,7 +221,7 @@ def test_nan_and_inf_go_where_sdpa_sends_them(where: str, kind: str, special: st
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "key_heads", "dropout_p"),
-    pairwise(["none", "bool", "gradient, shared by heads", "causal"], DTYPES, [None, 2], [0.1, 0.5]),
+    pairwise(["none", "bool with dead rows", "gradient, shared by heads", "causal"], DTYPES, [None, 2], [0.1, 0.5]),
     ids=str,
 )
 def test_dropout_is_as_exact_as_what_it_leaves(
