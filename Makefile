@@ -72,6 +72,8 @@ benchmarks-gpu: $(VENV)/installed
 	$(BIN)/slicemod bench --device cuda --work sd15-layers sdxl-layers --largest 3 --resolution 512 1024 2048 \
 		--dtype float16 bfloat16 --rounds 5 --minutes 2 --peers 'sdpa*' flex xformers slicemod slicemod-triton slicemod-exact \
 		--json docs/benchmarks/gpu-backends.json
+	$(BIN)/slicemod bench --device cuda --work calls --resolution 512 1024 --dtype float16 bfloat16 --rounds 5 --minutes 1 \
+		--peers 'sdpa*' slicemod slicemod-triton slicemod-exact --json docs/benchmarks/gpu-calls.json
 	$(BIN)/slicemod bench --device cuda --largest 2 --resolution 1024 --dtype float16 --rounds 5 --minutes 1 --compile \
 		--peers sdpa slicemod slicemod-triton --json docs/benchmarks/gpu-compiled.json
 	$(BIN)/slicemod bench --device cuda --work sd15-unet --resolution 512 1024 --dtype float16 --mode inference --rounds 5 --minutes 1 \

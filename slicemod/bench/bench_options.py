@@ -6,7 +6,8 @@ from slicemod.arguments import ArgumentParser
 from slicemod.planning.plan_options import UNETS
 
 DTYPES = ("float32", "bfloat16", "float16", "bfloat16-mixed", "float16-mixed")
-WORK_NAMES = tuple(f"{model}-{part}" for part in ("layers", "unet") for model in UNETS)
+CALLS = "calls"
+WORK_NAMES = (*(f"{model}-{part}" for part in ("layers", "unet") for model in UNETS), CALLS)
 GROWTH_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from slicemod.rounding import ceil_div
 from slicemod.swap import swap_attention
 from slicemod.user_error import UserError
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, N, D), (B, H, M, D) twice -> (B, H, N, D)
+Attend = Callable[..., Tensor]  # (B, H, N, D), (B, H, M, D) twice, and perhaps a mask -> (B, H, N, D)
 
 
 class Peer(ABC):
@@ -80,9 +81,9 @@ class AttentionFunction(Peer):
         super().__init__(name)
         self.make, self.needs, self.scores_held, self.devices = make, needs, scores_held, devices
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`(B, H, N, D)` and twice `(B, H, M, D)` to `(B, H, N, D)`."""
-        return self.make()(query, key, value)
+    def attend(self, *inputs: Tensor) -> Tensor:
+        """`(B, H, N, D)`, twice `(B, H, M, D)` and perhaps a mask to `(B, H, N, D)`."""
+        return self.make()(*inputs)
 
     def in_layer(self, layer: Any) -> nn.Module:
         """The projections of `layer` around the function."""
@@ -176,7 +177,7 @@ class Slicemod(Peer):
 
     def alone(self) -> nn.Module | None:
         """`sliced_attention` with these settings."""
-        return _Alone(lambda query, key, value: sliced_attention(query, key, value, slicing=self.slicing))
+        return _Alone(lambda *inputs: sliced_attention(*inputs, slicing=self.slicing))
 
 
 class _LayerWith(nn.Module):
@@ -223,8 +224,8 @@ class _Alone(nn.Module):
         super().__init__()
         self.attend = attend
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.attend(query, key, value)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.attend(*inputs)
 
 
 class _Autocast(nn.Module):
@@ -249,16 +250,18 @@ def _with_processors(unet: Any, make: Callable[[Any], object]) -> nn.Module:
     return changed
 
 
-def _full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _full(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     output: Tensor = scores.softmax(-1) @ value
     return output
 
 
 def _sdpa_by(backend: SDPBackend) -> Attend:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
+            return F.scaled_dot_product_attention(query, key, value, mask)
 
     return attend
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slicemod.attention import MemoryAwareCrossAttention
-from slicemod.bench.bench_options import WORK_NAMES
+from slicemod.bench.bench_options import CALLS, WORK_NAMES
 from slicemod.bench.peers import FULL, REFERENCE, Peer
 from slicemod.call import AttentionShape
 from slicemod.planning.attention_calls import record_attention_calls
@@ -201,25 +201,40 @@ class UnetWork(Work):
 
 @dataclass(frozen=True)
 class CallWork(Work):
-    """Attention without projections of `(1, heads, size, head_dim)` queries, keys and values."""
+    """Attention without projections of `(1, heads, tokens, head_dim)` queries, keys and values.
+
+    With a mask it is one for all heads: `"bool"`, or `"additive"`, which gets a gradient in training. If the size is
+    in pixels, there is a token for each 8 by 8 of them.
+    """
 
     size: int
     heads: int
     head_dim: int
-    unit = "tokens"
+    mask: Literal["bool", "additive"] | None = None
+    unit: str = "tokens"
+
+    @property
+    def tokens(self) -> int:
+        """The number of queries, and of keys."""
+        return self.size if self.unit == "tokens" else (self.size // 8) ** 2
 
     @property
     def series(self) -> str:  # type: ignore[override]
-        """Heads and head dim."""
-        return f"attention, {self.heads} heads of {self.head_dim}"
+        """Heads, head dim and mask."""
+        mask = "" if self.mask is None else f", {self.mask} mask"
+        return f"attention, {self.heads} heads of {self.head_dim}{mask}"
 
     def build(self) -> nn.Module:
         """Nothing: a call has no weights to share."""
         return nn.Module()
 
     def inputs(self) -> tuple[Any, ...]:
-        """Query, key and value."""
-        return torch.randn(3, 1, self.heads, self.size, self.head_dim).unbind()
+        """Query, key and value, and the mask `(1, 1, tokens, tokens)` where there is one."""
+        tensors = torch.randn(3, 1, self.heads, self.tokens, self.head_dim).unbind()
+        if self.mask is None:
+            return tensors
+        mask = torch.randn(1, 1, self.tokens, self.tokens)
+        return (*tensors, mask > -1 if self.mask == "bool" else mask)
 
     def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
         """The attention of `peer` alone."""
@@ -227,13 +242,22 @@ class CallWork(Work):
 
     def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
         """Of this call."""
-        rows = _some_rows(self.size)
-        query, key, value = (tensor.double() for tensor in inputs)
-        return [Exact("", inputs, rows, REFERENCE.attend(query[:, :, rows], key, value))]
+        rows = _some_rows(self.tokens)
+        query, key, value, *mask = (tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs)
+        mask = [tensor[:, :, rows] for tensor in mask]
+        return [Exact("", inputs, rows, REFERENCE.attend(query[:, :, rows], key, value, *mask))]
 
     def attention(self) -> list[tuple[AttentionShape, int]]:
         """This one call."""
-        return [(AttentionShape(1, self.heads, self.size, self.size, self.head_dim, 4), 1)]
+        return [(AttentionShape(1, self.heads, self.tokens, self.tokens, self.head_dim, 4), 1)]
+
+
+# Heads, head size and mask of the work "calls".
+_CALLS: tuple[tuple[int, int, Literal["bool", "additive"] | None], ...] = (
+    (8, 40, "bool"),
+    (8, 40, "additive"),
+    (1, 512, None),
+)
 
 
 def find_works(
@@ -242,7 +266,8 @@ def find_works(
     """The works of some names at some edges in pixels.
 
     Args:
-        names: "MODEL-layers" or "MODEL-unet", where MODEL is what `find_unet` takes.
+        names: "MODEL-layers" or "MODEL-unet", where MODEL is what `find_unet` takes, or "calls": attention without
+            projections of what fused kernels do not all take, masks and a VAE's one wide head.
         sizes: edges of the image.
         batch: items.
         largest: of a model's layers, how many kinds, from the largest on.
@@ -253,6 +278,9 @@ def find_works(
     """
     works: list[Work] = []
     for name in names:
+        if name == CALLS:
+            works += [CallWork(size, *kind, unit="px") for kind in _CALLS for size in sizes]
+            continue
         model, _, part = name.rpartition("-")
         if part not in ("layers", "unet"):
             raise UserError(f"--work: expected such as {', '.join(WORK_NAMES)}; got {name!r}. Correct the name.")
