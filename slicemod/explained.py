@@ -54,6 +54,7 @@ def explain(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
     >>> for answer in explain(query, key, value, dropout_p=0.1, slicing={"budget": "1MiB"}, device="cpu")[2:]:
     ...     print(answer)
     fused: the CPU's fused kernel has no dropout
+    triton: it runs on GPUs, and the call is on cpu (TRITON_INTERPRET=1 runs it there, for tests)
     math, 405,272 bytes (exact): taken
     """
     where = query.device if device is None else torch.device(device)

@@ -150,10 +150,10 @@ def test_a_terminal_is_told_that_pytorch_is_loading(
 def test_a_package_that_a_command_misses_when_it_runs_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "slicemod.planning.plan_plot", None)
+    monkeypatch.setitem(sys.modules, "slicemod.planning.picture_plot", None)
     with pytest.raises(ModuleNotFoundError):  # a fault of ours
         main(["plan", "sd15-top", "--plot", str(tmp_path / "plan.png")])
-    monkeypatch.delitem(sys.modules, "slicemod.planning.plan_plot")
+    monkeypatch.delitem(sys.modules, "slicemod.planning.picture_plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     said = refused(capsys, tmp_path, "plan", "sd15-top", "--plot", str(tmp_path / "plan.png"))

@@ -97,7 +97,8 @@ class StepPlanner:
         self._full_upcasts = source.full_upcasts
         # A model may compute less at the size that it was trained at, for which it has a table of positions at hand.
         least, most = TRACED_STEPS
-        low = max(least, ceil_div(_LEAST_TRACED, self.resolution_step))
+        below_the_largest = self.most_pixels // self.resolution_step - 1  # there it may take its whole table
+        low = max(least, min(ceil_div(_LEAST_TRACED, self.resolution_step), below_the_largest * least // most))
         edges = (steps * self.resolution_step for steps in (low, low * most // least))
         self._pixels = [edge + self.resolution_step * (edge == source.own_pixels) for edge in edges]
         self._traced = []

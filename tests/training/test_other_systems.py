@@ -17,6 +17,7 @@ sys.modules["resource"] = None  # an import of it is an ImportError
 import slicemod
 names = [module.name for module in pkgutil.walk_packages(slicemod.__path__, "slicemod.")]
 names.remove("slicemod.adapters.sgm")  # needs Stability's package, which is on no registry
+names.remove("slicemod.integrations.webui.extension_script")  # runs inside of the webui as it is imported
 for name in names:
     importlib.import_module(name)
 from slicemod.training.common import step_meter, stop_signals
