@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION ?= 2.9.1# of PyTorch, for test-torch: the oldest that slicemod takes
 
-.PHONY: demo test test-torch check gpu-check format docs benchmarks benchmarks-avx2 benchmarks-gpu figures hosts-table clean
+.PHONY: demo test test-torch check gpu-check gpu-table format docs benchmarks benchmarks-avx2 benchmarks-gpu figures hosts-table clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
@@ -30,12 +30,16 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 # What can be known of the Triton kernels without a GPU: they are interpreted on the CPU and compared with attention in
-# float64, and compiled for cards that are not here, whose table goes into docs/hardware.md.
+# float64, and compiled for cards that are not here.
 gpu-check: export OMP_WAIT_POLICY = PASSIVE
 gpu-check: export TRITON_CACHE_DIR = $(CURDIR)/build/triton
 gpu-check: $(VENV)/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels/triton/test_interpreted.py
 	$(BIN)/python -m pytest -q -n 2 --gpu-check tests/kernels/triton/test_compiled.py
+
+# The table of what the Triton kernels compile to, into docs/hardware.md.
+gpu-table: export TRITON_CACHE_DIR = $(CURDIR)/build/triton
+gpu-table: $(VENV)/installed
 	$(BIN)/python -m tests.kernels.triton.compiled --into docs/hardware.md
 
 format: $(VENV)/installed

@@ -54,7 +54,7 @@ SIZES = {"long": (71, 131), "wide": (67, 29), "short": (13, 73)}
 
 
 def masks(queries: int, keys: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """Masks for 2 batch items of 4 heads."""
+    """Masks for 2 batch items of 2 heads."""
     dead = torch.rand(2, 1, queries, keys) > 0.3
     dead[0, :, 4:7] = False
     additive = torch.zeros(2, 1, queries, keys).masked_fill(~dead, -math.inf)
@@ -62,17 +62,17 @@ def masks(queries: int, keys: int, dtype: torch.dtype) -> dict[str, Tensor | Non
         "none": None,
         "bool": torch.rand(queries, keys) > 0.3,
         "bool per key and item": torch.rand(2, 1, 1, keys) > 0.3,
-        "bool per row": torch.ones(2, 4, queries, 1, dtype=torch.bool),
+        "bool per row": torch.ones(2, 2, queries, 1, dtype=torch.bool),
         "bool with dead rows": dead,
         "additive": torch.randn(2, 1, queries, keys).to(dtype),
         "additive in float32": torch.randn(queries, keys),
         "additive with dead rows": additive.to(dtype),
-        "gradient": torch.randn(2, 4, queries, keys).to(dtype).requires_grad_(),
-        "gradient, shared by items": torch.randn(1, 4, queries, keys).to(dtype).requires_grad_(),
+        "gradient": torch.randn(2, 2, queries, keys).to(dtype).requires_grad_(),
+        "gradient, shared by items": torch.randn(1, 2, queries, keys).to(dtype).requires_grad_(),
         "gradient, shared by heads": torch.randn(2, 1, queries, keys).to(dtype).requires_grad_(),
         "gradient, shared by all but keys": torch.randn(1, keys).to(dtype).requires_grad_(),
-        "gradient, shared by rows": torch.randn(2, 4, 1, keys).to(dtype).requires_grad_(),
-        "gradient, shared by keys": torch.randn(1, 4, queries, 1).to(dtype).requires_grad_(),
+        "gradient, shared by rows": torch.randn(2, 2, 1, keys).to(dtype).requires_grad_(),
+        "gradient, shared by keys": torch.randn(1, 2, queries, 1).to(dtype).requires_grad_(),
         "gradient, one number": torch.randn(1, 1, 1, 1).to(dtype).requires_grad_(),
     }
 
@@ -84,14 +84,14 @@ WIDTHS = [(11, 11), (40, 40), (64, 23), (80, 80), (13, 160)]
 def inputs_of(dtype: torch.dtype, kind: str, size: str, widths: tuple[int, int], key_heads: int | None) -> Inputs:
     (queries, keys), (width, value_width) = SIZES[size], widths
     mask = None if kind == "causal" else masks(queries, keys, dtype)[kind]
-    sizes: dict[str, Any] = {"heads": 4, "queries": queries, "keys": keys, "width": width, "key_heads": key_heads}
+    sizes: dict[str, Any] = {"heads": 2, "queries": queries, "keys": keys, "width": width, "key_heads": key_heads}
     inputs = layer_inputs(dtype, **sizes, mask=mask, is_causal=kind == "causal")
     inputs.value = layer_like(2, inputs.key.shape[1], keys, value_width, dtype)
     return inputs
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "size", "widths", "key_heads"), pairwise(MASKS, DTYPES, SIZES, WIDTHS, [None, 2]), ids=str
+    ("kind", "dtype", "size", "widths", "key_heads"), pairwise(MASKS, DTYPES, SIZES, WIDTHS, [None, 1]), ids=str
 )
 def test_any_two_features_together_are_as_exact_as_sdpa(
     kind: str, dtype: torch.dtype, size: str, widths: tuple[int, int], key_heads: int | None
@@ -221,7 +221,7 @@ def test_nan_and_inf_go_where_sdpa_sends_them(where: str, kind: str, special: st
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "key_heads", "dropout_p"),
-    pairwise(["none", "bool with dead rows", "gradient, shared by heads", "causal"], DTYPES, [None, 2], [0.1, 0.5]),
+    pairwise(["none", "bool with dead rows", "gradient, shared by heads", "causal"], DTYPES, [None, 1], [0.1, 0.5]),
     ids=str,
 )
 def test_dropout_is_as_exact_as_what_it_leaves(
@@ -230,7 +230,7 @@ def test_dropout_is_as_exact_as_what_it_leaves(
     """What is dropped is known by numpy. SDPA's error is that without dropout, which the kept weights enlarge."""
     inputs = inputs_of(dtype, kind, "long", (40, 40), key_heads)
     seed = torch.tensor(2**62 + 12345)
-    factors = dropout_factors(int(seed), dropout_p, 8, 71, 131)
+    factors = dropout_factors(int(seed), dropout_p, 4, 71, 131)
     causal = kind == "causal"
 
     def exactly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
@@ -240,7 +240,7 @@ def test_dropout_is_as_exact_as_what_it_leaves(
         output: Tensor = triton_attention(query, key, value, mask, seed, dropout_p, causal, 40**-0.5, True)[0]
         return output
 
-    grad = layer_like(2, 4, 71, 40, dtype)
+    grad = layer_like(2, 2, 71, 40, dtype)
     exact, found = results(exactly, inputs.leaves(torch.float64), grad), results(ours, inputs.leaves(), grad)
     theirs = results(F.scaled_dot_product_attention, inputs.leaves(), grad)
     undropped = results(reference_attention, inputs.leaves(torch.float64), grad)
@@ -297,7 +297,7 @@ def nothing_collected() -> Iterator[None]:
 @pytest.mark.usefixtures("nothing_collected")
 @pytest.mark.parametrize(
     ("kind", "dtype", "key_heads", "training", "dropout_p"),
-    pairwise(["none", "bool", "gradient, shared by heads", "causal"], DTYPES, [None, 2], [False, True], [0.0, 0.3]),
+    pairwise(["none", "bool", "gradient, shared by heads", "causal"], DTYPES, [None, 1], [False, True], [0.0, 0.3]),
     ids=str,
 )
 def test_it_takes_what_the_plan_says_to_the_byte(
@@ -307,11 +307,11 @@ def test_it_takes_what_the_plan_says_to_the_byte(
     inputs.key = strided("head dim outermost", inputs.key)
     promised, peak = promise_and_peak(inputs, SLICING, training=training, dropout_p=dropout_p)
     assert peak == promised
-    assert promised == (8 * 2 * 4 * 71 if training else 0) + (8 if dropout_p else 0)
+    assert promised == (8 * 2 * 2 * 71 if training else 0) + (8 if dropout_p else 0)
 
 
 def test_the_same_inputs_give_the_same_bits() -> None:
-    inputs, grad = inputs_of(torch.float16, "gradient, shared by heads", "long", (40, 40), 2), torch.randn(2, 4, 71, 40)
+    inputs, grad = inputs_of(torch.float16, "gradient, shared by heads", "long", (40, 40), 1), torch.randn(2, 2, 71, 40)
     one, other = (results(by_triton, inputs.leaves(), grad) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
