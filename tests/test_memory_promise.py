@@ -314,7 +314,7 @@ if training:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is enforced on Linux only")
-@pytest.mark.parametrize("budget", [1, 16], ids=["key chunks", "rows"])
+@pytest.mark.parametrize("budget", [1, pytest.param(16, marks=pytest.mark.slow)], ids=["key chunks", "rows"])
 @pytest.mark.parametrize("what", ["inference", "training"])
 def test_sliced_attention_finishes_where_full_attention_runs_out_of_memory(what: str, budget: int) -> None:
     ran = subprocess.run(

@@ -102,7 +102,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", [["fit", "--task", "digits", "--help"], ["plan", "sd15", "--resolution", "512"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fit", "--task", "digits", "--help"],
+        pytest.param(["plan", "sd15", "--resolution", "512"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_command_loads_no_package_that_others_import_for_features_it_does_not_use(command: list[str]) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM_OF_A_COMMAND, json.dumps(command)],

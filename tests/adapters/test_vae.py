@@ -252,6 +252,7 @@ def test_a_tiled_vae_decodes_its_tiles() -> None:
         torch.testing.assert_close(vae.decode(latents).sample, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_host
 def test_a_compiled_vae_is_one_graph_and_gives_the_same(make: Any) -> None:
     torch._dynamo.reset()

@@ -33,7 +33,15 @@ def compared(work: Work, peers: list[Peer], setting: Setting, rounds: int = 2) -
     return comparison
 
 
-@pytest.mark.parametrize("setting", [INFERENCE, TRAINING, Setting("bfloat16", "inference")], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        INFERENCE,
+        pytest.param(TRAINING, marks=pytest.mark.slow),
+        pytest.param(Setting("bfloat16", "inference"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_every_peer_is_measured_on_every_kind_of_work(setting: Setting, tmp_path: Path) -> None:
     for work in every_work(tmp_path):
         peers = [peer for peer in find_peers(FEW, "1MiB") if work is not CALL or peer.alone() is not None]
@@ -77,6 +85,7 @@ def test_mixed_precision_keeps_weights_and_multiplies_in_the_half_one() -> None:
     assert {row.output_bytes for row in comparison.measurements()} == {4 * (weights + 67 * 26)}
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_take_less_memory(tmp_path: Path) -> None:
     source = str(write_unet(tmp_path / "unet"))
     plain, checkpointed = (UnetWork(source, 128, 2, checkpoint_blocks) for checkpoint_blocks in (False, True))

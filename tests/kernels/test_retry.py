@@ -65,6 +65,7 @@ def test_the_warning_is_given_once_for_a_device(monkeypatch: pytest.MonkeyPatch)
         sliced_attention(query, query, query, slicing=slicing)
 
 
+@pytest.mark.slow
 def test_one_row_of_one_head_is_where_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.randn(1, 3, 53, 7)
     asked = _fails_above(0, monkeypatch)

@@ -60,7 +60,10 @@ def test_the_predicted_peak_of_an_autoencoder_is_the_measured_one(pixels: int, e
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize(("pixels", "share"), [(256, 0.5), (512, 1.0), (512, 0.5)])
+@pytest.mark.parametrize(
+    ("pixels", "share"),
+    [(256, 0.5), pytest.param(512, 1.0, marks=pytest.mark.slow), pytest.param(512, 0.5, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("encodes", [False, True], ids=["decoding", "encoding"])
 def test_the_predicted_peak_of_a_swapped_autoencoder_is_the_measured_one(
     pixels: int, share: float, encodes: bool
@@ -119,7 +122,7 @@ def slicemod_autoencoder() -> AutoencoderSource:
     return find_picture_model("sd15").autoencoder
 
 
-@pytest.mark.parametrize(("frames", "pixels"), [(1, 384), (5, 192)])
+@pytest.mark.parametrize(("frames", "pixels"), [pytest.param(1, 384, marks=pytest.mark.slow), (5, 192)])
 def test_the_predicted_peak_of_a_videos_decoding_is_the_measured_one(frames: int, pixels: int) -> None:
     source, model = AutoencoderSource("AutoencoderKLWan", WAN, frames), AutoencoderKLWan(**WAN)
     predicted, measured = _predicted(source, FLOAT32, pixels), _measured(source, model, FLOAT32, pixels)
@@ -127,6 +130,7 @@ def test_the_predicted_peak_of_a_videos_decoding_is_the_measured_one(frames: int
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_longer_video_adds_its_finished_frames() -> None:
     source, model = AutoencoderSource("AutoencoderKLWan", WAN, 17), AutoencoderKLWan(**WAN)
     planner = StepPlanner(source, FLOAT32, 2**40, SliceConfig())
@@ -259,6 +263,7 @@ def test_the_part_that_a_larger_image_does_not_fit_is_the_limit(pipeline: Path) 
     assert above.limit("fused") == fused.limit == "VAE decoding"
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_the_limit() -> None:
     plan = plan_picture("flux-dev", 1024, "8GiB")
     assert {(found.pixels, found.limit) for found in plan.largest} == {(0, "the weights, 31.42 GiB together")}

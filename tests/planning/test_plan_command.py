@@ -78,6 +78,7 @@ def test_a_device_without_a_known_fused_kernel_is_planned_without(capsys: pytest
     assert "fused: it is not known whether PyTorch has a fused kernel on mps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sdxl_is_planned_at_4096(capsys: pytest.CaptureFixture[str]) -> None:
     printed = _json(capsys, "sdxl", "--resolution", "4096", "--memory", "16GiB", "--part", "unet")
     (step,) = printed["resolutions"]

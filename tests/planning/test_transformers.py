@@ -112,7 +112,7 @@ def _step(model: Any, inputs: dict[str, Any], kind: StepKind, target: Tensor) ->
 
 
 @pytest.mark.parametrize("class_name", SMALL)
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "training"])
 def test_the_predicted_peak_is_the_measured_one(class_name: str, training: bool) -> None:
     budget, pixels = 2 * 2**20, 256 if training else 384
     source, kind = _source(class_name), StepKind(torch.float32, 2, "cpu", training)

@@ -88,7 +88,12 @@ def _predicted_and_measured(
         (WIDE, StepKind(torch.bfloat16, 2, "cpu"), 64),
         (SMALL, StepKind(torch.float32, 2, "cpu", training=True), 128),
         pytest.param(SMALL, StepKind(torch.bfloat16, 1, "cpu", training=True), 192, marks=pytest.mark.slow),
-        (SMALL, StepKind(torch.float32, 1, "cpu", training=True, checkpoint_blocks=True), 256),
+        pytest.param(
+            SMALL,
+            StepKind(torch.float32, 1, "cpu", training=True, checkpoint_blocks=True),
+            256,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(WIDE, StepKind(torch.float32, 2, "cpu", training=True), 64, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, StepKind) else None,

@@ -111,7 +111,8 @@ def test_a_run_continued_from_an_interruption_ends_where_an_uninterrupted_one_do
     assert_same(weights(continued), weights(base_checkpoint))
 
 
-@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_that_last_continues_from(
     signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_swapped_run_keeps_its_report(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(layer.plan is not None for layer in model.swap_report.layers)
 
 
+@pytest.mark.slow
 def test_a_run_prints_nothing_of_lightnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = tiny_config()

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from slicemod import SliceConfig
 from slicemod.training.digits.latent_diffusion import load_latent_diffusion
 from slicemod.training.digits.step_memory import measure_training_steps
 
 
+@pytest.mark.slow
 def test_a_sliced_training_step_takes_less_than_one_with_materialised_scores(base_checkpoint: Path) -> None:
     model = load_latent_diffusion(base_checkpoint, attention=None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

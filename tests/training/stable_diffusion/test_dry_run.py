@@ -67,7 +67,9 @@ def test_a_dry_run_tells_the_plans_that_training_takes_and_trains_nothing(
         ("sd15_full.yaml", "32-true", {"block_checkpointing": False}, 1),
         pytest.param("sd15_full.yaml", "bf16-mixed", {"block_checkpointing": True}, 2, marks=pytest.mark.slow),
         pytest.param("sd21_v.yaml", "bf16-mixed", {"block_checkpointing": False}, 1, marks=pytest.mark.slow),
-        pytest.param("sd15_lora.yaml", "bf16-mixed", {"block_checkpointing": False}, 1, marks=NEEDS_PEFT),
+        pytest.param(
+            "sd15_lora.yaml", "bf16-mixed", {"block_checkpointing": False}, 1, marks=(NEEDS_PEFT, pytest.mark.slow)
+        ),
     ],
 )
 def test_the_predicted_peak_is_that_of_a_step(
