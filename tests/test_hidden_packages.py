@@ -13,17 +13,17 @@ from slicemod.hidden_packages import hidden
 
 
 def test_a_hidden_package_is_not_installed_and_is_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = version("hatchling")
-    for name in [name for name in sys.modules if name.split(".")[0] == "hatchling"]:
+    installed = version("pip")
+    for name in [name for name in sys.modules if name.split(".")[0] == "pip"]:
         monkeypatch.delitem(sys.modules, name)
-    with hidden(["hatchling"]):
-        assert find_spec("hatchling") is None
+    with hidden(["pip"]):
+        assert find_spec("pip") is None
         with pytest.raises(ModuleNotFoundError):
-            import_module("hatchling")
+            import_module("pip")
         with pytest.raises(PackageNotFoundError):
-            version("hatchling")
-    assert import_module("hatchling").__name__ == "hatchling"
-    assert version("hatchling") == installed
+            version("pip")
+    assert import_module("pip").__name__ == "pip"
+    assert version("pip") == installed
 
 
 def test_what_is_loaded_already_is_not_hidden() -> None:

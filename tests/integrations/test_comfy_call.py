@@ -9,6 +9,7 @@ from torch import Tensor
 from slicemod import NotEnoughMemoryError, sliced_sdpa
 from slicemod.integrations.comfy_call import comfy_attention, sliced_or_own
 from tests.integrations.comfyui.stand_in import attention_pytorch
+from tests.pytorch_versions import enters_objects_in_graphs
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 29, 23, 7
 SLICED = {"kernel": "math", "steps": 5}
@@ -123,6 +124,7 @@ def test_a_keyword_that_slicemod_does_not_know_goes_to_the_programs_own_attentio
     ]
 
 
+@enters_objects_in_graphs
 def test_a_compiled_call_is_one_graph() -> None:
     slicer, given = sliced_sdpa(SLICED), inputs(apart=False)
 
