@@ -13,17 +13,17 @@ from slicemod.hidden_packages import hidden
 
 
 def test_a_hidden_package_is_not_installed_and_is_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = version("pip")
-    for name in [name for name in sys.modules if name.split(".")[0] == "pip"]:
+    installed = version("iniconfig")
+    for name in [name for name in sys.modules if name.split(".")[0] == "iniconfig"]:
         monkeypatch.delitem(sys.modules, name)
-    with hidden(["pip"]):
-        assert find_spec("pip") is None
+    with hidden(["iniconfig"]):
+        assert find_spec("iniconfig") is None
         with pytest.raises(ModuleNotFoundError):
-            import_module("pip")
+            import_module("iniconfig")
         with pytest.raises(PackageNotFoundError):
-            version("pip")
-    assert import_module("pip").__name__ == "pip"
-    assert version("pip") == installed
+            version("iniconfig")
+    assert import_module("iniconfig").__name__ == "iniconfig"
+    assert version("iniconfig") == installed
 
 
 def test_what_is_loaded_already_is_not_hidden() -> None:
