@@ -97,11 +97,11 @@ def test_a_layer_in_parts_takes_less_than_one_as_a_whole() -> None:
     shape = AttentionShape(2, 8, 4096, 4096, 40, 4)
     whole = LayerCall(CallSpec.planned(shape.with_queries(4095), "cpu"), 320, in_parts=False)
     parts = LayerCall(CallSpec.planned(shape, "cpu"), 320, in_parts=True)
-    assert (whole.attention, parts.attention and parts.attention.shape.queries) == (whole.call, 1024)
+    assert (whole.attention, parts.attention and parts.attention.shape.queries) == (whole.call, 2048)
     assert replace(whole, in_parts=True).attention is replace(parts, in_parts=False).attention is None
     tokens = 4096 * 320 * 4  # bytes of (N, C) of one item
     assert whole.held == pytest.approx(2 * 4 * tokens, rel=0.001)  # of both items: query, key, value and their output
-    assert parts.held == 2 * tokens // 2 + 2 * tokens // 8  # of half of the heads: key and value, and a quarter of rows
+    assert parts.held == 2 * tokens // 2 + 2 * tokens // 4  # of half of the heads: key and value, and half of the rows
 
 
 @pytest.mark.slow
