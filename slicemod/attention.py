@@ -104,7 +104,7 @@ class MemoryAwareCrossAttention(nn.Module):
             x = torch.cat([additional_tokens, x], dim=1)
         context = x if context is None else context
         if mask is None and not frames and (plan := plan_parts(self, x, context, self.heads)) is not None:
-            parts = projections_of(self.to_q, self.to_k, self.to_v, self.to_out, x)
+            parts = projections_of(self.to_q, self.to_k, self.to_v, self.to_out, x, context)
             if parts is not None:
                 output = attend_in_parts(self, plan, parts, x, context, self.scale)
                 return output if additional_tokens is None else output[:, -own_tokens:]

@@ -124,7 +124,7 @@ class SlicemodAttnProcessor:
         if mask is None and more is None and _has_only_projections(attn) and not self.fused_projections:
             plan = plan_parts(self, hidden_states, encoder_hidden_states, attn.heads)
         if plan is not None:
-            parts = projections_of(attn.to_q, attn.to_k, attn.to_v, attn.to_out, hidden_states)
+            parts = projections_of(attn.to_q, attn.to_k, attn.to_v, attn.to_out, hidden_states, encoder_hidden_states)
         if plan is not None and parts is not None:
             output = attend_in_parts(self, plan, parts, hidden_states, encoder_hidden_states, attn.scale)
         else:

@@ -60,8 +60,10 @@ def plan_stream(all_heads: int, tokens: int, keys: int, device_type: str) -> Str
     return StreamPlan(all_heads, heads, rows) if many and busy else None
 
 
-def projections_of(query: nn.Module, key: nn.Module, value: nn.Module, output: Any, x: Tensor) -> Projections | None:
-    """The projections of a layer of `x`, if each is only a product with its weight; None otherwise.
+def projections_of(
+    query: nn.Module, key: nn.Module, value: nn.Module, output: Any, x: Tensor, context: Tensor
+) -> Projections | None:
+    """The projections of a layer of `x` and `context`, if each is only a product with its weight; None otherwise.
 
     Not so are, for example, projections with adapters, hooks or quantised weights, and all projections under autocast,
     while a gradient is needed, and while something, such as a compiler, watches the operators. `output` may be a
@@ -75,8 +77,8 @@ def projections_of(query: nn.Module, key: nn.Module, value: nn.Module, output: A
                 return None
     if (
         is_plain_linear(query, x)
-        and is_plain_linear(key, x)
-        and is_plain_linear(value, x)
+        and is_plain_linear(key, context)
+        and is_plain_linear(value, context)
         and is_plain_linear(output, x)
     ):
         return Projections(query, key, value, output)

@@ -147,6 +147,16 @@ def test_gradients_are_those_of_the_whole() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_a_context_gets_its_gradient_from_a_frozen_layer() -> None:
+    ours = layer(11).requires_grad_(False)
+    x, context = torch.randn(1, TOKENS, 13), torch.randn(1, 2053, 11, requires_grad=True)
+    ours_grad, theirs = (
+        torch.autograd.grad(call(x, context).square().sum(), context)[0]
+        for call in (ours, lambda x, context: by_sdpa(ours, x, context))
+    )
+    torch.testing.assert_close(ours_grad, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_keeps_its_dtype() -> None:
     ours = layer()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -165,9 +175,9 @@ def test_slices_of_the_users_choice_are_those_of_the_whole_layer(slicing: dict[s
 def test_dropped_outputs_are_not_computed_in_parts() -> None:
     ours, x = MemoryAwareCrossAttention(13, dropout=0.5), torch.zeros(1)
     with torch.no_grad():
-        assert projections_of(ours.to_q, ours.to_k, ours.to_v, ours.to_out, x) is None
+        assert projections_of(ours.to_q, ours.to_k, ours.to_v, ours.to_out, x, x) is None
         ours.eval()
-        assert projections_of(ours.to_q, ours.to_k, ours.to_v, ours.to_out, x) is not None
+        assert projections_of(ours.to_q, ours.to_k, ours.to_v, ours.to_out, x, x) is not None
 
 
 @pytest.mark.parametrize("dropout", [[], [nn.Dropout(0.0)]], ids=["alone", "and dropout"])
@@ -177,7 +187,7 @@ def test_an_output_projection_may_be_in_a_sequence_or_as_diffusers_in_a_list(
 ) -> None:
     ours, x = layer(), torch.zeros(1)
     with torch.no_grad():
-        parts = projections_of(ours.to_q, ours.to_k, ours.to_v, kind(ours.to_out[0], *dropout), x)
+        parts = projections_of(ours.to_q, ours.to_k, ours.to_v, kind(ours.to_out[0], *dropout), x, x)
     assert parts == (ours.to_q, ours.to_k, ours.to_v, ours.to_out[0])
 
 
