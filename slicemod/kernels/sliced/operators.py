@@ -5,15 +5,15 @@ slices. An operator is a single node of the graph: the slices stay in order, and
 number.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slicemod.kernels.outputs import empty_gradients, empty_heads
+from slicemod.kernels.backward import fake_gradients, gradients_by
+from slicemod.kernels.outputs import empty_heads
 from slicemod.kernels.retry import with_smaller_slices
-from slicemod.kernels.second_order import Formula, differentiable_gradients
+from slicemod.kernels.second_order import Formula
 from slicemod.kernels.sliced.chunks import chunked_backward, chunked_forward
 from slicemod.kernels.sliced.loop import SlicedCall, kept_shape, math_backward, math_forward
 from slicemod.operator import operator
@@ -90,12 +90,7 @@ def attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of an operat
     return with_smaller_slices(run, call, query.shape[2], query.device)
 
 
-@attention_backward.register_fake
-def _(
-    _grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_query, need_key, need_value, need_mask = settings[-1]
-    return empty_gradients(query, key, value, mask, (need_query, need_key, need_value, need_mask))
+attention_backward.register_fake(fake_gradients)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -106,18 +101,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)  # otherwise autograd allocates a gradient of zeros for the kept weights
 
 
-def _gradients(ctx: Any, grad_output: Tensor | None, _grad_kept: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:4]
-    grads: Sequence[Tensor | None] = [None] * 4
-    if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
-        query, key, value, mask, *_ = ctx.saved_tensors
-        dropout_p, is_causal, scale, upcast, *_ = ctx.settings
-        formula = Formula(scale, is_causal, upcast, dropout_p)
-        grads = differentiable_gradients(grad_output, (query, key, value, mask), formula, needs)
-    elif grad_output is not None:
-        grads = attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
-    wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return (*wanted, *[None] * (len(ctx.settings) + 2))
+def _formula(dropout_p: float, is_causal: bool, scale: float, upcast: bool, *_slices: int) -> Formula:
+    return Formula(scale, is_causal, upcast, dropout_p)
 
 
-attention.register_autograd(_gradients, setup_context=_save_for_backward)
+attention.register_autograd(gradients_by(attention_backward, _formula), setup_context=_save_for_backward)
