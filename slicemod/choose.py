@@ -11,9 +11,11 @@ import torch
 from slicemod import kernels
 from slicemod.call import AttentionShape, CallSpec
 from slicemod.config import SliceConfig
+from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Kernel
 from slicemod.kernels.sliced.planner import POLICIES, plan_by_policy
 from slicemod.kernels.sliced.slices import Conditions
+from slicemod.kernels.table_in_use import given_table, table_for
 from slicemod.memory.sizes import exact_size_text
 from slicemod.plan import NotEnoughMemoryError, SlicePlan, largest_square, not_enough
 
@@ -64,7 +66,7 @@ def _ask(kernel: Kernel, call: CallSpec, slicing: SliceConfig, free_bytes: int) 
         return None, f"steps={slicing.steps} is given, and it decides itself"
     if (obstacle := kernel.obstacle(call)) is not None:
         return None, obstacle
-    if slicing.kernel == "auto" and not kernel.pays_off(call):
+    if slicing.kernel == "auto" and not kernel.pays_off(call, table_for(call.device)):
         return None, "it is measured to be slower for a call of this size"
     try:
         plan = kernel.plan(call, free_bytes, slicing.terms)
@@ -82,11 +84,13 @@ def choose(call: CallSpec, slicing: SliceConfig, free_bytes: int) -> SlicePlan:
         NotEnoughMemoryError: no plan fits.
         ValueError: the kernel that is asked for cannot run the call.
     """
-    return _choose(call, slicing, free_bytes, kernels.KERNELS)
+    return _choose(call, slicing, free_bytes, kernels.KERNELS, given_table())
 
 
 @lru_cache(maxsize=4096)  # a UNet asks the same for each layer and step
-def _choose(call: CallSpec, slicing: SliceConfig, free_bytes: int, asked: tuple[Kernel, ...]) -> SlicePlan:
+def _choose(
+    call: CallSpec, slicing: SliceConfig, free_bytes: int, asked: tuple[Kernel, ...], _given: CrossoverTable | None
+) -> SlicePlan:
     for kernel in asked:
         plan, _ = _ask(kernel, call, slicing, free_bytes)
         if plan is not None:

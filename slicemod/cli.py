@@ -58,6 +58,11 @@ COMMANDS = {
         "time attention against its peers on this machine",
         "slicemod.bench.bench_options",
     ),
+    "tune": Command(
+        "slicemod.bench.tune_command",
+        "measure on this machine from which size on each kernel pays off",
+        "slicemod.bench.tune_options",
+    ),
     "install": Command(INSTALL, "put slicemod into ComfyUI or a webui", INSTALL_OPTIONS),
     "uninstall": Command(INSTALL, "take it out of there again", INSTALL_OPTIONS),
 }
@@ -98,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"slicemod {name}: {_missing(error.name)}", file=sys.stderr)
         return BAD_INPUT
-    except (UserError, RuntimeError) as error:
-        if not isinstance(error, UserError) and not _is_lack_of_memory(error):
+    except (UserError, RuntimeError, ValueError) as error:
+        if not isinstance(error, UserError) and not _is_for_the_user(error):
             raise
         print(f"slicemod {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
@@ -108,10 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _is_lack_of_memory(error: RuntimeError) -> bool:
+def _is_for_the_user(error: Exception) -> bool:
     from slicemod import NotEnoughMemoryError
+    from slicemod.kernels.crossover_table import CrossoverTableError
 
-    return isinstance(error, NotEnoughMemoryError)
+    return isinstance(error, NotEnoughMemoryError | CrossoverTableError)
 
 
 def _unneeded(name: str, arguments: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from slicemod.choose import CallPlans
 from slicemod.config import SliceConfig
 from slicemod.kernels.fused.running import pytorchs_choice
 from slicemod.kernels.kernel import Arguments, Inputs, Run
+from slicemod.kernels.table_in_use import given_table
 from slicemod.torch_internals import differentiates_forward
 from slicemod.watched import is_watched
 
@@ -100,5 +101,5 @@ def key_of(inputs: Inputs, arguments: Arguments, slicing: SliceConfig | Mapping[
         torch.is_grad_enabled() and (query.requires_grad, key.requires_grad, value.requires_grad),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.requires_grad),
         *(arguments.is_causal, arguments.enable_gqa, arguments.scale, torch.get_num_threads(), place),
-        *(slicing, kernels.KERNELS),
+        *(slicing, kernels.KERNELS, given_table()),
     )

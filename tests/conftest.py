@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """One thread: plans of the fused kernel count threads, and parallel workers share the cores."""
     torch.set_num_threads(1)
+    os.environ.setdefault("SLICEMOD_TABLE", "built-in")  # not what `slicemod tune` measured on this machine
     # Inductor looks compiled code up by what it computes, not by the instructions that it was compiled for.
     compiled = config.rootpath / "build" / f"inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from slicemod.call import AttentionShape, CallSpec
+from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.plan import SlicePlan
 
 _LOGSUMEXP_BYTES = 4  # a row's log-sum-exp, in float32
@@ -91,8 +92,8 @@ class Kernel(ABC):
             `(B, H, N, Dv)`.
         """
 
-    def pays_off(self, call: CallSpec) -> bool:
-        """Whether no kernel further down the list is known, by measurement, to be faster for this call."""
+    def pays_off(self, call: CallSpec, table: CrossoverTable) -> bool:
+        """Whether no kernel further down the list is known to be faster for this call, by what `table` has measured."""
         return True
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:

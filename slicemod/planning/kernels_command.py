@@ -11,14 +11,24 @@ import torch
 from rich.console import Console
 
 from slicemod.kernels.native.build import build
+from slicemod.kernels.table_in_use import NO_TABLE, TableInUse, table_in_use
 from slicemod.memory.sizes import size_text
 from slicemod.planning.kernel_choices import choices, kernels_on
 from slicemod.planning.kernels_options import parser
-from slicemod.planning.kernels_report import Reasons, choice_as_json, choices_table, kernels_table, presence_as_json
+from slicemod.planning.kernels_report import (
+    Reasons,
+    choice_as_json,
+    choices_table,
+    kernels_table,
+    presence_as_json,
+    table_as_json,
+)
 from slicemod.planning.memory_given import bytes_given, is_here
 from slicemod.planning.model_layers import layers_of
 from slicemod.planning.resolutions import check_resolutions
 from slicemod.user_error import UserError
+
+NOTHING_MEASURED = TableInUse(NO_TABLE, "nothing was measured")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,12 +50,19 @@ def run(arguments: Sequence[str]) -> int:
         (model, pixels): list(choices(models[model], pixels, device, getattr(torch, dtype), free))
         for model, pixels in images
     }
+    table = table_in_use() if device.type == "cpu" else NOTHING_MEASURED
     if options.json:
         told = [
             {"model": model, "pixels": pixels, "layers": [choice_as_json(choice) for choice in found]}
             for (model, pixels), found in chosen.items()
         ]
-        about = {"device": device.type, "is_here": is_here(device), "dtype": dtype, "budget": free}
+        about = {
+            "device": device.type,
+            "is_here": is_here(device),
+            "dtype": dtype,
+            "budget": free,
+            "table": table_as_json(table),
+        }
         return _print_json(about | {"kernels": [presence_as_json(kernel) for kernel in present], "models": told})
     console = Console(width=max(Console().width, 110))
     where = device.type if is_here(device) else f"{device.type} (not here, planned for)"
@@ -56,6 +73,8 @@ def run(arguments: Sequence[str]) -> int:
         console.print(choices_table(title, found, reasons))
     for line in reasons.lines():
         console.print(line, highlight=False)
+    if table.table.rows:
+        console.print(f"which kernel is faster says the table {table.source} ({table.table})", highlight=False)
     return 0
 
 

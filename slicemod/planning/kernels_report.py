@@ -10,6 +10,7 @@ import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
+from slicemod.kernels.table_in_use import TableInUse
 from slicemod.memory.sizes import size_text
 from slicemod.planning.kernel_choices import LayerChoice, Presence
 
@@ -72,6 +73,11 @@ def choices_table(title: str, choices: Iterable[LayerChoice], reasons: Reasons) 
 def presence_as_json(kernel: Presence) -> dict[str, Any]:
     """One kernel."""
     return {**kernel._asdict(), "dtypes": [dtype_name(dtype) for dtype in kernel.dtypes]}
+
+
+def table_as_json(table: TableInUse) -> dict[str, Any]:
+    """The table that kernels are chosen by, without its rows."""
+    return {"source": table.source, **{name: value for name, value in table.table.as_dict().items() if name != "rows"}}
 
 
 def choice_as_json(choice: LayerChoice) -> dict[str, Any]:

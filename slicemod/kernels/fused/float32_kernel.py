@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slicemod.call import AttentionShape, CallSpec, scale_of
 from slicemod.half_precision import cpu_products
+from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.fused.cpu_bytes import cpu_flash_peak
 from slicemod.kernels.fused.float32_operators import float32_flash
 from slicemod.kernels.fused.obstacles import fused_obstacle
@@ -62,13 +63,17 @@ class Float32FlashKernel(Kernel):
             return "it wants the same heads for query, key and value"
         return fused_obstacle(call)
 
-    def pays_off(self, call: CallSpec) -> bool:
-        """For float16, and for training in bfloat16, on a CPU that cannot multiply them.
+    def pays_off(self, call: CallSpec, table: CrossoverTable) -> bool:
+        """By the table; if that does not say, for float16, and for training in bfloat16, on a CPU that cannot multiply
+        them.
 
         Measured with AVX2: PyTorch's own kernel takes twice as long or longer for float16, and five times as long for a
         backward pass. For bfloat16 in inference it converts while it computes, in less memory; this kernel then takes
         0.85 to 1.7 times as long.
         """
+        measured = table.is_faster(self.name, call)
+        if measured is not None:
+            return measured
         return cpu_products(call.dtype) is None and (call.dtype == torch.float16 or call.training)
 
     def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan | None:

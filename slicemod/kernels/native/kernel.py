@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from slicemod.call import AttentionShape, CallSpec, scale_of
+from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
 from slicemod.kernels.native.binding import NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
-from slicemod.kernels.native.faster_from import is_faster
 from slicemod.kernels.native.operators import native_attention, prepared_inference
 from slicemod.plan import SlicePlan
 from slicemod.rounding import ceil_div
@@ -56,10 +56,9 @@ class NativeKernel(Kernel):
             return "the gradient of the query is exactly zero where there is one key, and it gives noise"
         return None
 
-    def pays_off(self, call: CallSpec) -> bool:
-        """By measurement, for the vectors that the processor has, and for the tiles of AMX."""
-        library = self._library()
-        return library is not None and is_faster(call, library)
+    def pays_off(self, call: CallSpec, table: CrossoverTable) -> bool:
+        """By measurement alone."""
+        return bool(table.is_faster(self.name, call))
 
     def plan(self, call: CallSpec, free_bytes: int, terms: Terms) -> SlicePlan | None:
         """Blocks of as many rows as the library computes at a time. The library itself counts its bytes."""

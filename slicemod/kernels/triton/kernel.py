@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slicemod.call import AttentionShape, CallSpec, scale_of
+from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms
 from slicemod.kernels.triton.operators import triton_attention
 from slicemod.kernels.triton.present import triton_obstacle
@@ -48,7 +49,7 @@ class TritonKernel(Kernel):
             return "the gradient of the query is exactly zero where there is one key, and it gives noise"
         return None
 
-    def pays_off(self, call: CallSpec) -> bool:
+    def pays_off(self, call: CallSpec, table: CrossoverTable) -> bool:
         """On a GPU. Nothing is measured there that says otherwise; interpreted on a CPU, it takes thousands of times as
         long as any other."""
         return call.device.type != "cpu"

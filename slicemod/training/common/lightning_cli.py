@@ -10,7 +10,7 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from slicemod.training.common.checkpoints import (
 )
 from slicemod.training.common.config_errors import find_cause, named_numbers
 from slicemod.training.common.interruption import StopBetweenSteps
+from slicemod.training.common.kernel_table import KeepsKernelTable, checkpoints_table
 from slicemod.training.common.last_checkpoint import LastCheckpoint, last_checkpoint
 from slicemod.training.common.optimizers import try_optimizer
 from slicemod.training.common.resumable_batches import SettlesSteps
@@ -76,12 +77,13 @@ class SlicemodCLI(LightningCLI):
     ) -> None:
         _silence_known_messages()
         self._lock = RunLock([])
+        self._while_it_runs = ExitStack()
         given = read_configs(config_files(arguments))
         try:
             super().__init__(
                 model_class,
                 datamodule_class,
-                trainer_defaults={"callbacks": [SettlesSteps(), StopBetweenSteps()]},
+                trainer_defaults={"callbacks": [SettlesSteps(), StopBetweenSteps(), KeepsKernelTable()]},
                 save_config_callback=SaveConfigBesideLogs,
                 auto_configure_optimizers=False,  # they are arguments of the model, whose schedule steps every step
                 load_from_checkpoint_support=False,  # the models store what rebuilds them themselves
@@ -215,7 +217,8 @@ class SlicemodCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with self._while_it_runs:
+                super()._run_subcommand(subcommand)
         finally:
             self._lock.release()
 
@@ -321,6 +324,10 @@ class SlicemodCLI(LightningCLI):
             )
         if self.subcommand == "fit":
             self._require_finite_optimizers(checkpoint, path)
+        context, said = checkpoints_table(checkpoint, path)
+        self._while_it_runs.enter_context(context)
+        if said is not None and self.trainer.is_global_zero:
+            print(f"--ckpt_path {path}: {said}", file=sys.stderr)
 
     @staticmethod
     def _require_finite_optimizers(checkpoint: Mapping[str, Any], path: str) -> None:

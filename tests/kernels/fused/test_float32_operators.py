@@ -14,6 +14,7 @@ from slicemod.functional import sliced_attention
 from slicemod.kernels.fused import float32_kernel
 from slicemod.kernels.fused.float32_kernel import Float32FlashBytes, Float32FlashKernel
 from slicemod.kernels.kernel import Terms
+from slicemod.kernels.table_in_use import NO_TABLE
 from slicemod.plan import SlicePlan
 from slicemod.reference import reference_attention
 from tests.measured_peak import measured_peak
@@ -87,15 +88,15 @@ def test_a_budget_too_small_for_a_head_has_no_plan() -> None:
 def test_bfloat16_is_converted_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float32_kernel, "cpu_products", lambda _dtype: None)
     shape, kernel = AttentionShape(1, 8, 4096, 4096, 40, 2), Float32FlashKernel()
-    assert not kernel.pays_off(call_of(shape, torch.bfloat16, training=False))
-    assert kernel.pays_off(call_of(shape, torch.bfloat16, training=True))
-    assert kernel.pays_off(call_of(shape, torch.float16, training=False))
+    assert not kernel.pays_off(call_of(shape, torch.bfloat16, training=False), NO_TABLE)
+    assert kernel.pays_off(call_of(shape, torch.bfloat16, training=True), NO_TABLE)
+    assert kernel.pays_off(call_of(shape, torch.float16, training=False), NO_TABLE)
 
 
 def test_a_cpu_with_instructions_for_a_dtype_needs_no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float32_kernel, "cpu_products", lambda _dtype: "float16")
     shape = AttentionShape(1, 8, 4096, 4096, 40, 2)
-    assert not Float32FlashKernel().pays_off(call_of(shape, torch.float16, training=True))
+    assert not Float32FlashKernel().pays_off(call_of(shape, torch.float16, training=True), NO_TABLE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,7 +7,10 @@ import torch
 from slicemod import SlicePlan
 from slicemod.call import AttentionShape, CallSpec
 from slicemod.kernels.kernel import Terms
+from slicemod.kernels.native.binding import NativeLibrary
+from slicemod.kernels.native.build import native_library
 from slicemod.kernels.native.kernel import NativeKernel
+from slicemod.kernels.table_in_use import built_in_table
 
 
 def plan_of(
@@ -17,11 +20,13 @@ def plan_of(
     *,
     training: bool,
     threads: int,
-    kernel: NativeKernel | None = None,
+    library: NativeLibrary | None = None,
 ) -> SlicePlan | None:
     """None where it cannot run the call, does not pay off or does not fit."""
-    kernel = NativeKernel() if kernel is None else kernel
+    library = native_library() if library is None else library
+    assert library is not None
+    kernel, table = NativeKernel(lambda: library), built_in_table(library)
     call = CallSpec(shape, dtype, torch.device("cpu"), training, threads=threads)
-    if kernel.obstacle(call) is not None or not kernel.pays_off(call):
+    if kernel.obstacle(call) is not None or not kernel.pays_off(call, table):
         return None
     return kernel.plan(call, free_bytes, Terms())

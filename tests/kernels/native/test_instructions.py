@@ -13,7 +13,6 @@ from slicemod.call import AttentionShape
 from slicemod.kernels.native import operators as module
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, NativeLibrary
 from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
-from slicemod.kernels.native.kernel import NativeKernel
 from slicemod.plan import SlicePlan
 from tests.kernels.native.planning import plan_of
 from tests.kernels.native.test_operators import assert_large_scores_stay_exact, native
@@ -57,8 +56,7 @@ def planned_with(
 
     def plan(lanes: int, mode: int, shape: AttentionShape, dtype: torch.dtype, training: bool) -> SlicePlan | None:
         monkeypatch.setitem(libraries[lanes].modes, torch.bfloat16, mode)
-        kernel = NativeKernel(lambda: libraries[lanes])
-        return plan_of(shape, dtype, 2**30, training=training, threads=2, kernel=kernel)
+        return plan_of(shape, dtype, 2**30, training=training, threads=2, library=libraries[lanes])
 
     return plan
 

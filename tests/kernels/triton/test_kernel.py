@@ -16,6 +16,7 @@ from slicemod.choose import answers, choose
 from slicemod.config import SliceConfig
 from slicemod.functional import sliced_attention
 from slicemod.kernels.kernel import Terms
+from slicemod.kernels.table_in_use import NO_TABLE
 from slicemod.kernels.triton.kernel import TritonKernel
 from slicemod.kernels.triton.present import card_obstacle, interpreted, triton_obstacle
 from tests.kernels.triton.versions import too_old
@@ -108,8 +109,8 @@ def test_auto_takes_it_where_pytorchs_kernel_does_not_run() -> None:
 
 
 def test_it_pays_off_on_gpus_alone() -> None:
-    assert KERNEL.pays_off(CALL)
-    assert not KERNEL.pays_off(replace(CALL, device=CPU))
+    assert KERNEL.pays_off(CALL, NO_TABLE)
+    assert not KERNEL.pays_off(replace(CALL, device=CPU), NO_TABLE)
 
 
 @pytest.mark.skipif(interpreted(), reason="the tests run in the interpreter now")
