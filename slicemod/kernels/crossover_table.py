@@ -20,8 +20,6 @@ FORMAT = 1
 # more than one counts as the one that comes first here.
 EXTRAS = ("dropout", "mask gradient", "mask", "causal", "plain")
 
-_AGAIN = "Run `slicemod tune` to measure a new one, or remove the file."
-
 
 class CrossoverTableError(ValueError):
     """A table that cannot be used. The message says what to do."""
@@ -157,12 +155,12 @@ def read_table(path: Path) -> CrossoverTable:
         CrossoverTableError: there is no such file, or it is not a table of this version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return table_of(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except CrossoverTableError as error:
+        said = str(error)
     except (OSError, ValueError) as error:
-        raise CrossoverTableError(
-            f"{path}: expected a table as `slicemod tune` writes it; got {error}. {_AGAIN}"
-        ) from error
-    return table_of(content, str(path))
+        said = f"{path}: expected a table as `slicemod tune` writes it; got {error}."
+    raise CrossoverTableError(f"{said} Run `slicemod tune` to measure a new one, or remove the file.")
 
 
 def table_of(content: object, where: str) -> CrossoverTable:
@@ -177,7 +175,7 @@ def table_of(content: object, where: str) -> CrossoverTable:
     """
     if isinstance(content, Mapping) and content.get("format") != FORMAT:
         found = content.get("format")
-        raise CrossoverTableError(f"{where}: expected a table of format {FORMAT}; got format {found!r}. {_AGAIN}")
+        raise CrossoverTableError(f"{where}: expected a table of format {FORMAT}; got format {found!r}.")
     given = _checked(content, {"format": int, **_FIELDS, "rows": list}, where)
     rows = tuple(_row_of(row, f"{where}, row {number}") for number, row in enumerate(given["rows"], 1))
     return CrossoverTable(**{name: given[name] for name in _FIELDS}, rows=rows)
@@ -187,9 +185,7 @@ def _row_of(content: object, where: str) -> Row:
     kinds = {"kernel": str, "dtype": str, "training": bool, "extra": str, "width": int, "faster_from": list}
     given = _checked(content, kinds, where)
     if given["extra"] not in EXTRAS:
-        raise CrossoverTableError(
-            f"{where}: extra: expected one of {', '.join(EXTRAS)}; got {given['extra']!r}. {_AGAIN}"
-        )
+        raise CrossoverTableError(f"{where}: extra: expected one of {', '.join(EXTRAS)}; got {given['extra']!r}.")
     sizes = dict.fromkeys(Corner._fields, int)
     corners = tuple(Corner(**_checked(corner, sizes, f"{where}, faster_from")) for corner in given.pop("faster_from"))
     return Row(CallClass(**given), corners)
@@ -199,9 +195,9 @@ def _checked(content: object, kinds: Mapping[str, type], where: str) -> dict[str
     """The dictionary, if it has the fields `kinds`, each of its type. Only a width may be None."""
     if not isinstance(content, Mapping) or set(content) != set(kinds):
         got = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise CrossoverTableError(f"{where}: expected the fields {', '.join(kinds)}; got {got or 'none'}. {_AGAIN}")
+        raise CrossoverTableError(f"{where}: expected the fields {', '.join(kinds)}; got {got or 'none'}.")
     for name, kind in kinds.items():
         value = content[name]
         if type(value) is not kind and not (name == "width" and value is None):
-            raise CrossoverTableError(f"{where}: {name}: expected {kind.__name__}; got {value!r}. {_AGAIN}")
+            raise CrossoverTableError(f"{where}: {name}: expected {kind.__name__}; got {value!r}.")
     return dict(content)

@@ -51,9 +51,7 @@ def checkpoints_table(checkpoint: Mapping[str, Any], path: str) -> tuple[Abstrac
     except CrossoverTableError as error:
         if pinned:
             return nullcontext(), f"{error} {TABLE_VARIABLE}={pinned} serves."
-        raise CheckpointError(
-            f"{error} Or set {TABLE_VARIABLE}=built-in to continue by this version's table."
-        ) from error
+        raise CheckpointError(f"{error} Set {TABLE_VARIABLE}=built-in to continue by this version's table.") from error
     own = table_in_use()
     if stored.rows == own.table.rows or not stored.rows:
         return nullcontext(), None
