@@ -25,10 +25,10 @@ _HEADS = 8
 _WIDTHS = {64: 40, 128: 80, 256: 160, None: 512}
 _EXTRAS_WIDTHS = {256: 64, None: 512}
 
-# Queries and keys of calls with eight heads, and how many items, queries and keys many small sequences have, as the
-# frames of a video.
+# Queries and keys of calls with eight heads, and how many items and tokens many small sequences have, as the frames of
+# a video.
 _SIZES = [(queries, keys) for queries in (16, 64, 256, 1024) for keys in (16, 77, 256, 512)]
-_SMALL_SEQUENCES = [(128, 16, 16), (32, 64, 64)]
+_SMALL_SEQUENCES = [(128, 16), (32, 64)]
 _EXTRAS_SIZES = [(queries, keys) for queries in (64, 256, 1024) for keys in (16, 77, 256)]
 _FLOAT32_SIZES = [(64, 77), (256, 77), (256, 256), (1024, 256)]
 _WIDE_SIZES = [(64, 64), (256, 256), (1024, 1024)]  # of one head
@@ -101,11 +101,11 @@ def _group(calls: CallClass) -> Iterator[TunedCall]:
     for width, measured in (_WIDTHS if plain else _EXTRAS_WIDTHS).items():
         own = calls._replace(width=width)
         if width is None:
-            sizes = [(1, 1, *size) for size in (_WIDE_SIZES if plain else _WIDE_SIZES[1:2])]
+            sizes = [(1, 1, *pair) for pair in (_WIDE_SIZES if plain else _WIDE_SIZES[1:2])]
         else:
             pairs = _SIZES if plain else _FLOAT32_SIZES if few else _EXTRAS_SIZES
             sizes = [(1, _HEADS, *pair) for pair in pairs]
-            sizes += [(items, _HEADS, *pair) for items, *pair in (_SMALL_SEQUENCES if plain else ())]
+            sizes += [(items, _HEADS, tokens, tokens) for items, tokens in (_SMALL_SEQUENCES if plain else ())]
         for batch, heads, queries, keys in sizes:
             shape = _with_extra(AttentionShape(batch, heads, queries, keys, measured, 4), calls)
             if width is None or size_of(shape).products <= _MOST_PRODUCTS:
