@@ -19,11 +19,9 @@ from torch import Tensor
 
 from slicemod.half_precision import cpu_products, onednn_limit
 from slicemod.torch_internals import has_avx2
+from slicemod.vae.plan import SMALL_IMAGE
 
 _aten = torch.ops.aten
-# PyTorch convolves a single float32 image by a product with its unfolded patches if its first four dimensions, all but
-# the last one of a video, have at most this many elements (use_mkldnn in ATen/native/Convolution.cpp).
-_SMALL_IMAGE = 20480
 
 
 def cpu_temporaries(func: Any, args: Sequence[Any], result: Any) -> Sequence[int]:
@@ -43,7 +41,7 @@ def cpu_temporaries(func: Any, args: Sequence[Any], result: Any) -> Sequence[int
 
 def _convolution(image: Tensor, weight: Tensor, result: Tensor) -> Sequence[int]:
     """For a convolution of an image `(B, C, h, w)` with weights `(C', C, kh, kw)`."""
-    is_small = image.shape[0] == 1 and math.prod(image.shape[:4]) <= _SMALL_IMAGE
+    is_small = image.shape[0] == 1 and math.prod(image.shape[:4]) <= SMALL_IMAGE
     if _unfolds(image) or (image.dtype == torch.float32 and is_small):
         return 0, _unfolded(image, weight, result)
     return image.nbytes + weight.nbytes + _sums_of_one_pixel(weight, result), result.nbytes

@@ -29,7 +29,7 @@ from slicemod.planning.strip_peaks import strip_layers, strips_within
 from slicemod.planning.unet_step import StepKind, TracedStep, trace_step
 from slicemod.rounding import ceil_div
 from slicemod.user_error import UserError
-from slicemod.vae.plan import LayerSizes
+from slicemod.vae.plan import Convolving, LayerSizes
 
 Way = Literal["full attention", "fused", "slicemod"]
 WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
@@ -236,9 +236,8 @@ class StepPlanner:
         found = strips_within(
             self._strips,
             (self.kind.batch, edge, edge),
-            self.kind.dtype.itemsize,
+            Convolving.of(self.kind.dtype, self.kind.device_type),
             self.memory - timeline.weights,
-            self.kind.device_type,
         )
         plans = [plan for plan in attention if isinstance(plan, SlicePlan)]
         if found is None or len(plans) < len(attention):

@@ -10,7 +10,7 @@ import torch
 from slicemod.adapters.vae import describe
 from slicemod.plan import NotEnoughMemoryError
 from slicemod.planning.autoencoders import AutoencoderSource
-from slicemod.vae.plan import LayerSizes, StripPlan, plan_strips
+from slicemod.vae.plan import Convolving, LayerSizes, StripPlan, plan_strips
 from slicemod.vae.running import sizes
 
 _LEAST_BUDGET = 2**16  # bytes, below which no strips are tried
@@ -36,21 +36,20 @@ def strip_layers(source: AutoencoderSource, dtype: torch.dtype) -> tuple[LayerSi
 
 
 def strips_within(
-    layers: Sequence[LayerSizes], image: tuple[int, int, int], itemsize: int, memory: int, device_type: str
+    layers: Sequence[LayerSizes], image: tuple[int, int, int], convolving: Convolving, memory: int
 ) -> StripBudget | None:
     """The tallest strips with which all activations fit `memory` bytes; None if none do.
 
     Args:
         layers: of `strip_layers`.
         image: items, height and width of the input.
-        itemsize: bytes of an element.
+        convolving: dtype and device.
         memory: for activations, the strips among them.
-        device_type: where it runs.
     """
     budget = memory
     while budget >= _LEAST_BUDGET:
         try:
-            plan = plan_strips(layers, image, itemsize, budget, device_type)
+            plan = plan_strips(layers, image, convolving, budget)
         except NotEnoughMemoryError:
             return None
         if plan.peak_bytes <= memory:

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 from slicemod.vae.strips import Strips
 
 
-def channel_moments(image: Strips, groups: int) -> tuple[Tensor, Tensor]:
+def channel_moments(image: Strips, groups: int, tallest: int) -> tuple[Tensor, Tensor]:
     """Mean and variance over the whole image that group norm applies to each channel; float32 `(C,)` each.
 
-    Each strip is summed about its own mean, and the sums are combined as in Chan, Golub and LeVeque, 1979: the
-    difference of two large sums would lose the digits of a small variance.
+    It looks at no more than `tallest` rows at a time. Each such part is summed about its own mean, and the sums are
+    combined as in Chan, Golub and LeVeque, 1979: the difference of two large sums would lose the digits of a small
+    variance.
     """
-    pixels = [strip.shape[2] * strip.shape[3] for strip in image.strips]
-    shares = torch.tensor(pixels, dtype=torch.float32, device=image.strips[0].device)[:, None] / sum(pixels)  # (S, 1)
-    found = [_moments(strip, groups) for strip in image.strips]
+    strips = [part for strip in image.strips for part in strip.split(tallest, dim=2)]
+    pixels = [strip.shape[2] * strip.shape[3] for strip in strips]
+    shares = torch.tensor(pixels, dtype=torch.float32, device=strips[0].device)[:, None] / sum(pixels)  # (S, 1)
+    found = [_moments(strip, groups) for strip in strips]
     means, variances = torch.stack([mean for mean, _ in found]), torch.stack([variance for _, variance in found])
     mean = (shares * means).sum(0)
     variance = (shares * (variances + (means - mean).square())).sum(0)
-    width = image.strips[0].shape[1] // groups
+    width = strips[0].shape[1] // groups
     return mean.repeat_interleave(width), variance.repeat_interleave(width)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slicemod.call import needs_grad
 from slicemod.config import SETTINGS, SliceConfig
 from slicemod.vae.layers import Layer
-from slicemod.vae.plan import LayerSizes, StripPlan, plan_strips
+from slicemod.vae.plan import Convolving, LayerSizes, StripPlan, plan_strips
 from slicemod.vae.running import run, sizes
 from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
@@ -65,7 +65,7 @@ class StripwiseHalf(nn.Module):
             )
         layers = self.describe(self)
         items, _, height, width = sample.shape
-        call = (sizes(layers), (items, height, width), sample.element_size())
+        call = (sizes(layers), (items, height, width), str(sample.dtype))
         if torch.compiler.is_dynamo_compiling():
             settings = plain_values(self.slicing, SETTINGS)
             return run(layers, sample, _planned_in_graph(settings, str(sample.device), *call))
@@ -83,8 +83,9 @@ def _planned_in_graph(settings: PlainValues, *call: Any) -> StripPlan:
 
 
 def _planned(
-    slicing: SliceConfig, device: str, layers: PlainValues, image: tuple[int, int, int], itemsize: int
+    slicing: SliceConfig, device: str, layers: PlainValues, image: tuple[int, int, int], dtype: str
 ) -> StripPlan:
     where = torch.device(device)
     described = [LayerSizes(*fields) for fields in layers]
-    return plan_strips(described, image, itemsize, slicing.parsed_budget.bytes_on(where), where.type)
+    convolving = Convolving.of(getattr(torch, dtype.removeprefix("torch.")), where.type)
+    return plan_strips(described, image, convolving, slicing.parsed_budget.bytes_on(where))

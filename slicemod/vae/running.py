@@ -10,30 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slicemod.layers.plain_module import runs_alone
+from slicemod.torch_internals import is_any_autocast_enabled
 from slicemod.vae.group_norm import apply_group_norm, channel_moments
 from slicemod.vae.layers import Convolution, Layer, Resnet, Upsample, Whole
-from slicemod.vae.plan import Kind, StripPlan
+from slicemod.vae.plan import Convolving, Kind, StripPlan
 from slicemod.vae.strips import Strips, bounds
 
 
 def run(layers: Sequence[Layer], images: Tensor, plan: StripPlan) -> Tensor:
     """The output of the last layer for `(B, C, H, W)`, one item of the batch after the other."""
-    outputs: Tensor | None = None
-    for item in range(len(images)):
-        strips = Strips.of(images[item : item + 1])
+    outputs = []
+    for image in images.split(1):
+        strips = Strips.of(image)
         for layer, rows in zip(layers, plan.rows, strict=True):
             strips = _computed(layer, strips, rows)
-        if len(images) == 1:
-            return strips.whole()
-        output = strips.whole()
-        if outputs is None:
-            outputs = output.new_empty(len(images), *output.shape[1:])
-            if not output.is_contiguous():
-                outputs = outputs.contiguous(memory_format=torch.channels_last)
-        outputs[item] = output[0]
-    if outputs is None:
+        outputs.append(strips.whole())
+    if not outputs:
         raise ValueError(f"images: expected one at least; got {tuple(images.shape)}. Pass a batch that is not empty.")
-    return outputs
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def sizes(layers: Sequence[Layer]) -> tuple[tuple[Kind, int, int], ...]:
@@ -89,11 +83,7 @@ def _resnet(layer: Resnet, image: Strips, rows: int) -> Strips:
         between.append(strip)
     for strip, row in _convolved(layer.second, between, rows):
         between.free_above(row - 1)
-        residual = image.rows(row - strip.shape[2], row)
-        if layer.shortcut is not None:
-            residual = layer.shortcut(residual)
-        strip += residual
-        del residual
+        _add_residual(strip, image.rows(row - strip.shape[2], row), layer.shortcut)
         if layer.scale != 1:
             strip /= layer.scale
         output.append(strip)
@@ -102,9 +92,29 @@ def _resnet(layer: Resnet, image: Strips, rows: int) -> Strips:
     return output
 
 
+def _add_residual(strip: Tensor, residual: Tensor, shortcut: Any) -> None:
+    """Add the residual, or what the shortcut makes of it, to a strip of the output.
+
+    oneDNN's convolution of single pixels would sum half precision in float32, for the whole strip in each thread.
+    """
+    if shortcut is None:
+        strip += residual
+    elif _is_plain(shortcut) and shortcut.kernel_size == (1, 1) and not is_any_autocast_enabled():
+        weight, pixels = shortcut.weight.flatten(1), residual[0].flatten(1)  # (C', C), (C, h W)
+        output = strip[0].view(len(weight), -1)  # (C', h W)
+        if in_float32(strip):
+            output += weight.float() @ pixels.float()
+        else:
+            output.addmm_(weight, pixels)
+        if shortcut.bias is not None:
+            output += shortcut.bias[:, None]
+    else:
+        strip += shortcut(residual)
+
+
 def _convolved(layer: Convolution, image: Strips, rows: int) -> Iterator[tuple[Tensor, int]]:
     """Strips of the output from top to bottom, each with the row at which it ends."""
-    moments = None if layer.norm is None else channel_moments(image, layer.norm.num_groups)
+    moments = None if layer.norm is None else channel_moments(image, layer.norm.num_groups, rows)
     for start, stop in bounds(image.height, rows):
         first, last = max(start - 1, 0), min(stop + 1, image.height)
         patch = image.rows(first, last)
@@ -112,8 +122,10 @@ def _convolved(layer: Convolution, image: Strips, rows: int) -> Iterator[tuple[T
             patch = apply_group_norm(layer.norm, patch, moments)
         if layer.activation is not None:
             patch = layer.activation(patch)
-        border = start - first == 0, last - stop == 0  # beyond the image are zeros
-        yield _convolve(layer.conv, patch, border), stop
+        patch, lacks = _bordered(layer.conv, patch, (start == first, last == stop))
+        strip = _convolve(layer.conv, patch, lacks)
+        del patch  # frees it before whoever gets the strip goes on
+        yield strip, stop
 
 
 def _upsampled(conv: Any, image: Strips, start: int, stop: int) -> Tensor:
@@ -122,28 +134,58 @@ def _upsampled(conv: Any, image: Strips, start: int, stop: int) -> Tensor:
     patch = image.rows(first // 2, (last + 1) // 2)
     patch = F.interpolate(patch, scale_factor=2.0, mode="nearest")
     patch = patch[:, :, first % 2 : first % 2 + last - first]
-    return _convolve(conv, patch, (start == first, stop == last))
+    patch, lacks = _bordered(conv, patch, (start == first, stop == last))
+    if not (patch.is_contiguous() or patch.is_contiguous(memory_format=torch.channels_last)):
+        patch = patch.clone()  # as the convolution would do it, beside all of the enlarged rows
+    return _convolve(conv, patch, lacks)
 
 
 def _downsampled(conv: Any, image: Strips, start: int, stop: int) -> Tensor:
     """Rows of the convolved image of half the size."""
     last = min(2 * stop + 1, image.height)
-    below = 2 * stop + 1 - last
-    patch: Tensor = conv(F.pad(image.rows(2 * start, last), (0, 1, 0, below)))
-    return patch
+    patch = F.pad(image.rows(2 * start, last), (0, 1, 0, 2 * stop + 1 - last))
+    output: Tensor = _called(conv, patch, 0) if _is_plain(conv) else conv(patch)
+    return output
 
 
-def _convolve(conv: Any, patch: Tensor, border: tuple[bool, bool]) -> Tensor:
-    """A convolution of 3x3 pixels of a patch that has a row more above and below, except where it has a `border`.
+def _bordered(conv: Any, patch: Tensor, lacks: tuple[bool, bool]) -> tuple[Tensor, tuple[bool, bool]]:
+    """The patch, and whether it still `lacks` the row above and the row below, which are zeros.
+
+    The convolution adds them itself on both sides, or on none.
+    """
+    above, below = lacks
+    if above == below or not _is_plain(conv):
+        return patch, lacks
+    return F.pad(patch, (0, 0, int(above), int(below))), (False, False)
+
+
+def _convolve(conv: Any, patch: Tensor, lacks: tuple[bool, bool]) -> Tensor:
+    """A convolution of 3x3 pixels of a patch that has a row more above and below, except where it `lacks` one.
 
     A module that is more than a convolution, such as one with LoRA, is called as it is. It adds its border to every
     side, and the rows that come from it are dropped.
     """
-    above, below = border
-    plain = type(conv) is nn.Conv2d and (torch.compiler.is_compiling() or runs_alone(conv))
-    if not plain:
+    above, below = lacks
+    if not _is_plain(conv):
         output: Tensor = conv(patch)
         return output[:, :, 0 if above else 1 : None if below else -1]
-    if above == below:
-        return F.conv2d(patch, conv.weight, conv.bias, padding=(int(above), 1))
-    return F.conv2d(F.pad(patch, (0, 0, int(above), int(below))), conv.weight, conv.bias, padding=(0, 1))
+    return _called(conv, patch, (int(above), 1))
+
+
+def _is_plain(conv: Any) -> bool:
+    return type(conv) is nn.Conv2d and (torch.compiler.is_compiling() or runs_alone(conv))
+
+
+def _called(conv: Any, patch: Tensor, padding: int | tuple[int, int]) -> Tensor:
+    """The convolution of a patch with a padding of zeros."""
+    weight, bias = conv.weight, conv.bias
+    if in_float32(patch):
+        bias = None if bias is None else bias.float()
+        return F.conv2d(patch.float(), weight.float(), bias, conv.stride, padding).to(patch.dtype)
+    return F.conv2d(patch, weight, bias, conv.stride, padding)
+
+
+def in_float32(tensor: Tensor) -> bool:
+    """Half precision that this CPU does not multiply. PyTorch would unfold its patches, and take a hundred times as
+    long."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and Convolving.of(tensor.dtype, "cpu").in_float32

@@ -288,4 +288,22 @@ def test_the_peak_in_activations_of_full_size(call: Any, before: float, after: f
     plan = (vae.decoder if call is decoded else vae.encoder).plan
     peak = peak_memory(lambda: call(vae, given))
     assert peak <= after * activation
-    assert 0.9 * plan.peak_bytes <= peak <= 1.1 * plan.peak_bytes
+    assert 0.9 * plan.peak_bytes <= peak <= plan.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pixels", [256, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)], ids=str
+)
+@torch.no_grad()
+def test_a_plan_is_what_is_taken_at_most(dtype: torch.dtype, pixels: int, layout: torch.memory_format) -> None:
+    vae = diffusers_vae().to(dtype).to(memory_format=layout)
+    swap_vae(vae, "2MiB")
+    for call, given in ((decoded, torch.randn(1, 4, pixels // 4, 67)), (encoded, torch.randn(1, 3, pixels, 268))):
+        given = given.to(dtype).contiguous(memory_format=layout)
+        call(vae, given)
+        planned = (vae.decoder if call is decoded else vae.encoder).plan.peak_bytes
+        peak = peak_memory(lambda call=call, given=given: call(vae, given))
+        print(f"{call.__name__} {dtype}: planned {planned:,}, measured {peak:,}")
+        assert 0.85 * planned <= peak <= planned
