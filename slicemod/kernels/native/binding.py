@@ -16,22 +16,61 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slicemod.call import LEAST_SCALE, MOST_SCALE, has_ordinary_scale
+from slicemod.call import LEAST_SCALE, MOST_SCALE, AttentionShape, has_ordinary_scale
 
 FLOAT_MODE, BFLOAT_MODE, TILED_MODE = 0, 1, 2  # as attention.cpp numbers them
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MASK_ELEMENTS = {**_ELEMENTS, torch.bool: 3}
+_NO_MASK = -1
 
 
 class _Call(ctypes.Structure):
     """`struct Call` of attention.cpp."""
 
     _fields_ = [
-        ("sizes", ctypes.c_int64 * 6),
+        ("sizes", ctypes.c_int64 * 7),
         *((name, ctypes.c_int64 * 4) for name in ("query", "key", "value", "output")),
         *((name, ctypes.c_int64 * 4) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int64 * 4) for name in ("mask", "grad_mask")),
+        *((name, ctypes.c_int64) for name in ("mask_element", "mask_gradient", "causal")),
+        *((name, ctypes.c_float) for name in ("scale", "dropout_p")),
         ("threads", ctypes.c_int64),
     ]
+
+
+class NativeCall(NamedTuple):
+    """What the library computes attention of.
+
+    Attributes:
+        query: `(B, H, N, D)`, in one of the dtypes in `NativeLibrary.modes`. The tensors may have any strides.
+        key: `(B, Hk, M, D)`, in the same dtype.
+        value: `(B, Hk, M, Dv)`, in the same dtype.
+        mask: bool, float32, float16 or bfloat16; each of its four sizes is 1 or that of the scores `(B, H, N, M)`.
+        seed: one int64 that the dropped weights follow from; None without dropout.
+        dropout_p: probability of dropping a weight.
+        is_causal: query `i` sees keys `0..i`.
+        scale: factor of the products, an ordinary number (`slicemod.call.has_ordinary_scale`).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    seed: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float
+
+    def readable(self) -> NativeCall:
+        """The same call, with copies of tensors that the library cannot read."""
+        query, key, value = (_readable(name, getattr(self, name)) for name in ("query", "key", "value"))
+        mask, seed = (None if (given := getattr(self, name)) is None else _readable(name, given) for name in ("mask", "seed"))
+        return self._replace(query=query, key=key, value=value, mask=mask, seed=seed)
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """The tensors, in the order in which the library takes them."""
+        return self.query, self.key, self.value, self.mask, self.seed
 
 
 class _Setting(NamedTuple):
@@ -53,7 +92,7 @@ def _functions(library: ctypes.CDLL) -> dict[str, Any]:
         WrongLibraryError: a function is missing, or the library expects a `Call` of another size.
     """
     counts = "call_bytes", "forward_bytes", "backward_bytes", "forward_rows", "vector_lanes"
-    passes = {"forward": 6, "backward": 11}  # and how many pointers they take; null for what is not wanted
+    passes = {"forward": 8, "backward": 14}  # and how many pointers they take; null for what is not wanted
     try:
         found = {name: library[f"slicemod_{name}"] for name in (*counts, *passes, "best_mode")}
     except AttributeError as error:
@@ -93,102 +132,89 @@ class NativeLibrary:
         best = int(self._functions["best_mode"]())
         self.modes = {torch.float32: FLOAT_MODE, torch.float16: FLOAT_MODE, torch.bfloat16: best}
 
-    def sizes(self, dtype: torch.dtype, sizes: tuple[int, ...], threads: int) -> tuple[int, int, int]:
+    def sizes(self, dtype: torch.dtype, shape: AttentionShape, threads: int) -> tuple[int, int, int]:
         """Query rows of a slice, and workspace bytes of the forward and the backward pass.
 
         Args:
             dtype: the dtype of the tensors, a key of `modes`.
-            sizes: `(B, H, N, M, D, Dv)`.
+            shape: sizes of the call.
             threads: how many threads there will be.
         """
-        call = _Call(sizes=(ctypes.c_int64 * 6)(*sizes), threads=threads)
-        setting = self._setting(dtype, call)
+        setting = self._setting(dtype, _planned_call(shape, threads))
         rows, forward, backward = (
             self._count(name, setting) for name in ("forward_rows", "forward_bytes", "backward_bytes")
         )
         return rows, forward, backward
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        row_sums: Tensor | None,
-        scale: float,
-        threads: int,
-    ) -> None:
+    def forward(self, call: NativeCall, output: Tensor, row_sums: Tensor | None, threads: int) -> None:
         """Write the output `(B, H, N, Dv)`, and two numbers for each row that the backward pass needs.
 
-        The first number, the row's shift, is a product of query and key near the largest of the row. The second is the
-        base-2 logarithm of the row's sum of `exp(scale * (product - shift))`.
+        The first number, the row's shift, is a score near the largest of the row, without its scale if there is no
+        mask. The second is the base-2 logarithm of the row's sum of weights.
 
         Args:
-            query: `(B, H, N, D)`, in one of the dtypes in `modes`. The inputs may have any strides.
-            key: `(B, H, M, D)`, in the same dtype.
-            value: `(B, H, M, Dv)`, in the same dtype.
+            call: what to compute.
             output: where to write the output, `(B, H, N, Dv)`.
             row_sums: where to write the two numbers of each row, `(2, B, H, N)`, float32; None if they are not wanted.
-            scale: factor of the products, an ordinary number (`slicemod.call.has_ordinary_scale`).
             threads: how many threads to use.
 
         Raises:
             ValueError: the library does not compute these sizes, dtypes or scale.
         """
-        query, key, value = _readable("query", query), _readable("key", key), _readable("value", value)
-        call = _call_of(scale, threads, query=query, key=key, value=value, output=output)
-        self._run("forward", query.dtype, call, query, key, value, output, row_sums)
+        call = call.readable()
+        described = _call_of(call, threads, output=output)
+        self._run("forward", call.query.dtype, described, *call.inputs, output, row_sums)
 
     def prepared_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, threads: int
-    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-        """A function that does `forward` without `row_sums`, for any tensors with these sizes, strides and dtype."""
-        call = _call_of(scale, threads, query=query, key=key, value=value, output=output)
-        setting = self._setting(query.dtype, call)
+        self, call: NativeCall, output: Tensor, threads: int
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]:
+        """A function that does `forward` without `row_sums`, for any query, key, value, mask and output with these sizes,
+        strides and dtypes. The call has no dropout."""
+        described = _call_of(call, threads, output=output)
+        setting = self._setting(call.query.dtype, described)
         size = self._count("forward_bytes", setting)
         function = self._functions["forward"]
 
-        def forward(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-            addresses = _address(query), _address(key), _address(value)
+        def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output: Tensor) -> None:
+            addresses = _address(query), _address(key), _address(value), 0 if mask is None else _address(mask)
             if None in addresses:
-                return self.forward(query, key, value, output, None, scale, threads)
+                return self.forward(call._replace(query=query, key=key, value=value, mask=mask), output, None, threads)
             workspace = self.workspace(size)
-            return _check_done(setting, function(*setting, *addresses, output.data_ptr(), None, workspace.data_ptr()))
+            done = function(*setting, *addresses, None, output.data_ptr(), None, workspace.data_ptr())
+            return _check_done(setting, done)
 
         return forward
 
     def backward(
         self,
         grad_output: Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor],
+        call: NativeCall,
         output: Tensor,
         row_sums: Tensor,
         gradients: Sequence[Tensor | None],
-        scale: float,
         threads: int,
     ) -> None:
-        """Write the gradients of query, key and value.
+        """Write the gradients of query, key, value and mask.
 
         Args:
             grad_output: the gradient of the output, `(B, H, N, Dv)`, in the dtype of the inputs.
-            inputs: query, key and value, as for `forward`.
+            call: what `forward` computed.
             output: the output that `forward` wrote.
             row_sums: the numbers that `forward` wrote.
-            gradients: where to write the three gradients, each with the sizes of its input; None if one is not wanted.
-            scale: as in `forward`.
+            gradients: where to write the four gradients, each with the sizes of its input; None if one is not wanted.
             threads: how many threads to use.
 
         Raises:
             ValueError: sizes, dtypes and scale do not go together.
         """
-        query, key, value = (_readable(*named) for named in zip(("query", "key", "value"), inputs, strict=True))
+        call = call.readable()
         grad_output, output = _readable("grad_output", grad_output), _readable("output", output)
         row_sums = _readable("row_sums", row_sums).contiguous()
-        tensors = {"query": query, "key": key, "value": value, "output": output, "grad_output": grad_output}
-        named = dict(zip(("grad_query", "grad_key", "grad_value"), gradients, strict=True))
-        call = _call_of(scale, threads, **tensors, **named, row_sums=row_sums)
-        delta = query.new_empty(query.shape[:3], dtype=torch.float32)  # of each row: the sum of output times gradient
-        self._run("backward", query.dtype, call, grad_output, query, key, value, output, row_sums, *gradients, delta)
+        named = dict(zip(("grad_query", "grad_key", "grad_value", "grad_mask"), gradients, strict=True))
+        described = _call_of(call, threads, output=output, grad_output=grad_output, **named, row_sums=row_sums)
+        delta = row_sums.new_empty(row_sums.shape[1:])  # of each row: the sum of output times gradient
+        tensors = grad_output, *call.inputs, output, row_sums, *gradients, delta
+        self._run("backward", call.query.dtype, described, *tensors)
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self._setting(dtype, call)
@@ -240,51 +266,100 @@ def _readable(name: str, tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _call_of(scale: float, threads: int, **tensors: Tensor | None) -> _Call:
-    """The `Call` of these tensors, among them query, key, value and output. None for a tensor that is not wanted."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    described = ((name, tensor.dtype, tensor.shape, tensor.stride()) for name, tensor in given.items())
-    return _call(scale, threads, *described)
+class _Described(NamedTuple):
+    """A tensor without its numbers."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
 
 
-Described = tuple[str, torch.dtype, torch.Size, tuple[int, ...]]
+def _call_of(call: NativeCall, threads: int, **results: Tensor | None) -> _Call:
+    """The `_Call` of these tensors. `results` are output, gradients and what else is read or written."""
+    given = {"query": call.query, "key": call.key, "value": call.value, "mask": call.mask, **results}
+    tensors = [
+        _Described(name, tensor.dtype, tensor.shape, tensor.stride())
+        for name, tensor in given.items()
+        if tensor is not None
+    ]
+    if call.dropout_p > 0 and (call.seed is None or call.seed.dtype != torch.int64 or call.seed.numel() != 1):
+        raise ValueError(f"seed: expected one int64, as dropout_p is {call.dropout_p}; got {call.seed}. Draw one.")
+    return _described_call(call.scale, threads, call.dropout_p, call.is_causal, *tensors)
 
 
-@lru_cache(maxsize=4096)  # a UNet makes the same calls in each step, and the library does not change a `Call`
-def _call(scale: float, threads: int, query: Described, key: Described, value: Described, *others: Described) -> _Call:
+@lru_cache(maxsize=4096)  # a UNet makes the same calls in each step, and the library does not change a `_Call`
+def _described_call(scale: float, threads: int, dropout_p: float, is_causal: bool, *tensors: _Described) -> _Call:
     if not has_ordinary_scale(scale):
         raise ValueError(
             f"scale: expected {LEAST_SCALE} to {MOST_SCALE}; got {scale}. Call sliced_attention, which takes any."
         )
-    shapes = query[2], key[2], value[2]
-    if not all(len(shape) == 4 and 0 not in shape for shape in shapes):
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected 0 to 1; got {dropout_p}. It is the probability of dropping a weight.")
+    query, key, value, *_ = tensors
+    shapes = query.shape, key.shape, value.shape
+    if not all(len(shape) == 4 and 0 not in shape for shape in shapes) or query.shape[1] % key.shape[1]:
         raise ValueError(
-            "query, key, value: expected (B, H, N, D), (B, H, M, D) and (B, H, M, Dv), no size 0; got "
-            f"{', '.join(str(tuple(shape)) for shape in shapes)}. Call sliced_attention, which takes more."
+            "query, key, value: expected (B, H, N, D), (B, Hk, M, D) and (B, Hk, M, Dv), no size 0, H a multiple of Hk; "
+            f"got {', '.join(str(tuple(shape)) for shape in shapes)}. Call sliced_attention, which takes more."
         )
-    (batch, heads, queries, width), keys, values = shapes[0], shapes[1][2], shapes[2][3]
-    if query[1] not in _ELEMENTS:
+    (batch, heads, queries, width), (_, key_heads, keys, _), values = query.shape, key.shape, value.shape[3]
+    if query.dtype not in _ELEMENTS:
         raise ValueError(
-            f"query: expected one of {', '.join(map(str, _ELEMENTS))}; got {query[1]}. Call sliced_attention, which "
+            f"query: expected one of {', '.join(map(str, _ELEMENTS))}; got {query.dtype}. Call sliced_attention, which "
             "takes more."
         )
     expected = {
         "query": (batch, heads, queries, width),
-        "key": (batch, heads, keys, width),
-        "value": (batch, heads, keys, values),
+        "key": (batch, key_heads, keys, width),
+        "value": (batch, key_heads, keys, values),
         "output": (batch, heads, queries, values),
         "row_sums": (2, batch, heads, queries),
     }
-    call = _Call(sizes=(ctypes.c_int64 * 6)(batch, heads, queries, keys, width, values), scale=scale, threads=threads)
-    for name, dtype, shape, strides in (query, key, value, *others):
-        wanted = expected[name.removeprefix("grad_")], torch.float32 if name == "row_sums" else query[1]
-        if (tuple(shape), dtype) != wanted:
-            raise ValueError(
-                f"{name}: expected {wanted[0]} of {wanted[1]}; got {tuple(shape)} of {dtype}. "
-                "Call sliced_attention, which takes more."
-            )
-        if name != "row_sums":  # contiguous
-            setattr(call, name, (ctypes.c_int64 * 4)(*strides))
+    call = _Call(sizes=(ctypes.c_int64 * 7)(batch, heads, queries, keys, width, values, key_heads))
+    call.scale, call.threads, call.dropout_p, call.causal = scale, threads, dropout_p, is_causal
+    call.mask_element = _NO_MASK
+    mask = None
+    for tensor in tensors:
+        name, dtype, shape, strides = tensor
+        if name == "mask":
+            _check_mask(tensor, (batch, heads, queries, keys))
+            mask, call.mask_element = tensor, _MASK_ELEMENTS[dtype]
+        elif name == "grad_mask":
+            if mask is None or (shape, dtype) != (mask.shape, mask.dtype):
+                raise ValueError(f"grad_mask: expected the sizes and dtype of the mask; got {tuple(shape)} of {dtype}.")
+            call.mask_gradient = 1
+        else:
+            wanted = expected[name.removeprefix("grad_")], torch.float32 if name == "row_sums" else query.dtype
+            if (tuple(shape), dtype) != wanted:
+                raise ValueError(
+                    f"{name}: expected {wanted[0]} of {wanted[1]}; got {tuple(shape)} of {dtype}. "
+                    "Call sliced_attention, which takes more."
+                )
+        if name == "row_sums":  # contiguous
+            continue
+        if name in ("mask", "grad_mask"):
+            strides = tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+        setattr(call, name, (ctypes.c_int64 * 4)(*strides))
+    return call
+
+
+def _check_mask(mask: _Described, scores: tuple[int, ...]) -> None:
+    fits = len(mask.shape) == 4 and all(size in (1, whole) for size, whole in zip(mask.shape, scores, strict=True))
+    if not fits or mask.dtype not in _MASK_ELEMENTS:
+        raise ValueError(
+            f"mask: expected sizes of 1 or those of {scores}, of {', '.join(map(str, _MASK_ELEMENTS))}; got "
+            f"{tuple(mask.shape)} of {mask.dtype}. Call sliced_attention, which takes more."
+        )
+
+
+def _planned_call(shape: AttentionShape, threads: int) -> _Call:
+    """A call to count bytes for, without tensors."""
+    sizes = shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim, shape.values, shape.heads // shape.group
+    call = _Call(sizes=(ctypes.c_int64 * 7)(*sizes), scale=1, threads=threads, causal=shape.causal)
+    call.dropout_p, call.mask_element = 0.5 if shape.dropout else 0, _NO_MASK
+    if (mask := shape.mask) is not None:
+        call.mask_element, call.mask_gradient = _MASK_ELEMENTS[torch.float32], mask.has_grad
     return call
 
 

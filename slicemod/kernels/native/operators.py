@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicemod.kernels.native.binding import NativeLibrary
+from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.outputs import empty_gradients, empty_heads
 from slicemod.kernels.retry import ran_out, with_fewer_threads
@@ -29,8 +29,18 @@ def _empty_row_sums(query: Tensor, keep: bool) -> Tensor:
 
 
 @operator("slicemod::native_attention")
-def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """Attention of query `(B, H, N, D)`, key `(B, H, M, D)` and value `(B, H, M, Dv)`, one of the library's dtypes.
+def native_attention(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention by the library; the arguments are those of `NativeCall`.
 
     Returns:
         The output `(B, H, N, Dv)`. With `keep` also the two numbers of each row that the backward pass needs,
@@ -40,88 +50,96 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ke
     row_sums = _empty_row_sums(query, keep)
     kept = row_sums if keep else None
     library = _library()
-    with_fewer_threads(
-        lambda threads: library.forward(query, key, value, output, kept, scale, threads), torch.get_num_threads()
-    )
+    call = NativeCall(query, key, value, mask, seed, dropout_p, is_causal, scale)
+    with_fewer_threads(lambda threads: library.forward(call, output, kept, threads), torch.get_num_threads())
     return output, row_sums
 
 
 @native_attention.register_fake
-def _(query: Tensor, _key: Tensor, value: Tensor, _scale: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return empty_heads(query, value.shape[3]), _empty_row_sums(query, keep)
+def _(query: Tensor, _key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return empty_heads(query, value.shape[3]), _empty_row_sums(query, settings[-1])
 
 
 @operator("slicemod::native_attention_backward")
-def _native_attention_backward(
+def _native_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
     output: Tensor,
     row_sums: Tensor,
+    dropout_p: float,
+    is_causal: bool,
     scale: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = empty_gradients(query, key, value, None, (needs[0], needs[1], needs[2], False))[:3]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and mask. `needs` says which; the others have no elements."""
+    gradients = empty_gradients(query, key, value, mask, (needs[0], needs[1], needs[2], needs[3]))
     wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
     library = _library()
+    call = NativeCall(query, key, value, mask, seed, dropout_p, is_causal, scale)
     with_fewer_threads(
-        lambda threads: library.backward(grad_output, (query, key, value), output, row_sums, wanted, scale, threads),
-        torch.get_num_threads(),
+        lambda threads: library.backward(grad_output, call, output, row_sums, wanted, threads), torch.get_num_threads()
     )
     return gradients
 
 
 @_native_attention_backward.register_fake
-def _(_grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_query, need_key, need_value = rest[-1]
-    return empty_gradients(query, key, value, None, (need_query, need_key, need_value, False))[:3]
+def _(
+    _grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_query, need_key, need_value, need_mask = settings[-1]
+    return empty_gradients(query, key, value, mask, (need_query, need_key, need_value, need_mask))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, scale, _keep = inputs
-    ctx.save_for_backward(query, key, value, *output)
-    ctx.scale = scale
+    query, key, value, mask, seed, *settings, _keep = inputs
+    ctx.save_for_backward(query, key, value, mask, seed, *output)
+    ctx.settings = settings
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
-    grads: Sequence[Tensor | None] = (None, None, None)
+    needs = ctx.needs_input_grad[:4]
+    grads: Sequence[Tensor | None] = [None] * 4
     if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
-        query, key, value, *_ = ctx.saved_tensors
-        inputs = query, key, value, None
-        grads = differentiable_gradients(grad_output, inputs, Formula(ctx.scale), (*needs, False))[:3]
+        query, key, value, mask, *_ = ctx.saved_tensors
+        dropout_p, is_causal, scale = ctx.settings
+        formula = Formula(scale, is_causal, dropout_p=dropout_p)
+        grads = differentiable_gradients(grad_output, (query, key, value, mask), formula, needs)
     elif grad_output is not None:
-        grads = _native_attention_backward(grad_output, *ctx.saved_tensors, ctx.scale, list(needs))
-    return (*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None)
+        grads = _native_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
+    wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    return (*wanted, *[None] * (len(ctx.settings) + 2))
 
 
 native_attention.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-def prepared_inference(
-    query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function that does `native_attention` without gradients, for any inputs with these sizes, strides and dtype.
+def prepared_inference(call: NativeCall) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """A function that does `native_attention` without gradients, for any inputs with these sizes, strides and dtypes.
 
-    It must be called only if nothing watches the operators, and while PyTorch has as many threads as now.
+    The call has no dropout. The function must be called only if nothing watches the operators, and while PyTorch has as
+    many threads as now.
     """
-    like_output = empty_heads(query.new_empty(query.shape, device="meta"), value.shape[3])
+    like_output = empty_heads(call.query.new_empty(call.query.shape, device="meta"), call.value.shape[3])
     sizes, strides = like_output.shape, like_output.stride()
-    forward = _library().prepared_forward(query, key, value, like_output, scale, torch.get_num_threads())
+    forward = _library().prepared_forward(call, like_output, torch.get_num_threads())
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty_strided(sizes, strides)
         try:
-            forward(query, key, value, output)
+            forward(query, key, value, mask, output)
         except RuntimeError as error:
             if not ran_out(error):
                 raise
         else:
             return output
         del output
-        return native_attention(query, key, value, scale, False)[0]  # type: ignore[no-any-return]
+        settings = call.seed, call.dropout_p, call.is_causal, call.scale
+        return native_attention(query, key, value, mask, *settings, False)[0]  # type: ignore[no-any-return]
 
     return attend

@@ -14,11 +14,18 @@
 
 namespace {
 
-struct Call {
-    Sizes sizes;
-    Strides query, key, value, output, grad_output, grad_query, grad_key, grad_value;
-    float scale;
-    Index threads;
+// The tensors of a call, as they are passed to this library. Null for those that a pass does not have or want.
+struct Inputs {
+    void *query, *key, *value, *mask;
+    const std::int64_t *seed;  // of dropout
+};
+struct Results {
+    void *output;
+    float *row_sums;
+};
+struct Gradients {
+    void *query, *key, *value, *mask;
+    bool only_mask() const { return !query && !key && !value; }
 };
 
 // The shifts and logarithms of one head's rows, from a (2, batch, heads, queries); null if they are not wanted.
@@ -29,107 +36,130 @@ inline RowSums kept_of(float *row_sums, const Sizes &sizes, Index head) {
 }
 
 template <class Mode, class Element>
-void forward(const Call &call, void *query, void *key, void *value, void *output, float *row_sums, char *memory) {
-    const Forward<Mode> kernel(call.sizes, call.threads);
-    const Sizes &sizes = call.sizes;
-    const Index blocks = ceil_div(sizes.queries, kernel.queries), bytes = kernel.bytes();
+void forward(const Call &call, const Inputs &inputs, const Results &results, char *memory) {
+    const Forward<Mode> kernel(call);
     struct Body {
         const Call &call;
         const Forward<Mode> &kernel;
-        void *query, *key, *value, *output;
-        float *row_sums;
+        const Inputs &inputs;
+        const Results &results;
         char *memory;
-        Index blocks, bytes;
+        Index bytes;
         void begin() const { Mode::begin(); }
         void end() const { Mode::end(); }
         void operator()(Index unit, Index thread) const {
             // Units are in the order: some blocks of every head, then the next ones of every head, and so on. So
             // threads work on different rows if there are enough.
             const Sizes &sizes = call.sizes;
-            const Index some = blocks / std::gcd(blocks, call.threads), heads = sizes.batch * sizes.heads;
-            const Index block = unit / (heads * some) * some + unit % some;
+            const Index blocks = kernel.blocks(), some = blocks / std::gcd(blocks, call.threads);
+            const Index heads = sizes.batch * sizes.heads, block = unit / (heads * some) * some + unit % some;
             const Index head = unit / some % heads, b = head / sizes.heads, h = head % sizes.heads;
+            const Index key_head = h / sizes.group();
             Arena arena{memory + thread * bytes};
-            kernel.attend(kernel.carve(arena), head_of<Element>(query, call.query, b, h, sizes.head_dim),
-                          head_of<Element>(key, call.key, b, h, sizes.head_dim),
-                          head_of<Element>(value, call.value, b, h, sizes.value_dim),
-                          head_of<Element>(output, call.output, b, h, sizes.value_dim),
-                          kept_of(row_sums, sizes, head), block * kernel.queries,
-                          call.scale * static_cast<float>(M_LOG2E));
+            const Head<Element> of{head_of<Element>(inputs.query, call.query, b, h, sizes.head_dim),
+                                   head_of<Element>(inputs.key, call.key, b, key_head, sizes.head_dim),
+                                   head_of<Element>(inputs.value, call.value, b, key_head, sizes.value_dim),
+                                   head_of<Element>(results.output, call.output, b, h, sizes.value_dim),
+                                   mask_of(call, inputs.mask, call.mask, b, h),
+                                   dropout_of(call, inputs.seed, head),
+                                   kept_of(results.row_sums, sizes, head)};
+            kernel.attend(kernel.carve(arena), of, block * kernel.queries);
         }
     };
-    parallel(sizes.batch * sizes.heads * blocks, call.threads,
-             Body{call, kernel, query, key, value, output, row_sums, memory, blocks, bytes});
+    parallel(kernel.units(), call.threads, Body{call, kernel, inputs, results, memory, kernel.bytes()});
 }
 
 template <class Mode, class Element>
-void backward(const Call &call, void *grad_output, void *query, void *key, void *value, void *output,
-              float *row_sums, void *grad_query, void *grad_key, void *grad_value, float *delta, char *memory) {
-    const Backward<Mode> kernel(call.sizes, call.threads);
+void backward(const Call &call, void *grad_output, const Inputs &inputs, const Results &results,
+              const Gradients &gradients, float *delta, char *memory) {
+    const Backward<Mode> kernel(call);
     struct Body {
         const Call &call;
         const Backward<Mode> &kernel;
-        void *grad_output, *query, *key, *value, *output;
-        float *row_sums;
-        void *grad_query, *grad_key, *grad_value;
+        void *grad_output;
+        const Inputs &inputs;
+        const Results &results;
+        const Gradients &gradients;
         float *delta;
         char *memory;
-        enum Stage { Deltas, Gradients, Sums } stage;
+        enum Stage { Deltas, Differentiate, Sums, MaskGradient } stage;
         void begin() const { Mode::begin(); }
         void end() const { Mode::end(); }
 
         float *grad_query_buffer(Index which) const {
-            const Index spaces = std::min(kernel.threads, kernel.units()) * kernel.thread_bytes();
-            return reinterpret_cast<float *>(memory + spaces + which * round_up(kernel.grad_query_floats() * 4, 64));
+            return reinterpret_cast<float *>(memory + kernel.spaces() * kernel.thread_bytes() +
+                                             which * kernel.grad_query_bytes());
         }
-        Matrix<Element> matrix(void *data, const Strides &strides, Index head, Index columns) const {
+        static Matrix<Element> matrix(void *data, const Strides &strides, Index b, Index h, Index columns) {
             if (!data) return {nullptr, 0, 0, 0};
-            return head_of<Element>(data, strides, head / call.sizes.heads, head % call.sizes.heads, columns);
+            return head_of<Element>(data, strides, b, h, columns);
         }
+        Matrix<Element> key(Index b, Index h) const { return matrix(inputs.key, call.key, b, h, call.sizes.head_dim); }
+        Matrix<Element> value(Index b, Index h) const {
+            return matrix(inputs.value, call.value, b, h, call.sizes.value_dim);
+        }
+        Matrix<Element> grad(Index b, Index h) const {
+            return matrix(grad_output, call.grad_output, b, h, call.sizes.value_dim);
+        }
+        QueryHead<Element> query_head(Index b, Index h) const {
+            const Index head = b * call.sizes.heads + h;
+            return {matrix(inputs.query, call.query, b, h, call.sizes.head_dim), grad(b, h),
+                    mask_of(call, inputs.mask, call.mask, b, h), dropout_of(call, inputs.seed, head),
+                    kept_of(results.row_sums, call.sizes, head), delta + head * call.sizes.queries};
+        }
+        void settle(Index b, Index h, const float *sums, Index parts) const {
+            const Matrix<Element> to = matrix(gradients.query, call.grad_query, b, h, call.sizes.head_dim);
+            if (to.data) kernel.settle(to, sums, parts, kernel.grad_query_bytes() / 4, call.scale);
+        }
+
         void operator()(Index unit, Index thread) const {
             const Sizes &sizes = call.sizes;
-            const Index head = stage == Gradients ? unit / kernel.parts : unit;
-            const Matrix<Element> grad = matrix(grad_output, call.grad_output, head, sizes.value_dim);
-            const Matrix<Element> to = matrix(grad_query, call.grad_query, head, sizes.head_dim);
-            float *deltas = delta + head * sizes.queries;
+            Arena arena{memory + thread * kernel.thread_bytes()};
             if (stage == Deltas) {
-                const Matrix<Element> out = matrix(output, call.output, head, sizes.value_dim);
+                const Index b = unit / sizes.heads, h = unit % sizes.heads;
+                const Matrix<Element> out = matrix(results.output, call.output, b, h, sizes.value_dim), of = grad(b, h);
                 for (Index row = 0; row < sizes.queries; row++) {
                     Vector sum = zeros();
                     for (Index j = 0; j < sizes.value_dim; j += kWidth)
-                        sum = fmadd(grad.floats(row, j), out.floats(row, j), sum);
-                    deltas[row] = sum_of(sum);
+                        sum = fmadd(of.floats(row, j), out.floats(row, j), sum);
+                    delta[unit * sizes.queries + row] = sum_of(sum);
                 }
-                return;
+            } else if (stage == Differentiate) {
+                const Index key_head = unit / kernel.parts, b = key_head / sizes.key_heads;
+                const Index h = key_head % sizes.key_heads, first = h * sizes.group();
+                float *sums = grad_query_buffer(kernel.parts > 1 ? unit : thread);
+                kernel.differentiate(
+                    kernel.carve(arena), sums, key(b, h), value(b, h),
+                    [&](Index i) { return query_head(b, first + i); },
+                    matrix(gradients.key, call.grad_key, b, h, sizes.head_dim),
+                    matrix(gradients.value, call.grad_value, b, h, sizes.value_dim), unit % kernel.parts);
+                for (Index i = 0; kernel.parts == 1 && i < sizes.group(); i++)
+                    settle(b, first + i, sums + i * kernel.grad_query_floats(), 1);
+            } else if (stage == Sums) {
+                const Index b = unit / sizes.heads, h = unit % sizes.heads, key_head = unit / sizes.group();
+                settle(b, h, grad_query_buffer(key_head * kernel.parts) + h % sizes.group() * kernel.grad_query_floats(),
+                       kernel.parts);
+            } else {
+                const Index group = sizes.group();
+                kernel.sum_mask_gradient(
+                    kernel.carve(arena), unit, [&](Index b, Index h) { return query_head(b, h); },
+                    [&](Index b, Index h) { return key(b, h / group); },
+                    [&](Index b, Index h) { return value(b, h / group); }, gradients.mask);
             }
-            if (stage == Sums) {
-                kernel.settle(to, grad_query_buffer(head * kernel.parts), kernel.parts,
-                              round_up(kernel.grad_query_floats() * 4, 64) / 4, call.scale);
-                return;
-            }
-            Arena arena{memory + thread * kernel.thread_bytes()};
-            float *sums = grad_query_buffer(kernel.parts > 1 ? unit : thread);
-            kernel.differentiate(kernel.carve(arena), sums, matrix(query, call.query, head, sizes.head_dim),
-                                 matrix(key, call.key, head, sizes.head_dim),
-                                 matrix(value, call.value, head, sizes.value_dim), grad,
-                                 kept_of(row_sums, sizes, head), deltas,
-                                 matrix(grad_key, call.grad_key, head, sizes.head_dim),
-                                 matrix(grad_value, call.grad_value, head, sizes.value_dim), unit % kernel.parts,
-                                 call.scale);
-            if (kernel.parts == 1 && to.data) kernel.settle(to, sums, 1, 0, call.scale);
         }
-    } body{call,       kernel,     grad_output, query, key, value, output, row_sums, grad_query, grad_key,
-           grad_value, delta, memory, Body::Deltas};
+    } body{call, kernel, grad_output, inputs, results, gradients, delta, memory, Body::Deltas};
     const Index heads = call.sizes.batch * call.sizes.heads;
-    parallel(heads, call.threads, body);
-    body.stage = Body::Gradients;
-    parallel(kernel.units(), call.threads, body);
-    body.stage = Body::Sums;
-    if (kernel.parts > 1 && grad_query) parallel(heads, call.threads, body);
+    const auto run = [&](typename Body::Stage stage, Index units) {
+        body.stage = stage;
+        parallel(units, call.threads, body);
+    };
+    run(Body::Deltas, heads);
+    if (!gradients.only_mask()) run(Body::Differentiate, kernel.units());
+    if (kernel.parts > 1 && gradients.query) run(Body::Sums, heads);
+    if (gradients.mask) run(Body::MaskGradient, kernel.mask_units().count());
 }
 
 enum Modes { kFloat = 0, kBfloat = 1, kTiled = 2 };
-enum Elements { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
 // Calls run(Mode, Element) and returns true if this library has the mode and the element type.
 template <class Run>
@@ -172,7 +202,7 @@ Index slicemod_vector_lanes() { return kWidth; }
 Index slicemod_forward_rows(int mode, int element, const Call *call) {
     Index rows = -1;
     dispatch(mode, element, [&](auto m, auto) {
-        rows = std::min(Forward<decltype(m)>(call->sizes, call->threads).queries, call->sizes.queries);
+        rows = std::min(Forward<decltype(m)>(*call).queries, call->sizes.queries);
     });
     return rows;
 }
@@ -180,34 +210,32 @@ Index slicemod_forward_rows(int mode, int element, const Call *call) {
 Index slicemod_forward_bytes(int mode, int element, const Call *call) {
     Index bytes = -1;
     dispatch(mode, element, [&](auto m, auto) {
-        const Forward<decltype(m)> kernel(call->sizes, call->threads);
-        const Index units = call->sizes.batch * call->sizes.heads * ceil_div(call->sizes.queries, kernel.queries);
-        bytes = std::min(call->threads, units) * kernel.bytes();
+        const Forward<decltype(m)> kernel(*call);
+        bytes = std::min(call->threads, kernel.units()) * kernel.bytes();
     });
     return bytes;
 }
 
 Index slicemod_backward_bytes(int mode, int element, const Call *call) {
     Index bytes = -1;
-    dispatch(mode, element, [&](auto m, auto) { bytes = Backward<decltype(m)>(call->sizes, call->threads).bytes(); });
+    dispatch(mode, element, [&](auto m, auto) { bytes = Backward<decltype(m)>(*call).bytes(); });
     return bytes;
 }
 
 // The passes return 1 when they are done, and 0 if this library does not have the mode and type.
-int slicemod_forward(int mode, int element, const Call *call, void *query, void *key, void *value, void *output,
-                     float *row_sums, char *memory) {
+int slicemod_forward(int mode, int element, const Call *call, void *query, void *key, void *value, void *mask,
+                     const std::int64_t *seed, void *output, float *row_sums, char *memory) {
     return dispatch(mode, element, [&](auto m, auto e) {
-        forward<decltype(m), decltype(e)>(*call, query, key, value, output, row_sums, memory);
+        forward<decltype(m), decltype(e)>(*call, {query, key, value, mask, seed}, {output, row_sums}, memory);
     });
 }
 
 int slicemod_backward(int mode, int element, const Call *call, void *grad_output, void *query, void *key, void *value,
-                      void *output, float *row_sums, void *grad_query, void *grad_key, void *grad_value, float *delta,
-                      char *memory) {
+                      void *mask, const std::int64_t *seed, void *output, float *row_sums, void *grad_query,
+                      void *grad_key, void *grad_value, void *grad_mask, float *delta, char *memory) {
     return dispatch(mode, element, [&](auto m, auto e) {
-        backward<decltype(m), decltype(e)>(*call, grad_output, query, key, value, output, row_sums, grad_query,
-                                           grad_key, grad_value, delta, memory);
+        backward<decltype(m), decltype(e)>(*call, grad_output, {query, key, value, mask, seed}, {output, row_sums},
+                                           {grad_query, grad_key, grad_value, grad_mask}, delta, memory);
     });
 }
 }
-

@@ -3,43 +3,65 @@
 //   dV += P^T G,  dK += dS^T Q,  dQ^T += K^T dS^T.
 // G is the gradient of the output, D = sum(G O), and the forward pass kept the shift m of each row and the base-2
 // logarithm L of its sum. Everything is transposed, because then only small operands of products have to be transposed.
+// With dropout, P^T in dV, and dP^T, are multiplied by the factors of the forward pass: 0, or 1 / (1 - p).
+//
+// The gradient of a mask is the sum of dS over everything that the mask is broadcast along. If it is wanted, dS is
+// computed once more for it, because then one thread can sum all that belongs to one number, in a fixed order.
 
 #pragma once
 
 #include <cmath>
 
+#include "dropout.h"
+#include "mask.h"
 #include "packing.h"
 #include "threads.h"
 
 namespace {
 
+// What belongs to one head of queries.
+template <class Element>
+struct QueryHead {
+    Matrix<Element> query, grad_output;
+    Mask mask;
+    Dropout dropout;
+    RowSums kept;
+    const float *delta;
+};
+
 template <class Mode>
 struct Backward {
-    const Sizes sizes;
+    const Call &call;
+    const Sizes &sizes;
     Index threads, strip, parts, queries, keys, head_lanes, value_lanes, head_columns, value_columns;
     struct Space {
         Lane *key, *key_transposed, *value;                      // of a block of keys
         float *grad_key, *grad_value;
         Lane *query_columns, *query_lanes, *grad_columns, *grad_lanes;  // of a block of queries
         float *shifts, *logs, *delta;
+        Lane *low, *high;                                               // of each query, for dropout
         float *scores, *grad_weights;                                   // of both blocks, some keys at a time
         Lane *weights, *grad_scores, *grad_score_lanes;
+        float *grad_mask;                                               // of both blocks
     };
 
     // Threads take different heads. If there are too few heads, several threads share one, each for a part of its keys.
-    Backward(const Sizes &of, Index on_threads) : sizes(of), threads(on_threads) {
-        const Index heads = of.batch * of.heads;
+    explicit Backward(const Call &of) : call(of), sizes(of.sizes), threads(of.threads) {
+        const Index heads = key_heads();
         parts = heads % threads == 0 || heads >= 4 * threads ? 1 : ceil_div(2 * threads, heads);
-        strip = strip_of<Mode>(of);
-        queries = std::min(Mode::block_queries, round_up(of.queries, Mode::step));
-        keys = std::min(Mode::block_keys, round_up(of.keys, Mode::step));
-        parts = std::min(parts, ceil_div(of.keys, keys));
-        head_lanes = lanes_of<Mode>(of.head_dim);
-        value_lanes = lanes_of<Mode>(of.value_dim);
-        head_columns = round_up(of.head_dim, kWidth);
-        value_columns = round_up(of.value_dim, kWidth);
+        strip = strip_of<Mode>(sizes);
+        queries = std::min(Mode::block_queries, round_up(sizes.queries, Mode::step));
+        keys = std::min(Mode::block_keys, round_up(sizes.keys, Mode::step));
+        parts = std::min(parts, key_blocks());
+        head_lanes = lanes_of<Mode>(sizes.head_dim);
+        value_lanes = lanes_of<Mode>(sizes.value_dim);
+        head_columns = round_up(sizes.head_dim, kWidth);
+        value_columns = round_up(sizes.value_dim, kWidth);
     }
-    Index units() const { return sizes.batch * sizes.heads * parts; }
+    Index key_heads() const { return sizes.batch * sizes.key_heads; }
+    Index key_blocks() const { return ceil_div(sizes.keys, keys); }
+    Index query_blocks() const { return ceil_div(sizes.queries, queries); }
+    Index units() const { return key_heads() * parts; }
     Space carve(Arena &arena) const {
         constexpr Index per_lane = Mode::per_lane;
         Space space;
@@ -55,121 +77,271 @@ struct Backward {
         space.shifts = arena.take<float>(queries);
         space.logs = arena.take<float>(queries);
         space.delta = arena.take<float>(queries);
+        space.low = arena.take<Lane>(call.drops() ? queries : 0);
+        space.high = arena.take<Lane>(call.drops() ? queries : 0);
         space.scores = arena.take<float>(strip * queries);
         space.grad_weights = arena.take<float>(strip * queries);
         space.weights = arena.take<Lane>(strip * queries / per_lane);
         space.grad_scores = arena.take<Lane>(strip * queries / per_lane);
         space.grad_score_lanes = arena.take<Lane>(keys / per_lane * queries);
+        space.grad_mask = arena.take<float>(call.mask_gradient ? keys * queries : 0);
         return space;
     }
     // Floats of the gradients of all queries of a head: transposed, one block of queries after another.
-    Index grad_query_floats() const { return ceil_div(sizes.queries, queries) * queries * head_columns; }
+    Index grad_query_floats() const { return query_blocks() * queries * head_columns; }
+    // Bytes of those of all heads that a unit computes.
+    Index grad_query_bytes() const { return round_up(sizes.group() * grad_query_floats() * 4, 64); }
     Index thread_bytes() const {
         Arena arena{nullptr};
         carve(arena);
         return arena.used;
     }
     Index grad_query_buffers() const { return parts > 1 ? units() : std::min(threads, units()); }
-    Index bytes() const {
-        return std::min(threads, units()) * thread_bytes() + grad_query_buffers() * round_up(grad_query_floats() * 4, 64);
-    }
+    // All threads have their memory, as there may be more units of the mask's gradient.
+    Index spaces() const { return call.mask_gradient ? threads : std::min(threads, units()); }
+    Index bytes() const { return spaces() * thread_bytes() + grad_query_buffers() * grad_query_bytes(); }
 
-    // P^T and dS^T for `some` keys, from number `start` of the block on, and a block of queries.
-    void weigh(const Space &space, Index start, Index some, Index count, Index padded, Index width, float c) const {
-        const Vector factor = all(c);
-        const Index lanes = width / Mode::per_lane, key_lanes = padded / Mode::per_lane;
+    // A strip of keys and a block of queries.
+    struct Strip {
+        Index start, keys;      // in the block of keys
+        Index key, key_end;     // the numbers of its first key, and of the first key after the block
+        Index query, queries;   // the numbers of the first query and the number of queries
+        Index width, key_lanes; // queries with padding, and lanes along the keys of the block
+    };
+
+    // P^T and dS^T of a strip.
+    template <bool Drops>
+    void weigh(const Space &space, const Strip &of, const Dropout &dropout) const {
+        const Index lanes = of.width / Mode::per_lane;
         if constexpr (Mode::per_lane == 1) {
-            for (Index row = 0; row < some; row++)
-                for (Index j = 0; j < width; j += kWidth) {
+            for (Index row = 0; row < of.keys; row++)
+                for (Index j = 0; j < of.width; j += kWidth) {
                     Vector p = zeros(), ds = p;
-                    if (start + row < count) weigh(space, row * width + j, j, factor, p, ds);
+                    if (of.key + row < of.key_end) weigh<Drops>(space, of, dropout, row, j, p, ds);
                     store(reinterpret_cast<float *>(space.weights) + row * lanes + j, p);
                     store(reinterpret_cast<float *>(space.grad_scores) + row * lanes + j, ds);
-                    Lane *to = panel(space.grad_score_lanes, key_lanes, width, start + row, j);
+                    Lane *to = panel(space.grad_score_lanes, of.key_lanes, of.width, of.start + row, j);
                     store(reinterpret_cast<float *>(to), ds);
                 }
         } else {
-            for (Index row = 0; row < some; row += 2)
-                for (Index j = 0; j < width; j += 2 * kWidth) {
+            for (Index row = 0; row < of.keys; row += 2)
+                for (Index j = 0; j < of.width; j += 2 * kWidth) {
                     Vector p[2][2] = {}, ds[2][2] = {};
                     for (int i = 0; i < 2; i++)
-                        if (start + row + i < count) {
-                            weigh(space, (row + i) * width + j, j, factor, p[i][0], ds[i][0]);
-                            weigh(space, (row + i) * width + j + kWidth, j + kWidth, factor, p[i][1], ds[i][1]);
+                        if (of.key + row + i < of.key_end) {
+                            weigh<Drops>(space, of, dropout, row + i, j, p[i][0], ds[i][0]);
+                            weigh<Drops>(space, of, dropout, row + i, j + kWidth, p[i][1], ds[i][1]);
                         }
                     for (int i = 0; i < 2; i++) {
                         const Index at = (row + i) * lanes + j / 2;
                         store(space.weights + at, Mode::both(p[i][0], p[i][1]));
                         store(space.grad_scores + at, Mode::both(ds[i][0], ds[i][1]));
                     }
-                    Lane *to = panel(space.grad_score_lanes, key_lanes, width, (start + row) / 2, j);
+                    Lane *to = panel(space.grad_score_lanes, of.key_lanes, of.width, (of.start + row) / 2, j);
                     for (int i = 0; i < 2; i++)
                         store(to + kWidth * i, Mode::interleaved(ds[0][i], ds[1][i]));
                 }
         }
     }
-    void weigh(const Space &space, Index at, Index j, Vector factor, Vector &p, Vector &ds) const {
-        const Vector s = load(space.scores + at), dp = load(space.grad_weights + at);
-        p = Mode::exp2(fmsub(s - load(space.shifts + j), factor, load(space.logs + j)));
-        ds = p * (dp - load(space.delta + j));
+    // kWidth queries of one key. `p` are the weights that are left by dropout, without its factor.
+    template <bool Drops>
+    void weigh(const Space &space, const Strip &of, const Dropout &dropout, Index row, Index j, Vector &p,
+               Vector &ds) const {
+        const Index at = row * of.width + j;
+        const Vector s = load(space.scores + at), delta = load(space.delta + j);
+        Vector dp = load(space.grad_weights + at);
+        const Vector all_p = Mode::exp2(fmsub(s - load(space.shifts + j), all(call.exponent()), load(space.logs + j)));
+        p = all_p;
+        if constexpr (Drops) {
+            const Words low = (Words)load(space.low + j), high = (Words)load(space.high + j);
+            const Words key = all_words(static_cast<Lane>(of.key + row));
+            p = dropout(p, low, high, key);
+            dp = dropout(dp, low, high, key) * all(dropout.kept);
+        }
+        ds = all_p * (dp - delta);
     }
 
-    // The gradients of the keys of one unit, and what these keys add to the gradients of all queries.
     template <class Element>
-    void differentiate(const Space &space, float *grad_query, const Matrix<Element> &query, const Matrix<Element> &key,
-                       const Matrix<Element> &value, const Matrix<Element> &grad, const RowSums &kept,
-                       const float *delta, const Matrix<Element> &grad_key, const Matrix<Element> &grad_value,
-                       Index part, float scale) const {
+    void pack_keys(const Space &space, const Matrix<Element> &key, const Matrix<Element> &value, Index from,
+                   Index count, Index padded) const {
+        pack_rows<Mode>(space.key, head_lanes, key, from, count, padded);
+        pack_rows<Mode>(space.value, value_lanes, value, from, count, padded);
+    }
+
+    template <class Element>
+    void pack_queries(const Space &space, const QueryHead<Element> &head, Index start, Index rows, Index width) const {
+        pack_columns<Mode>(space.query_columns, head_lanes, head.query, start, rows, width);
+        pack_columns<Mode>(space.grad_columns, value_lanes, head.grad_output, start, rows, width);
+        for (Index j = 0; j < width; j += kWidth) {
+            // Padding rows get the logarithm infinity, so that their weights are 0.
+            store(space.shifts + j, load_first(head.kept.shifts + start + j, rows - j));
+            store(space.logs + j, load_first(head.kept.logs + start + j, rows - j, all(INFINITY)));
+            store(space.delta + j, load_first(head.delta + start + j, rows - j));
+        }
+        for (Index j = 0; call.drops() && j < width; j++) {
+            const std::uint64_t numbers = head.dropout.row(start + j);
+            space.low[j] = static_cast<Lane>(numbers), space.high[j] = static_cast<Lane>(numbers >> 32);
+        }
+    }
+
+    // S^T and dP^T of a strip.
+    void score(const Space &space, const Strip &of, const Mask &mask) const {
+        Mode::multiply({space.scores, of.width, space.key + of.start * head_lanes, head_lanes, space.query_columns,
+                        of.keys, of.width, head_lanes, false});
+        Mode::multiply({space.grad_weights, of.width, space.value + of.start * value_lanes, value_lanes,
+                        space.grad_columns, of.keys, of.width, value_lanes, false});
+        const Part part{space.scores, of.width, of.query, of.queries, of.key, of.keys};
+        if (mask.data) add_mask_to_columns(part, mask, call.scale);
+        if (call.causal) hide_earlier_queries(part);
+        // Padding rows get scores of 0, because 0 times an infinite key would be NaN.
+        for (Index i = 0; of.queries < of.width && i < of.keys; i++)
+            for (float *all : {space.scores, space.grad_weights})
+                std::fill(all + i * of.width + of.queries, all + (i + 1) * of.width, 0.0f);
+    }
+
+    // How many keys of a block some queries see, in whole steps.
+    Index seen(Index padded, Index from, Index start, Index rows) const {
+        if (!call.causal) return padded;
+        return std::min(padded, round_up(std::max<Index>(start + rows - from, 0), Mode::step));
+    }
+
+    // The gradients of the keys of one unit, and what these keys add to the gradients of all queries. `head_of(i)` is
+    // number i of the heads of queries that share the keys.
+    template <class Element, class HeadOf>
+    void differentiate(const Space &space, float *grad_query, const Matrix<Element> &key,
+                       const Matrix<Element> &value, const HeadOf &head_of, const Matrix<Element> &grad_key,
+                       const Matrix<Element> &grad_value, Index part) const {
         constexpr Index per_lane = Mode::per_lane;
-        const float c = scale * static_cast<float>(M_LOG2E);
-        const Index blocks = ceil_div(sizes.keys, keys);
-        const Index begin = blocks * part / parts, end = blocks * (part + 1) / parts;
+        const Index begin = key_blocks() * part / parts, end = key_blocks() * (part + 1) / parts;
+        // Causal queries leave out keys, so sums start as zeros. Otherwise the first product stores its result.
+        if (call.causal) std::fill(grad_query, grad_query + sizes.group() * grad_query_floats(), 0.0f);
         for (Index key_block = begin; key_block < end; key_block++) {
             const Index from = key_block * keys, count = std::min(keys, sizes.keys - from);
-            const Index padded = round_up(count, Mode::step);
-            pack_rows<Mode>(space.key, head_lanes, key, from, count, padded);
-            pack_rows<Mode>(space.value, value_lanes, value, from, count, padded);
+            const Index padded = round_up(count, Mode::step), key_lanes = padded / per_lane;
+            pack_keys(space, key, value, from, count, padded);
             pack_transposed<Mode>(space.key_transposed, head_columns, key, from, count, padded);
-            for (Index start = 0; start < sizes.queries; start += queries) {
-                const Index rows = std::min(queries, sizes.queries - start), width = round_up(rows, Mode::step);
-                pack_columns<Mode>(space.query_columns, head_lanes, query, start, rows, width);
-                pack_lanes<Mode>(space.query_lanes, head_columns, query, start, rows, width);
-                pack_columns<Mode>(space.grad_columns, value_lanes, grad, start, rows, width);
-                pack_lanes<Mode>(space.grad_lanes, value_columns, grad, start, rows, width);
-                for (Index j = 0; j < width; j += kWidth) {
-                    // Padding rows get the logarithm infinity, so that their weights are 0.
-                    store(space.shifts + j, load_first(kept.shifts + start + j, rows - j));
-                    store(space.logs + j, load_first(kept.logs + start + j, rows - j, all(INFINITY)));
-                    store(space.delta + j, load_first(delta + start + j, rows - j));
-                }
-                for (Index row = 0; row < padded; row += strip) {
-                    const Index some = std::min(strip, padded - row);
-                    Mode::multiply({space.scores, width, space.key + row * head_lanes, head_lanes, space.query_columns,
-                                    some, width, head_lanes, false});
-                    Mode::multiply({space.grad_weights, width, space.value + row * value_lanes, value_lanes,
-                                    space.grad_columns, some, width, value_lanes, false});
-                    // Padding rows get scores of 0, because 0 times an infinite key would be NaN.
-                    for (Index i = 0; rows < width && i < some; i++)
-                        for (float *all : {space.scores, space.grad_weights})
-                            std::fill(all + i * width + rows, all + (i + 1) * width, 0.0f);
-                    weigh(space, row, some, count, padded, width, c);
-                    const Index lanes = width / per_lane;
-                    Mode::multiply({space.grad_value + row * value_columns, value_columns, space.weights, lanes,
-                                    space.grad_lanes, some, value_columns, lanes, start > 0});
-                    Mode::multiply({space.grad_key + row * head_columns, head_columns, space.grad_scores, lanes,
-                                    space.query_lanes, some, head_columns, lanes, start > 0});
-                }
-                Mode::multiply({grad_query + start * head_columns, width, space.key_transposed, padded / per_lane,
-                                space.grad_score_lanes, head_columns, width, padded / per_lane, key_block > begin});
+            bool add = call.causal;
+            if (add) {
+                std::fill(space.grad_key, space.grad_key + padded * head_columns, 0.0f);
+                std::fill(space.grad_value, space.grad_value + padded * value_columns, 0.0f);
             }
-            const Vector by = all(scale);
+            for (Index number = 0; number < sizes.group(); number++) {
+                const QueryHead<Element> head = head_of(number);
+                float *grad_of_head = grad_query + number * grad_query_floats();
+                for (Index start = 0; start < sizes.queries; start += queries) {
+                    const Index rows = std::min(queries, sizes.queries - start), width = round_up(rows, Mode::step);
+                    const Index some_keys = seen(padded, from, start, rows), lanes = width / per_lane;
+                    if (!some_keys) continue;
+                    pack_queries(space, head, start, rows, width);
+                    pack_lanes<Mode>(space.query_lanes, head_columns, head.query, start, rows, width);
+                    pack_lanes<Mode>(space.grad_lanes, value_columns, head.grad_output, start, rows, width);
+                    for (Index row = 0; row < some_keys; row += strip) {
+                        const Index some = std::min(strip, some_keys - row);
+                        const Strip of{row, some, from + row, from + count, start, rows, width, key_lanes};
+                        score(space, of, head.mask);
+                        call.drops() ? weigh<true>(space, of, head.dropout) : weigh<false>(space, of, head.dropout);
+                        Mode::multiply({space.grad_value + row * value_columns, value_columns, space.weights, lanes,
+                                        space.grad_lanes, some, value_columns, lanes, add});
+                        Mode::multiply({space.grad_key + row * head_columns, head_columns, space.grad_scores, lanes,
+                                        space.query_lanes, some, head_columns, lanes, add});
+                    }
+                    Mode::multiply({grad_of_head + start * head_columns, width, space.key_transposed, key_lanes,
+                                    space.grad_score_lanes, head_columns, width, some_keys / per_lane,
+                                    call.causal || key_block > begin, 0, key_lanes});
+                    add = true;
+                }
+            }
+            const Vector key_factor = all(call.scale), value_factor = all(head_of(0).dropout.kept);
             for (Index row = 0; row < count; row++) {
                 for (Index j = 0; grad_key.data && j < sizes.head_dim; j += kWidth)
-                    grad_key.set(from + row, j,
-                                 load(space.grad_key + row * head_columns + j) * by);
+                    grad_key.set(from + row, j, load(space.grad_key + row * head_columns + j) * key_factor);
                 for (Index j = 0; grad_value.data && j < sizes.value_dim; j += kWidth)
-                    grad_value.set(from + row, j, load(space.grad_value + row * value_columns + j));
+                    grad_value.set(from + row, j, load(space.grad_value + row * value_columns + j) * value_factor);
             }
+        }
+    }
+
+    // ---- the gradient of the mask
+
+    // A unit sums the numbers of one block of keys and one block of queries, or of all of them along a dimension in
+    // which the mask has size 1. Batch items and heads that share a number of the mask belong to one unit.
+    struct MaskUnits {
+        Index items, heads, query_blocks, key_blocks;
+        Index count() const { return items * heads * query_blocks * key_blocks; }
+    };
+    MaskUnits mask_units() const {
+        const Strides &of = call.grad_mask;
+        return {of.batch ? sizes.batch : 1, of.head ? sizes.heads : 1, of.row ? query_blocks() : 1,
+                of.column ? key_blocks() : 1};
+    }
+
+    // Writes the gradient of one unit to `data`. `head_of(b, h)`, `key_of(b, h)` and `value_of(b, h)` are the operands of
+    // query head h of batch item b.
+    template <class HeadOf, class KeyOf, class ValueOf>
+    void sum_mask_gradient(const Space &space, Index unit, const HeadOf &head_of, const KeyOf &key_of,
+                           const ValueOf &value_of, void *data) const {
+        const MaskUnits units = mask_units();
+        const Index key_block = unit % units.key_blocks, query_block = unit / units.key_blocks % units.query_blocks;
+        const Index head = unit / (units.key_blocks * units.query_blocks) % units.heads;
+        const Index item = unit / (units.key_blocks * units.query_blocks * units.heads);
+        const Strides &own = call.grad_mask;
+        std::fill(space.grad_mask, space.grad_mask + keys * queries, 0.0f);
+        for (Index b = own.batch ? item : 0; b < (own.batch ? item + 1 : sizes.batch); b++)
+            for (Index h = own.head ? head : 0; h < (own.head ? head + 1 : sizes.heads); h++)
+                for (Index k = own.column ? key_block : 0; k < (own.column ? key_block + 1 : key_blocks()); k++) {
+                    const Index from = k * keys, count = std::min(keys, sizes.keys - from);
+                    pack_keys(space, key_of(b, h), value_of(b, h), from, count, round_up(count, Mode::step));
+                    for (Index q = own.row ? query_block : 0; q < (own.row ? query_block + 1 : query_blocks()); q++)
+                        add_grad_scores(space, head_of(b, h), from, count, q * queries);
+                }
+        const Index from = key_block * keys, start = query_block * queries;
+        const Index count = own.column ? std::min(keys, sizes.keys - from) : 1;
+        const Index rows = own.row ? std::min(queries, sizes.queries - start) : 1;
+        if (!own.row)
+            for (Index i = 0; i < keys; i++) {
+                Vector sum = zeros();
+                for (Index j = 0; j < queries; j += kWidth) sum = sum + load(space.grad_mask + i * queries + j);
+                space.grad_mask[i * queries] = sum_of(sum);
+            }
+        if (!own.column)
+            for (Index i = 1; i < keys; i++)
+                for (Index j = 0; j < queries; j += kWidth) {
+                    float *sum = space.grad_mask + j;
+                    store(sum, load(sum) + load(space.grad_mask + i * queries + j));
+                }
+        mask_of(call, data, own, item, head).visit_numbers([&](const auto &to) {
+            for (Index i = 0; i < count; i += kWidth)
+                for (Index j = 0; j < rows; j += kWidth) {
+                    Lanes some[kWidth];
+                    for (Index k = 0; k < kWidth; k++)
+                        some[k] = i + k < count ? as_lanes(load(space.grad_mask + (i + k) * queries + j)) : no_lanes();
+                    transpose(some);
+                    for (Index k = 0; k < std::min(kWidth, rows - j); k++)
+                        to.set(start + j + k, from + i, as_floats(some[k]));
+                }
+        });
+    }
+
+    // Adds dS^T of a block of keys, which is packed, and a block of queries of one head.
+    template <class Element>
+    void add_grad_scores(const Space &space, const QueryHead<Element> &head, Index from, Index count,
+                         Index start) const {
+        const Index rows = std::min(queries, sizes.queries - start), width = round_up(rows, Mode::step);
+        const Index some_keys = seen(round_up(count, Mode::step), from, start, rows);
+        if (!some_keys) return;
+        pack_queries(space, head, start, rows, width);
+        for (Index row = 0; row < some_keys; row += strip) {
+            const Index some = std::min(strip, some_keys - row);
+            const Strip of{row, some, from + row, from + count, start, rows, width, 0};
+            score(space, of, head.mask);
+            for (Index i = 0; i < std::min(some, count - row); i++)
+                for (Index j = 0; j < width; j += kWidth) {
+                    Vector p, ds;
+                    call.drops() ? weigh<true>(space, of, head.dropout, i, j, p, ds)
+                                 : weigh<false>(space, of, head.dropout, i, j, p, ds);
+                    float *sum = space.grad_mask + (row + i) * queries + j;
+                    store(sum, load(sum) + ds);
+                }
         }
     }
 

@@ -8,6 +8,9 @@
 // The exponent is c (S - m) and not c S - c m. A score that equals the shift then has the weight 1, however large it
 // is. With c S - c m the exponent would be a rounding error, which is thousands for scores of 2^40. If weights are
 // rounded to bfloat16 and the shift is near zero, c S - c m is as good, and it takes one instruction less.
+//
+// With a mask, scores are scaled before it is added to them, and c is log2(e). Dropout changes the weights that values
+// are multiplied by, and not their sum.
 
 #pragma once
 
@@ -16,6 +19,8 @@
 #include <numeric>
 #include <type_traits>
 
+#include "dropout.h"
+#include "mask.h"
 #include "packing.h"
 #include "threads.h"
 
@@ -25,26 +30,39 @@ namespace {
 // several blocks.
 constexpr Index kMostQueries = 1024, kLeastQueries = 128, kBlocksOfThread = 4;
 
+// One head of the inputs and of the output.
+template <class Element>
+struct Head {
+    Matrix<Element> query, key, value, output;
+    Mask mask;
+    Dropout dropout;
+    RowSums kept;
+};
+
 template <class Mode>
 struct Forward {
-    const Sizes sizes;
+    const Call &call;
+    const Sizes &sizes;
     Index strip, queries, keys, chunk, head_lanes, value_columns;
     struct Space {
         Lane *query, *key, *value, *weights;
         float *scores, *output, *shifts, *sums, *new_sums;
     };
 
-    Forward(const Sizes &of, Index threads) : sizes(of) {
-        strip = strip_of<Mode>(of);
+    explicit Forward(const Call &of) : call(of), sizes(of.sizes) {
+        strip = strip_of<Mode>(sizes);
         Index most = kMostQueries;
-        while (most > kLeastQueries && of.batch * of.heads * ceil_div(of.queries, most) < kBlocksOfThread * threads)
+        while (most > kLeastQueries &&
+               sizes.batch * sizes.heads * ceil_div(sizes.queries, most) < kBlocksOfThread * call.threads)
             most /= 2;
-        queries = std::min(round_up(most, std::lcm<Index>(strip, kWidth)), round_up(of.queries, kWidth));
-        keys = std::min(Mode::forward_keys, round_up(of.keys, Mode::step));
+        queries = std::min(round_up(most, std::lcm<Index>(strip, kWidth)), round_up(sizes.queries, kWidth));
+        keys = std::min(Mode::forward_keys, round_up(sizes.keys, Mode::step));
         chunk = std::min(Mode::chunk, keys);
-        head_lanes = lanes_of<Mode>(of.head_dim);
-        value_columns = round_up(of.value_dim, kWidth);
+        head_lanes = lanes_of<Mode>(sizes.head_dim);
+        value_columns = round_up(sizes.value_dim, kWidth);
     }
+    Index blocks() const { return ceil_div(sizes.queries, queries); }
+    Index units() const { return sizes.batch * sizes.heads * blocks(); }
     Space carve(Arena &arena) const {
         return {arena.take<Lane>(queries * head_lanes), arena.take<Lane>(keys * head_lanes),
                 arena.take<Lane>(keys / Mode::per_lane * value_columns),
@@ -93,26 +111,43 @@ struct Forward {
         return far;
     }
 
+    // A chunk of the scores of a strip of queries, and where its weights go.
+    struct Chunk {
+        Index start, rows;  // of the strip in the block of queries
+        Index query, key;   // the numbers of the first ones, of the whole call
+        Index lane, lanes;  // of the weights: the chunk's first one, and those of a row
+    };
+
     // Computes the weights of a chunk of scores. `new_sums` becomes `sums` plus these weights; returns its largest
     // number.
-    template <bool Far, class Width>
-    float weigh(const Space &space, Width width, Index lane, Index lanes, Index start, Index rows, float c,
-                const float *sums, float *new_sums) const {
+    template <bool Far, bool Drops, class Width>
+    float weigh(const Space &space, Width width, const Chunk &of, const Dropout &dropout, const float *sums,
+                float *new_sums) const {
+        const float c = call.exponent();
         const Vector factor = all(c);
         Vector most = zeros();
-        for (Index row = 0; row < rows; row++) {
+        for (Index row = 0; row < of.rows; row++) {
+            Words low, high;
+            if constexpr (Drops) {
+                const std::uint64_t numbers = dropout.row(of.query + row);
+                low = all_words(static_cast<Lane>(numbers)), high = all_words(static_cast<Lane>(numbers >> 32));
+            }
+            const auto left = [&](Vector p, Index j) {
+                if constexpr (Drops) p = dropout(p, low, high, counted_from(static_cast<Lane>(of.key + j)));
+                return p;
+            };
             const float *scores = space.scores + row * width;
-            const Vector shift = all(Far ? space.shifts[start + row] : space.shifts[start + row] * c);
+            const Vector shift = all(Far ? space.shifts[of.start + row] : space.shifts[of.start + row] * c);
             const auto exponent = [&](const float *score) {
                 return Far ? (load(score) - shift) * factor : fmsub(load(score), factor, shift);
             };
             Vector sum = load(sums + row * kWidth);
-            Lane *weights = space.weights + row * lanes + lane;
+            Lane *weights = space.weights + row * of.lanes + of.lane;
             if constexpr (Mode::per_lane == 1) {
                 for (Index j = 0; j < width; j += kWidth) {
                     const Vector p = Mode::exp2(exponent(scores + j));
                     sum = sum + p;
-                    store(reinterpret_cast<float *>(weights) + j, p);
+                    store(reinterpret_cast<float *>(weights) + j, left(p, j));
                 }
             } else {
                 for (Index j = 0; j < width; j += 2 * kWidth) {
@@ -120,7 +155,7 @@ struct Forward {
                     const Vector q = Mode::exp2(exponent(scores + j + kWidth));
                     const Lanes both = Mode::both(p, q);
                     sum = Mode::add_both(sum, both);
-                    store(weights + j / 2, both);
+                    store(weights + j / 2, Drops ? Mode::both(left(p, j), left(q, j + kWidth)) : both);
                 }
             }
             store(new_sums + row * kWidth, sum);
@@ -129,29 +164,43 @@ struct Forward {
         return largest_of(most);
     }
 
+    // The part of the scores of `width` keys from number `key` on that a strip of queries sees.
+    void score(const Space &space, Index width, const Chunk &of, Index packed_key, const Mask &mask) const {
+        Mode::multiply({space.scores, width, space.query + of.start * head_lanes, head_lanes,
+                        space.key + packed_key * head_lanes, of.rows, width, head_lanes, false});
+        const Index rows = std::min(of.rows, sizes.queries - of.query);  // the others are padding
+        const Part part{space.scores, width, of.query, rows, of.key, width};
+        if (mask.data) add_mask(part, mask, call.scale);
+        if (call.causal) hide_later_keys(part);
+        for (Index i = 0; sizes.keys < of.key + width && i < of.rows; i++)
+            std::fill(space.scores + i * width + (sizes.keys - of.key), space.scores + (i + 1) * width, -INFINITY);
+    }
+
     template <class Element>
-    void attend(const Space &space, const Matrix<Element> &query, const Matrix<Element> &key,
-                const Matrix<Element> &value, const Matrix<Element> &output, const RowSums &kept, Index start,
-                float c) const {
+    void attend(const Space &space, const Head<Element> &head, Index start) const {
+        const float c = call.exponent();
         const Index rows = std::min(queries, sizes.queries - start);
         const Index padded_rows = round_up(rows, kWidth);
-        pack_rows<Mode>(space.query, head_lanes, query, start, rows, padded_rows);
+        pack_rows<Mode>(space.query, head_lanes, head.query, start, rows, padded_rows);
         std::fill(space.shifts, space.shifts + padded_rows, -std::numeric_limits<float>::max());
         std::fill(space.sums, space.sums + padded_rows * kWidth, 0.0f);
         bool far = false;
         const Index keys_of_strip = ceil_div(keys, ceil_div(padded_rows, strip));
-        for (Index from = 0; from < sizes.keys; from += keys) {
-            const Index count = std::min(keys, sizes.keys - from);
+        const Index all_keys = call.causal ? std::min(sizes.keys, start + rows) : sizes.keys;
+        for (Index from = 0; from < all_keys; from += keys) {
+            const Index count = std::min(keys, all_keys - from);
             const Index padded = round_up(count, Mode::step), lanes = padded / Mode::per_lane;
             Index ahead = from + keys;
-            pack_columns<Mode>(space.key, head_lanes, key, from, count, padded);
-            pack_lanes<Mode>(space.value, value_columns, value, from, count, padded);
+            pack_columns<Mode>(space.key, head_lanes, head.key, from, count, padded);
+            pack_lanes<Mode>(space.value, value_columns, head.value, from, count, padded);
             for (Index row = 0; row < padded_rows; row += strip) {
                 const Index some = std::min(strip, padded_rows - row);
-                for (const Index end = std::min(ahead + keys_of_strip, sizes.keys); ahead < end; ahead++) {
-                    prefetch(key, ahead);
-                    prefetch(value, ahead);
+                for (const Index end = std::min(ahead + keys_of_strip, all_keys); ahead < end; ahead++) {
+                    prefetch(head.key, ahead);
+                    prefetch(head.value, ahead);
                 }
+                const Index last = start + row + some - from;  // what causal queries of this strip see of the block
+                const Index seen = call.causal ? std::min(padded, round_up(std::max<Index>(last, 0), Mode::step)) : padded;
                 float *sums = space.sums + row * kWidth, *new_sums = space.new_sums;
                 Index multiplied = 0;  // keys of the block
                 const auto multiply = [&](Index end) {
@@ -161,24 +210,22 @@ struct Forward {
                                     from + multiplied > 0, lane, lanes});
                     multiplied = end;
                 };
-                for (Index j = 0; j < padded; j += chunk) {
-                    const Index width = std::min(chunk, padded - j);
-                    Mode::multiply({space.scores, width, space.query + row * head_lanes, head_lanes,
-                                    space.key + j * head_lanes, some, width, head_lanes, false});
-                    for (Index i = 0; count < j + width && i < some; i++)
-                        std::fill(space.scores + i * width + (count - j), space.scores + (i + 1) * width, -INFINITY);
+                for (Index j = 0; j < seen; j += chunk) {
+                    const Index width = std::min(chunk, seen - j);
+                    const Chunk of{row, some, start + row, from + j, j / Mode::per_lane, lanes};
+                    score(space, width, of, j, head.mask);
                     const auto raise = [&] {
                         if (multiplied < j) multiply(j);
                         far |= raise_shifts(space, width, row, some, c, sums, from + multiplied > 0);
                     };
                     const auto weigh_chunk = [&](auto columns) {
-                        const Index lane = j / Mode::per_lane;
                         if (Mode::near == 0 || far)
-                            return weigh<true>(space, columns, lane, lanes, row, some, c, sums, new_sums);
-                        return weigh<false>(space, columns, lane, lanes, row, some, c, sums, new_sums);
+                            return weigh<true, false>(space, columns, of, head.dropout, sums, new_sums);
+                        return weigh<false, false>(space, columns, of, head.dropout, sums, new_sums);
                     };
                     // The compiler unrolls the loop if it knows its length.
                     const auto weigh_all = [&] {
+                        if (call.drops()) return weigh<true, true>(space, width, of, head.dropout, sums, new_sums);
                         return width == Mode::chunk ? weigh_chunk(std::integral_constant<Index, Mode::chunk>{})
                                                     : weigh_chunk(width);
                     };
@@ -189,19 +236,19 @@ struct Forward {
                     }
                     std::swap(sums, new_sums);
                 }
-                multiply(padded);
+                if (multiplied < seen) multiply(seen);
                 if (sums == space.new_sums) std::copy(sums, sums + some * kWidth, space.sums + row * kWidth);
             }
         }
         for (Index row = 0; row < rows; row++) {
             float sum = sum_of(load(space.sums + row * kWidth));
             const bool dead = sum == 0;  // the query has no key with a weight
-            const Vector by = all(dead ? 0 : 1 / sum);
+            const Vector by = all(dead ? 0 : head.dropout.kept / sum);
             for (Index j = 0; j < sizes.value_dim; j += kWidth)
-                output.set(start + row, j, load(space.output + row * value_columns + j) * by);
-            if (kept.shifts) {
-                kept.shifts[start + row] = space.shifts[row];
-                kept.logs[start + row] = dead ? 0 : std::log2(sum);
+                head.output.set(start + row, j, load(space.output + row * value_columns + j) * by);
+            if (head.kept.shifts) {
+                head.kept.shifts[start + row] = space.shifts[row];
+                head.kept.logs[start + row] = dead ? 0 : std::log2(sum);
             }
         }
     }

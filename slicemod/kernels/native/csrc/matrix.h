@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "call.h"
 #include "vectors.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// Integer types, and the sizes and strides of the tensors.
+// Integer types, and how sizes are divided and rounded.
 
 #pragma once
 
@@ -14,11 +14,3 @@ constexpr Index ceil_div(Index size, Index parts) { return (size + parts - 1) / 
 constexpr Index round_up(Index size, Index multiple) { return ceil_div(size, multiple) * multiple; }
 
 }  // namespace
-
-struct Sizes {
-    Index batch, heads, queries, keys, head_dim, value_dim;
-};
-
-struct Strides {
-    Index batch, head, row, column;
-};

@@ -12,6 +12,17 @@
 
 namespace {
 
+// Lanes as whole numbers, with the operators of the language.
+typedef std::uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef std::int32_t SignedWords __attribute__((vector_size(4 * kWidth)));
+
+inline Words all_words(Lane word) { return (Words)all(word); }
+inline Words counted_from(Lane start) {
+    Words words;
+    for (Index i = 0; i < kWidth; i++) words[i] = start + static_cast<Lane>(i);
+    return words;
+}
+
 // 2^f for f in [-1/2, 1/2]. The polynomial is within 2e-8 of it, before rounding to float.
 inline Vector exp2_of_fraction(Vector f) {
     Vector p = all(1.53458098e-4f);

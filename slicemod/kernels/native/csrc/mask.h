@@ -1,0 +1,106 @@
+// The mask of attention, and the order of causal attention: what is added to scores before their weights are computed.
+
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "call.h"
+#include "matrix.h"
+
+namespace {
+
+// A mask of bool: false hides a key from a query, as minus infinity does in a mask of numbers.
+struct Bool {
+    using Type = std::uint8_t;
+    static Vector load(const Type *from, Index count) {
+        typedef Type Bytes __attribute__((vector_size(kWidth)));
+        Bytes some = {};
+        if (count >= kWidth) {
+            std::memcpy(&some, from, kWidth);
+        } else {
+            for (Index i = 0; i < count; i++) some[i] = from[i];
+        }
+        const Words seen = __builtin_convertvector(some, Words);
+        return as_floats((Lanes)((Words)(seen == 0) & 0xff800000u));
+    }
+};
+
+// The mask of one head, or its gradient: rows are queries, columns are keys. Without a mask, `data` is null.
+struct Mask {
+    void *data;
+    Index element, row_stride, column_stride, keys;
+
+    // Calls run(Matrix) with the type of the mask's elements.
+    template <class Run>
+    void visit(const Run &run) const {
+        element == kBool ? run(matrix<Bool>()) : visit_numbers(run);
+    }
+    template <class Run>
+    void visit_numbers(const Run &run) const {
+        element == kFloat32 ? run(matrix<Float32>()) : element == kFloat16 ? run(matrix<Float16>()) : run(matrix<Bfloat16>());
+    }
+    template <class Element>
+    Matrix<Element> matrix() const {
+        return {static_cast<typename Element::Type *>(data), row_stride, column_stride, keys};
+    }
+};
+
+inline Mask mask_of(const Call &call, void *data, const Strides &strides, Index batch, Index head) {
+    if (!data) return {nullptr, 0, 0, 0, 0};
+    const Index bytes = call.mask_element == kFloat32 ? 4 : call.mask_element == kBool ? 1 : 2;
+    char *start = static_cast<char *>(data) + bytes * (batch * strides.batch + head * strides.head);
+    return {start, call.mask_element, strides.row, strides.column, strides.column ? call.sizes.keys : 1};
+}
+
+// A part of the scores: of some queries from number `query` on, and some keys from number `key` on.
+struct Part {
+    float *scores;
+    Index stride, query, queries, key, keys;
+};
+
+// Scores become scale * score + mask. Rows are queries.
+inline void add_mask(const Part &of, const Mask &mask, float scale) {
+    mask.visit([&](const auto &numbers) {
+        for (Index i = 0; i < of.queries; i++)
+            for (Index j = 0; j < of.keys; j += kWidth) {
+                float *at = of.scores + i * of.stride + j;
+                store(at, fmadd(load(at), all(scale), numbers.floats(of.query + i, of.key + j)));
+            }
+    });
+}
+
+// The same where rows are keys.
+inline void add_mask_to_columns(const Part &of, const Mask &mask, float scale) {
+    mask.visit([&](const auto &numbers) {
+        for (Index j = 0; j < of.queries; j += kWidth)
+            for (Index i = 0; i < of.keys; i += kWidth) {
+                Lanes some[kWidth];
+                for (Index k = 0; k < kWidth; k++)
+                    some[k] = j + k < of.queries ? as_lanes(numbers.floats(of.query + j + k, of.key + i)) : no_lanes();
+                transpose(some);
+                for (Index k = 0; k < std::min(kWidth, of.keys - i); k++) {
+                    float *at = of.scores + (i + k) * of.stride + j;
+                    store(at, fmadd(load(at), all(scale), as_floats(some[k])));
+                }
+            }
+    });
+}
+
+// Hides from each query the keys after its own number. Rows are queries.
+inline void hide_later_keys(const Part &of) {
+    for (Index i = 0; i < of.queries; i++) {
+        const Index seen = std::max<Index>(of.query + i + 1 - of.key, 0);
+        if (seen < of.keys) std::fill(of.scores + i * of.stride + seen, of.scores + i * of.stride + of.keys, -INFINITY);
+    }
+}
+
+// The same where rows are keys.
+inline void hide_earlier_queries(const Part &of) {
+    for (Index i = 0; i < of.keys; i++) {
+        const Index hidden = std::clamp<Index>(of.key + i - of.query, 0, of.queries);
+        std::fill(of.scores + i * of.stride, of.scores + i * of.stride + hidden, -INFINITY);
+    }
+}
+
+}  // namespace
