@@ -213,6 +213,8 @@ class NativeLibrary:
         named = dict(zip(("grad_query", "grad_key", "grad_value", "grad_mask"), gradients, strict=True))
         described = _call_of(call, threads, output=output, grad_output=grad_output, **named, row_sums=row_sums)
         delta = row_sums.new_empty(row_sums.shape[1:])  # of each row: the sum of output times gradient
+        if (grad_mask := gradients[3]) is not None and grad_mask.shape[3] == 1:
+            grad_mask.zero_()  # what all keys of a row share changes no weight
         tensors = grad_output, *call.inputs, output, row_sums, *gradients, delta
         self._run("backward", call.query.dtype, described, *tensors)
 

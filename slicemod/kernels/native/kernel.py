@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from slicemod.call import AttentionShape, CallSpec, scale_of
 from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
-from slicemod.kernels.native.binding import NativeLibrary
+from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.native.operators import native_attention, prepared_inference
 from slicemod.plan import SlicePlan
 from slicemod.rounding import ceil_div
+
+_DOUBLE_BYTES, _SEED_BYTES = 8, 8
 
 
 class NativeKernel(Kernel):
@@ -43,10 +46,7 @@ class NativeKernel(Kernel):
         if call.transformed:
             return "torch.func differentiates PyTorch's operators alone"
         there_is = {
-            "a mask": shape.mask is not None,
-            "is_causal": shape.causal,
-            "dropout": shape.dropout,
-            "fewer heads of keys than of queries": shape.group != 1,
+            f"a mask of {_DOUBLE_BYTES}-byte numbers": shape.mask is not None and shape.mask.itemsize == _DOUBLE_BYTES,
             "a scale that is not positive, or that float32 cannot hold": not call.ordinary_scale,
             "heads without channels": not (shape.head_dim and shape.values),
         }
@@ -65,12 +65,13 @@ class NativeKernel(Kernel):
         library, shape = self._library(), call.shape
         if library is None:
             return None
-        sizes = shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim, shape.values
-        rows, forward, backward = library.sizes(call.dtype, sizes, call.threads)
+        rows, forward, backward = library.sizes(call.dtype, shape, call.threads)
         peak = forward
         if call.training:
             kept = self.kept_bytes(shape, training=True)
             peak = kept + max(forward, backward + kept // 2)  # the backward pass computes one more number for each row
+        if shape.dropout:
+            peak += _SEED_BYTES
         if peak > free_bytes:
             return None
         return SlicePlan(
@@ -86,19 +87,22 @@ class NativeKernel(Kernel):
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """One operator, forward and backward."""
-        query, key, value, _ = inputs
+        seed = torch.randint(2**63 - 1, ()) if more.dropout_p > 0 else None
         output: Tensor
-        output, _ = native_attention(query, key, value, scale_of(query, more.scale), more.training)
+        output, _ = native_attention(*_call(inputs, more, seed), more.training)
         return output
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
         """In inference everything but the addresses of the tensors is prepared."""
         if more.training:
             return super().prepare(plan, inputs, more)
-        query, key, value, _ = inputs
-        attend = prepared_inference(query, key, value, scale_of(query, more.scale))
-        return lambda query, key, value, _mask: attend(query, key, value)
+        return prepared_inference(_call(inputs, more, None))
 
     def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
         """Two float32 numbers for each row: a product near its largest, and the logarithm of its sum of weights."""
         return 2 * 4 * shape.batch_heads * shape.queries if training else 0
+
+
+def _call(inputs: Inputs, more: Arguments, seed: Tensor | None) -> NativeCall:
+    query, key, value, mask = inputs
+    return NativeCall(query, key, value, mask, seed, more.dropout_p, more.is_causal, scale_of(query, more.scale))

@@ -1,16 +1,17 @@
 """The operators `slicemod::native_attention` and its backward pass, which call the library that `build.py` compiles."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slicemod.kernels.backward import fake_gradients, gradients_by
 from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.outputs import empty_gradients, empty_heads
 from slicemod.kernels.retry import ran_out, with_fewer_threads
-from slicemod.kernels.second_order import Formula, differentiable_gradients
+from slicemod.kernels.second_order import Formula
 from slicemod.operator import operator
 
 
@@ -86,12 +87,7 @@ def _native_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of a
     return gradients
 
 
-@_native_attention_backward.register_fake
-def _(
-    _grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_query, need_key, need_value, need_mask = settings[-1]
-    return empty_gradients(query, key, value, mask, (need_query, need_key, need_value, need_mask))
+_native_attention_backward.register_fake(fake_gradients)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -102,21 +98,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:4]
-    grads: Sequence[Tensor | None] = [None] * 4
-    if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
-        query, key, value, mask, *_ = ctx.saved_tensors
-        dropout_p, is_causal, scale = ctx.settings
-        formula = Formula(scale, is_causal, dropout_p=dropout_p)
-        grads = differentiable_gradients(grad_output, (query, key, value, mask), formula, needs)
-    elif grad_output is not None:
-        grads = _native_attention_backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
-    wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return (*wanted, *[None] * (len(ctx.settings) + 2))
+def _formula(dropout_p: float, is_causal: bool, scale: float) -> Formula:
+    return Formula(scale, is_causal, dropout_p=dropout_p)
 
 
-native_attention.register_autograd(_gradients, setup_context=_save_for_backward)
+native_attention.register_autograd(
+    gradients_by(_native_attention_backward, _formula), setup_context=_save_for_backward
+)
 
 
 def prepared_inference(call: NativeCall) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:

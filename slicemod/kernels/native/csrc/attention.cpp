@@ -60,7 +60,7 @@ void forward(const Call &call, const Inputs &inputs, const Results &results, cha
                                    head_of<Element>(inputs.key, call.key, b, key_head, sizes.head_dim),
                                    head_of<Element>(inputs.value, call.value, b, key_head, sizes.value_dim),
                                    head_of<Element>(results.output, call.output, b, h, sizes.value_dim),
-                                   mask_of(call, inputs.mask, call.mask, b, h),
+                                   mask_of(call, inputs.mask, call.mask, sizes.keys, b, h),
                                    dropout_of(call, inputs.seed, head),
                                    kept_of(results.row_sums, sizes, head)};
             kernel.attend(kernel.carve(arena), of, block * kernel.queries);
@@ -104,7 +104,7 @@ void backward(const Call &call, void *grad_output, const Inputs &inputs, const R
         QueryHead<Element> query_head(Index b, Index h) const {
             const Index head = b * call.sizes.heads + h;
             return {matrix(inputs.query, call.query, b, h, call.sizes.head_dim), grad(b, h),
-                    mask_of(call, inputs.mask, call.mask, b, h), dropout_of(call, inputs.seed, head),
+                    mask_of(call, inputs.mask, call.mask, call.sizes.keys, b, h), dropout_of(call, inputs.seed, head),
                     kept_of(results.row_sums, call.sizes, head), delta + head * call.sizes.queries};
         }
         void settle(Index b, Index h, const float *sums, Index parts) const {
@@ -150,6 +150,7 @@ void backward(const Call &call, void *grad_output, const Inputs &inputs, const R
     } body{call, kernel, grad_output, inputs, results, gradients, delta, memory, Body::Deltas};
     const Index heads = call.sizes.batch * call.sizes.heads;
     const auto run = [&](typename Body::Stage stage, Index units) {
+        if (!units) return;
         body.stage = stage;
         parallel(units, call.threads, body);
     };

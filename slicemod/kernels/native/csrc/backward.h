@@ -263,8 +263,9 @@ struct Backward {
 
     // ---- the gradient of the mask
 
-    // A unit sums the numbers of one block of keys and one block of queries, or of all of them along a dimension in
-    // which the mask has size 1. Batch items and heads that share a number of the mask belong to one unit.
+    // A unit sums the numbers of one block of keys and one block of queries, or of all queries if these share the mask.
+    // Batch items and heads that share a number of the mask belong to one unit too. A mask that all keys share has the
+    // gradient zero, because it changes no weight; then there are no units.
     struct MaskUnits {
         Index items, heads, query_blocks, key_blocks;
         Index count() const { return items * heads * query_blocks * key_blocks; }
@@ -272,7 +273,7 @@ struct Backward {
     MaskUnits mask_units() const {
         const Strides &of = call.grad_mask;
         return {of.batch ? sizes.batch : 1, of.head ? sizes.heads : 1, of.row ? query_blocks() : 1,
-                of.column ? key_blocks() : 1};
+                of.column ? key_blocks() : 0};
     }
 
     // Writes the gradient of one unit to `data`. `head_of(b, h)`, `key_of(b, h)` and `value_of(b, h)` are the operands of
@@ -285,31 +286,22 @@ struct Backward {
         const Index head = unit / (units.key_blocks * units.query_blocks) % units.heads;
         const Index item = unit / (units.key_blocks * units.query_blocks * units.heads);
         const Strides &own = call.grad_mask;
+        const Index from = key_block * keys, count = std::min(keys, sizes.keys - from);
+        const Index start = query_block * queries, rows = own.row ? std::min(queries, sizes.queries - start) : 1;
         std::fill(space.grad_mask, space.grad_mask + keys * queries, 0.0f);
         for (Index b = own.batch ? item : 0; b < (own.batch ? item + 1 : sizes.batch); b++)
-            for (Index h = own.head ? head : 0; h < (own.head ? head + 1 : sizes.heads); h++)
-                for (Index k = own.column ? key_block : 0; k < (own.column ? key_block + 1 : key_blocks()); k++) {
-                    const Index from = k * keys, count = std::min(keys, sizes.keys - from);
-                    pack_keys(space, key_of(b, h), value_of(b, h), from, count, round_up(count, Mode::step));
-                    for (Index q = own.row ? query_block : 0; q < (own.row ? query_block + 1 : query_blocks()); q++)
-                        add_grad_scores(space, head_of(b, h), from, count, q * queries);
-                }
-        const Index from = key_block * keys, start = query_block * queries;
-        const Index count = own.column ? std::min(keys, sizes.keys - from) : 1;
-        const Index rows = own.row ? std::min(queries, sizes.queries - start) : 1;
+            for (Index h = own.head ? head : 0; h < (own.head ? head + 1 : sizes.heads); h++) {
+                pack_keys(space, key_of(b, h), value_of(b, h), from, count, round_up(count, Mode::step));
+                for (Index q = start; q < (own.row ? start + rows : sizes.queries); q += queries)
+                    add_grad_scores(space, head_of(b, h), from, count, q);
+            }
         if (!own.row)
             for (Index i = 0; i < keys; i++) {
                 Vector sum = zeros();
                 for (Index j = 0; j < queries; j += kWidth) sum = sum + load(space.grad_mask + i * queries + j);
                 space.grad_mask[i * queries] = sum_of(sum);
             }
-        if (!own.column)
-            for (Index i = 1; i < keys; i++)
-                for (Index j = 0; j < queries; j += kWidth) {
-                    float *sum = space.grad_mask + j;
-                    store(sum, load(sum) + load(space.grad_mask + i * queries + j));
-                }
-        mask_of(call, data, own, item, head).visit_numbers([&](const auto &to) {
+        mask_of(call, data, own, sizes.keys, item, head).visit_numbers([&](const auto &to) {
             for (Index i = 0; i < count; i += kWidth)
                 for (Index j = 0; j < rows; j += kWidth) {
                     Lanes some[kWidth];

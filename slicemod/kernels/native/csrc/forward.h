@@ -164,6 +164,12 @@ struct Forward {
         return largest_of(most);
     }
 
+    // How many keys of a block the queries before number `end` see, in whole panels of packed keys.
+    Index seen_by(Index end, Index from, Index padded) const {
+        if (!call.causal) return padded;
+        return std::min(padded, round_up(std::max<Index>(end - from, 0), std::lcm(Mode::step, kPanel)));
+    }
+
     // The part of the scores of `width` keys from number `key` on that a strip of queries sees.
     void score(const Space &space, Index width, const Chunk &of, Index packed_key, const Mask &mask) const {
         Mode::multiply({space.scores, width, space.query + of.start * head_lanes, head_lanes,
@@ -199,8 +205,7 @@ struct Forward {
                     prefetch(head.key, ahead);
                     prefetch(head.value, ahead);
                 }
-                const Index last = start + row + some - from;  // what causal queries of this strip see of the block
-                const Index seen = call.causal ? std::min(padded, round_up(std::max<Index>(last, 0), Mode::step)) : padded;
+                const Index seen = seen_by(start + row + some, from, padded);
                 float *sums = space.sums + row * kWidth, *new_sums = space.new_sums;
                 Index multiplied = 0;  // keys of the block
                 const auto multiply = [&](Index end) {

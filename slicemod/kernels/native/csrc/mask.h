@@ -29,7 +29,7 @@ struct Bool {
 // The mask of one head, or its gradient: rows are queries, columns are keys. Without a mask, `data` is null.
 struct Mask {
     void *data;
-    Index element, row_stride, column_stride, keys;
+    Index element, row_stride, column_stride, columns;
 
     // Calls run(Matrix) with the type of the mask's elements.
     template <class Run>
@@ -42,15 +42,15 @@ struct Mask {
     }
     template <class Element>
     Matrix<Element> matrix() const {
-        return {static_cast<typename Element::Type *>(data), row_stride, column_stride, keys};
+        return {static_cast<typename Element::Type *>(data), row_stride, column_stride, columns};
     }
 };
 
-inline Mask mask_of(const Call &call, void *data, const Strides &strides, Index batch, Index head) {
+inline Mask mask_of(const Call &call, void *data, const Strides &strides, Index columns, Index batch, Index head) {
     if (!data) return {nullptr, 0, 0, 0, 0};
     const Index bytes = call.mask_element == kFloat32 ? 4 : call.mask_element == kBool ? 1 : 2;
     char *start = static_cast<char *>(data) + bytes * (batch * strides.batch + head * strides.head);
-    return {start, call.mask_element, strides.row, strides.column, strides.column ? call.sizes.keys : 1};
+    return {start, call.mask_element, strides.row, strides.column, columns};
 }
 
 // A part of the scores: of some queries from number `query` on, and some keys from number `key` on.
