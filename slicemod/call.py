@@ -38,7 +38,6 @@ class MaskShape:
         has_grad: the mask gets a gradient, summed over the dimensions that it is broadcast along.
         other_dtype: its dtype differs from the query's.
         unaligned: its rows do not start at multiples of 8 elements, or its last dimension is not contiguous.
-        itemsize: bytes of one of its numbers.
     """
 
     batch: int
@@ -49,7 +48,6 @@ class MaskShape:
     has_grad: bool = False
     other_dtype: bool = False
     unaligned: bool = False
-    itemsize: int = 4
 
     @property
     def elements(self) -> int:
@@ -291,7 +289,7 @@ def _mask_sizes(mask: Tensor, query: Tensor) -> PlainValues:
     *steps, last = mask.stride()
     unaligned = last != 1 or any(step % _ROW_ALIGNMENT != 0 for step in steps)
     sizes = (index(size) for size in mask.shape)
-    return (*sizes, mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype, constant_bool(unaligned), mask.element_size())
+    return (*sizes, mask.dtype == torch.bool, has_grad, mask.dtype != query.dtype, constant_bool(unaligned))
 
 
 @lru_cache(maxsize=4096)

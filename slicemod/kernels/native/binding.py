@@ -64,7 +64,9 @@ class NativeCall(NamedTuple):
     def readable(self) -> NativeCall:
         """The same call, with copies of tensors that the library cannot read."""
         query, key, value = (_readable(name, getattr(self, name)) for name in ("query", "key", "value"))
-        mask, seed = (None if (given := getattr(self, name)) is None else _readable(name, given) for name in ("mask", "seed"))
+        mask, seed = (
+            None if (given := getattr(self, name)) is None else _readable(name, given) for name in ("mask", "seed")
+        )
         return self._replace(query=query, key=key, value=value, mask=mask, seed=seed)
 
     @property
@@ -168,8 +170,10 @@ class NativeLibrary:
     def prepared_forward(
         self, call: NativeCall, output: Tensor, threads: int
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]:
-        """A function that does `forward` without `row_sums`, for any query, key, value, mask and output with these sizes,
-        strides and dtypes. The call has no dropout."""
+        """A function that does `forward` without `row_sums`, for tensors with the sizes, strides and dtypes of these.
+
+        The call has no dropout.
+        """
         described = _call_of(call, threads, output=output)
         setting = self._setting(call.query.dtype, described)
         size = self._count("forward_bytes", setting)
@@ -302,8 +306,8 @@ def _described_call(scale: float, threads: int, dropout_p: float, is_causal: boo
     shapes = query.shape, key.shape, value.shape
     if not all(len(shape) == 4 and 0 not in shape for shape in shapes) or query.shape[1] % key.shape[1]:
         raise ValueError(
-            "query, key, value: expected (B, H, N, D), (B, Hk, M, D) and (B, Hk, M, Dv), no size 0, H a multiple of Hk; "
-            f"got {', '.join(str(tuple(shape)) for shape in shapes)}. Call sliced_attention, which takes more."
+            "query, key, value: expected (B, H, N, D), (B, Hk, M, D) and (B, Hk, M, Dv), no size 0, H a multiple of Hk"
+            f"; got {', '.join(str(tuple(shape)) for shape in shapes)}. Call sliced_attention, which takes more."
         )
     (batch, heads, queries, width), (_, key_heads, keys, _), values = query.shape, key.shape, value.shape[3]
     if query.dtype not in _ELEMENTS:
@@ -357,7 +361,15 @@ def _check_mask(mask: _Described, scores: tuple[int, ...]) -> None:
 
 def _planned_call(shape: AttentionShape, threads: int) -> _Call:
     """A call to count bytes for, without tensors."""
-    sizes = shape.batch, shape.heads, shape.queries, shape.keys, shape.head_dim, shape.values, shape.heads // shape.group
+    sizes = (
+        shape.batch,
+        shape.heads,
+        shape.queries,
+        shape.keys,
+        shape.head_dim,
+        shape.values,
+        shape.heads // shape.group,
+    )
     call = _Call(sizes=(ctypes.c_int64 * 7)(*sizes), scale=1, threads=threads, causal=shape.causal)
     call.dropout_p, call.mask_element = 0.5 if shape.dropout else 0, _NO_MASK
     if (mask := shape.mask) is not None:

@@ -17,7 +17,7 @@ from slicemod.kernels.native.operators import native_attention, prepared_inferen
 from slicemod.plan import SlicePlan
 from slicemod.rounding import ceil_div
 
-_DOUBLE_BYTES, _SEED_BYTES = 8, 8
+_SEED_BYTES = 8
 
 
 class NativeKernel(Kernel):
@@ -46,7 +46,6 @@ class NativeKernel(Kernel):
         if call.transformed:
             return "torch.func differentiates PyTorch's operators alone"
         there_is = {
-            f"a mask of {_DOUBLE_BYTES}-byte numbers": shape.mask is not None and shape.mask.itemsize == _DOUBLE_BYTES,
             "a scale that is not positive, or that float32 cannot hold": not call.ordinary_scale,
             "heads without channels": not (shape.head_dim and shape.values),
         }

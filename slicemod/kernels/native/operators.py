@@ -102,9 +102,7 @@ def _formula(dropout_p: float, is_causal: bool, scale: float) -> Formula:
     return Formula(scale, is_causal, dropout_p=dropout_p)
 
 
-native_attention.register_autograd(
-    gradients_by(_native_attention_backward, _formula), setup_context=_save_for_backward
-)
+native_attention.register_autograd(gradients_by(_native_attention_backward, _formula), setup_context=_save_for_backward)
 
 
 def prepared_inference(call: NativeCall) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:

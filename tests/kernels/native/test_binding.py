@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from slicemod.call import has_ordinary_scale
+from slicemod.call import AttentionShape, has_ordinary_scale
 from slicemod.functional import planned_attention
-from slicemod.kernels.native.binding import NativeLibrary
+from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import compiler_found, native_library, native_obstacle
 from tests.kernels.native.test_operators import native
 from tests.oracle import Inputs, layer_inputs, results
@@ -99,16 +99,20 @@ def test_a_tensor_of_another_class_gives_what_its_numbers_give() -> None:
 
 def kept() -> list[Tensor]:
     inputs = layer_inputs()
-    output, row_sums = torch.ops.slicemod.native_attention(inputs.query, inputs.key, inputs.value, 0.3, True)
-    return [torch.randn_like(output), inputs.query, inputs.key, inputs.value, output, row_sums]
+    given = inputs.query, inputs.key, inputs.value
+    output, row_sums = torch.ops.slicemod.native_attention(*given, None, None, 0.0, False, 0.3, True)
+    return [torch.randn_like(output), *given, output, row_sums]
 
 
 def test_what_was_kept_may_have_any_strides() -> None:
-    *tensors, row_sums = kept()
+    *tensors, output, row_sums = kept()
     apart = row_sums.mT.contiguous().mT
     assert not apart.is_contiguous()
     wanted, found = (
-        torch.ops.slicemod.native_attention_backward(*tensors, each, 0.3, [True] * 3) for each in (row_sums, apart)
+        torch.ops.slicemod.native_attention_backward(
+            *tensors, None, None, output, each, 0.0, False, 0.3, [True] * 3 + [False]
+        )
+        for each in (row_sums, apart)
     )
     assert all(map(torch.equal, found, wanted))
 
@@ -140,9 +144,10 @@ def test_what_the_library_would_read_wrongly_is_refused_by_name(name: str, chang
     grad_output, query, key, value, output, row_sums = (
         tensors[each] for each in ("grad_output", "query", "key", "value", "output", "row_sums")
     )
-    gradients = [torch.empty_like(query.float()), None, None]
+    gradients = [torch.empty_like(query.float()), None, None, None]
+    call = NativeCall(query, key, value, None, None, 0.0, False, 0.3)
     with pytest.raises(ValueError, match=f"^{name}: expected .*; got "):
-        library.backward(grad_output, (query, key, value), output, row_sums, gradients, 0.3, 2)
+        library.backward(grad_output, call, output, row_sums, gradients, 2)
 
 
 @pytest.mark.parametrize("scale", [1e-50, 1e-39, -0.3, 0.0, 1e39, 1e300, float("inf"), float("nan")])
@@ -183,12 +188,13 @@ def test_a_library_with_another_layout_of_calls_is_refused(tmp_path: Path) -> No
 def test_a_call_that_was_not_done_is_an_error(tmp_path: Path, done: int) -> None:
     library = NativeLibrary(compiled(tmp_path, all_functions(ctypes.sizeof(_call_of_library()), done)))
     query = torch.randn(2, 3, 61, 11)
-    calls: list[Callable[[], Any]] = [lambda: library.forward(query, query, query, query, None, 0.3, 2)]
+    call = NativeCall(query, query, query, None, None, 0.0, False, 0.3)
+    calls: list[Callable[[], Any]] = [lambda: library.forward(call, query, None, 2)]
     if done < 0:
-        calls.append(lambda: library.sizes(torch.float32, (2, 3, 61, 61, 11, 11), 2))
-    for call in calls:
+        calls.append(lambda: library.sizes(torch.float32, AttentionShape(2, 3, 61, 61, 11, 4), 2))
+    for run in calls:
         with pytest.raises(RuntimeError, match=r"expected a library with mode \d and type \d"):
-            call()
+            run()
 
 
 def _call_of_library() -> type[ctypes.Structure]:

@@ -297,4 +297,4 @@ def test_a_graph_from_another_machine_says_what_is_missing(anew: Path, monkeypat
     monkeypatch.setenv("SLICEMOD_NATIVE", "0")
     query = torch.randn(1, 2, 17, 8)
     with pytest.raises(RuntimeError, match="SLICEMOD_NATIVE is 0"):
-        native_attention(query, query, query, 0.3, False)
+        native_attention(query, query, query, None, None, 0.0, False, 0.3, False)

@@ -14,9 +14,12 @@ from slicemod.kernels.native import operators as module
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, NativeLibrary
 from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
 from slicemod.plan import SlicePlan
+from tests.kernels.features import MASKS, featured
+from tests.kernels.native.dropped import dropout_factors
 from tests.kernels.native.planning import plan_of
 from tests.kernels.native.test_operators import assert_large_scores_stay_exact, native
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
+from tests.pairwise import pairwise
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 
@@ -82,6 +85,18 @@ def dtype(
 def test_it_is_as_exact_as_sdpa(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     queries, keys, width = sizes
     assert_as_exact_as_sdpa(native, layer_inputs(dtype, batch=1, heads=2, queries=queries, keys=keys, width=width))
+
+
+@pytest.mark.parametrize(("kind", "key_heads"), pairwise(MASKS, [None, 1]), ids=str)
+def test_it_is_as_exact_as_sdpa_with_masks_too(dtype: torch.dtype, kind: str, key_heads: int | None) -> None:
+    assert_as_exact_as_sdpa(native, featured(dtype, kind, (67, 131), (40, 23), key_heads), ulps=2)
+
+
+def test_the_dropped_weights_do_not_depend_on_the_instructions(dtype: torch.dtype) -> None:
+    identity = torch.eye(131).expand(1, 2, 131, 131).to(dtype)
+    alike = torch.zeros(1, 2, 131, 3, dtype=dtype)
+    output = native(alike, alike, identity, dropout_p=0.3, seed=torch.tensor(12345))
+    assert torch.equal(output[0] > 0, dropout_factors(12345, 0.3, 2, 131, 131) > 0)
 
 
 def test_channels_may_lie_apart(dtype: torch.dtype) -> None:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slicemod.call import AttentionShape, MaskShape
+from slicemod.call import AttentionShape, CallSpec
 from slicemod.functional import planned_attention
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE
 from slicemod.kernels.native.build import native_library, native_obstacle
+from slicemod.kernels.native.kernel import NativeKernel
 from slicemod.kernels.native.operators import native_attention
 from slicemod.kernels.retry import SmallerSlicesWarning
 from slicemod.reference import reference_attention
@@ -31,11 +32,23 @@ pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native ker
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Attention by the native kernel."""
-    assert mask is None
+def native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Attention by the native kernel, of a query `(B, H, N, D)`."""
+    mask = mask if mask is None else mask[(None,) * (4 - mask.dim())]
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
-    output: Tensor = native_attention(query, key, value, scale, torch.is_grad_enabled())[0]
+    keep = torch.is_grad_enabled()
+    output: Tensor = native_attention(query, key, value, mask, seed, dropout_p, is_causal, scale, keep)[0]
     return output
 
 
@@ -370,16 +383,11 @@ def test_out_of_memory_it_goes_on_with_fewer_threads_and_the_same_result(
         inputs.run(native)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [{"causal": True}, {"dropout": True}, {"mask": MaskShape(1, 1, 521, 613)}, {"keys": 1}, {"key_heads": 1}],
-    ids=str,
-)
-def test_what_it_does_not_compute_is_left_to_others(more: dict[str, Any]) -> None:
-    sizes: dict[str, Any] = {"batch": 2, "heads": 3, "queries": 521, "keys": 613, "head_dim": 40, "itemsize": 2}
-    settings: dict[str, Any] = {"training": False, "threads": 2}
-    assert plan_of(AttentionShape(**sizes), torch.bfloat16, 2**30, **settings) is not None
-    assert plan_of(AttentionShape(**(sizes | more)), torch.bfloat16, 2**30, **settings) is None
+def test_one_key_in_training_is_left_to_others() -> None:
+    for keys in (1, 2):
+        shape = AttentionShape(2, 3, 521, keys, 40, 2)
+        call = CallSpec(shape, torch.bfloat16, torch.device("cpu"), training=True)
+        assert (NativeKernel().obstacle(call) is not None) == (keys == 1)
 
 
 def test_values_without_channels_are_left_to_others() -> None:
@@ -390,11 +398,7 @@ def test_values_without_channels_are_left_to_others() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"attn_mask": torch.ones(521, 521, dtype=torch.bool)},
-        {"is_causal": True},
-        {"dropout_p": 0.5},
         {"scale": -0.5},
-        {"enable_gqa": True},
         {"dtype": torch.float64},
     ],
     ids=lambda more: next(iter(more)),
@@ -405,8 +409,6 @@ def test_its_plan_is_refused_for_what_it_does_not_compute(more: dict[str, Any]) 
     assert plan is not None
     assert plan.kernel == "native"
     query, key, value = (each.to(more.get("dtype")) for each in (inputs.query, inputs.key, inputs.value))
-    if "enable_gqa" in more:
-        key, value = key[:, :1], value[:, :1]
     with pytest.raises(ValueError, match="plan: expected one made for this call"):
         planned_attention(query, key, value, plan=plan, **{name: more[name] for name in more if name != "dtype"})
 
@@ -462,7 +464,8 @@ def test_under_autocast_it_takes_the_autocast_dtype() -> None:
 
 def test_nothing_is_kept_unless_asked_for() -> None:
     inputs = layer_inputs()
-    assert native_attention(inputs.query, inputs.key, inputs.value, 0.3, False)[1].numel() == 0
+    given = inputs.query, inputs.key, inputs.value, None, None, 0.0, False, 0.3
+    assert native_attention(*given, False)[1].numel() == 0
 
 
 def test_it_compiles_into_one_node() -> None:
@@ -473,26 +476,30 @@ def test_it_compiles_into_one_node() -> None:
 
 # opcheck reads `.grad` of its own copies, which are no leaves where strides are a layer's.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_operators_are_registered_as_pytorch_wants_them(keep: bool) -> None:
-    inputs = layer_inputs()
+def test_the_operators_are_registered_as_pytorch_wants_them(keep: bool, masked: bool) -> None:
+    mask, seed = (torch.randn(1, 3, 61, 53), torch.tensor(12345)) if masked else (None, None)
+    inputs = layer_inputs(mask=mask)
     leaves = inputs.leaves() if keep else inputs
-    arguments = (leaves.query, leaves.key, leaves.value, 0.3, keep)
+    settings = (0.3 if masked else 0.0, False, 0.25)
+    arguments = (leaves.query, leaves.key, leaves.value, mask, seed, *settings, keep)
     torch.library.opcheck(torch.ops.slicemod.native_attention, arguments)
     if keep:
-        kept = torch.ops.slicemod.native_attention(inputs.query, inputs.key, inputs.value, 0.3, True)
-        grad = torch.randn_like(kept[0])
-        arguments = (grad, inputs.query, inputs.key, inputs.value, *kept, 0.3, [True, False, True])
-        torch.library.opcheck(torch.ops.slicemod.native_attention_backward, arguments)
+        given = inputs.query, inputs.key, inputs.value, mask, seed
+        kept = torch.ops.slicemod.native_attention(*given, *settings, True)
+        for needs in ([True, False, True, masked], [False, True, False, False]):
+            arguments = (torch.randn_like(kept[0]), *given, *kept, *settings, needs)
+            torch.library.opcheck(torch.ops.slicemod.native_attention_backward, arguments)
 
 
 @pytest.mark.parametrize(
     ("queries", "keys", "values"),
-    [((1, 2, 0, 8), (1, 2, 3, 8), (1, 2, 3, 8)), ((1, 2, 3, 8), (1, 1, 5, 8), (1, 1, 5, 8))],
-    ids=["no queries", "fewer key heads"],
+    [((1, 2, 0, 8), (1, 2, 3, 8), (1, 2, 3, 8)), ((1, 3, 3, 8), (1, 2, 5, 8), (1, 2, 5, 8))],
+    ids=["no queries", "heads that do not divide"],
 )
 def test_the_operator_refuses_what_the_kernel_would_read_beyond(
     queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"(query, key, value: expected .*, no size 0|key: expected .*); got"):
-        native_attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values), 0.3, False)
+    with pytest.raises(ValueError, match=r"(query, key, value: expected .*, no size 0.*|key: expected .*); got"):
+        native(torch.zeros(queries), torch.zeros(keys), torch.zeros(values))

@@ -7,8 +7,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slicemod.reference import reference_attention
-
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _STEPS = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _ROUNDS = 10
@@ -40,16 +38,3 @@ def dropout_factors(seed: int, dropout_p: float, heads: int, queries: int, keys:
 def _high(products: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
     high: npt.NDArray[np.uint32] = (products >> np.uint64(32)).astype(np.uint32)
     return high
-
-
-def with_dropout(
-    factors: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
-) -> Tensor:
-    """Exact attention whose weights are multiplied by `factors`, as a function of all inputs."""
-    # The weights are the attention of values that are the rows of an identity.
-    batch, _, keys, _ = key.shape
-    heads, queries = query.shape[1:3]
-    identity = torch.eye(keys, dtype=torch.float64, device=query.device).expand(batch, key.shape[1], keys, keys)
-    weights = reference_attention(query, key, identity, mask, is_causal, enable_gqa=True)
-    values = value.double().repeat_interleave(heads // value.shape[1], 1)
-    return (weights * factors.view(batch, heads, queries, keys)) @ values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +19,12 @@ from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.triton.operators import triton_attention
 from slicemod.kernels.triton.present import interpreted
 from slicemod.reference import reference_attention
+from tests.kernels.features import MASKS, SIZES, WIDTHS, inputs_of
 from tests.kernels.native.test_binding import KINDS, plain
 from tests.kernels.native.test_operators import FAR_APART
-from tests.kernels.triton.philox import dropout_factors, with_dropout
+from tests.kernels.triton.philox import dropout_factors
 from tests.kernels.triton.versions import too_old
+from tests.kernels.with_dropout import with_dropout
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
 from tests.pairwise import pairwise
 from tests.test_functional import LAYOUTS, SPECIAL, strided
@@ -47,47 +48,6 @@ def _nothing_compiled_before() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_layer_is_as_exact_as_sdpa(dtype: torch.dtype) -> None:
     assert_as_exact_as_sdpa(by_triton, layer_inputs(dtype, batch=1, queries=71, keys=131, width=40))
-
-
-# More rows and keys than a tile has, or fewer.
-SIZES = {"long": (71, 131), "wide": (67, 29), "short": (13, 73)}
-
-
-def masks(queries: int, keys: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """Masks for 2 batch items of 2 heads."""
-    dead = torch.rand(2, 1, queries, keys) > 0.3
-    dead[0, :, 4:7] = False
-    additive = torch.zeros(2, 1, queries, keys).masked_fill(~dead, -math.inf)
-    return {
-        "none": None,
-        "bool": torch.rand(queries, keys) > 0.3,
-        "bool per key and item": torch.rand(2, 1, 1, keys) > 0.3,
-        "bool per row": torch.ones(2, 2, queries, 1, dtype=torch.bool),
-        "bool with dead rows": dead,
-        "additive": torch.randn(2, 1, queries, keys).to(dtype),
-        "additive in float32": torch.randn(queries, keys),
-        "additive with dead rows": additive.to(dtype),
-        "gradient": torch.randn(2, 2, queries, keys).to(dtype).requires_grad_(),
-        "gradient, shared by items": torch.randn(1, 2, queries, keys).to(dtype).requires_grad_(),
-        "gradient, shared by heads": torch.randn(2, 1, queries, keys).to(dtype).requires_grad_(),
-        "gradient, shared by all but keys": torch.randn(1, keys).to(dtype).requires_grad_(),
-        "gradient, shared by rows": torch.randn(2, 2, 1, keys).to(dtype).requires_grad_(),
-        "gradient, shared by keys": torch.randn(1, 2, queries, 1).to(dtype).requires_grad_(),
-        "gradient, one number": torch.randn(1, 1, 1, 1).to(dtype).requires_grad_(),
-    }
-
-
-MASKS = [*masks(2, 3, torch.float32), "causal"]
-WIDTHS = [(11, 11), (40, 40), (64, 23), (80, 80), (13, 160)]
-
-
-def inputs_of(dtype: torch.dtype, kind: str, size: str, widths: tuple[int, int], key_heads: int | None) -> Inputs:
-    (queries, keys), (width, value_width) = SIZES[size], widths
-    mask = None if kind == "causal" else masks(queries, keys, dtype)[kind]
-    sizes: dict[str, Any] = {"heads": 2, "queries": queries, "keys": keys, "width": width, "key_heads": key_heads}
-    inputs = layer_inputs(dtype, **sizes, mask=mask, is_causal=kind == "causal")
-    inputs.value = layer_like(2, inputs.key.shape[1], keys, value_width, dtype)
-    return inputs
 
 
 @pytest.mark.parametrize(
