@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION ?= 2.9.1# of PyTorch, for test-torch: the oldest that slicemod takes
 
-.PHONY: demo test test-torch check gpu-check gpu-table format docs benchmarks benchmarks-avx2 benchmarks-gpu figures hosts-table clean
+.NOTPARALLEL:  # a benchmark beside another measures both
+
+.PHONY: demo test test-torch check gpu-check gpu-table format docs benchmarks benchmarks-gpu figures hosts-table clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
@@ -51,21 +53,22 @@ docs: $(VENV)/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "built: build/docs/index.html"
 
-# Measures what README and docs show, for some twenty minutes on an idle machine; then `make figures`.
-benchmarks: $(VENV)/installed
-	$(BIN)/slicemod bench --largest 3 --resolution 256 384 512 --dtype bfloat16 float32 --rounds 5 \
-		--peers sdpa full diffusers-sliced ldm 'memory-*' flex slicemod slicemod-exact --json docs/benchmarks/layers.json
-	$(BIN)/slicemod bench --work sd15-unet --resolution 512 --dtype bfloat16 float32 --mode inference --rounds 5 \
-		--peers sdpa diffusers-full diffusers-sliced ldm slicemod --json docs/benchmarks/unet.json
-	$(BIN)/slicemod bench --growth --dtype bfloat16 float32 --rounds 5 --peers sdpa slicemod \
-		--json docs/benchmarks/growth.json
-
-# The same on a CPU with AVX2 alone, where some of these peers take minutes in half precision.
-benchmarks-avx2: $(VENV)/installed
-	$(BIN)/slicemod bench --largest 3 --resolution 512 --dtype float32 bfloat16 float16 --rounds 5 \
-		--peers sdpa slicemod slicemod-exact --json docs/benchmarks/layers-avx2.json
-	$(BIN)/slicemod bench --growth --dtype float32 bfloat16 --rounds 5 --peers sdpa slicemod \
-		--json docs/benchmarks/growth-avx2.json
+# Measures what README and docs show, for some twenty minutes on an idle machine, and shows it there. Each line is a
+# target of its own as well, such as `make benchmark-unet figures`.
+BENCH = $(BIN)/slicemod bench --json docs/benchmarks/$(@:benchmark-%=%).json
+benchmarks: benchmark-layers benchmark-peers benchmark-unet benchmark-growth benchmark-calls benchmark-compiled figures
+benchmark-layers: $(VENV)/installed
+	$(BENCH) --largest 8 --dtype float32 bfloat16 float16 --rounds 5 --peers sdpa slicemod
+benchmark-peers: $(VENV)/installed
+	$(BENCH) --largest 1 --dtype float32 bfloat16 --rounds 5 --peers sdpa full diffusers-sliced 'memory-*' slicemod slicemod-exact
+benchmark-unet: $(VENV)/installed
+	$(BENCH) --work sd15-unet --dtype float32 bfloat16 --mode inference --rounds 3 --peers sdpa diffusers-sliced slicemod
+benchmark-growth: $(VENV)/installed
+	$(BENCH) --growth --dtype float32 bfloat16 --rounds 3 --peers sdpa slicemod
+benchmark-calls: $(VENV)/installed
+	$(BENCH) --work calls --dtype float32 bfloat16 --rounds 5 --peers sdpa slicemod
+benchmark-compiled: $(VENV)/installed
+	$(BENCH) --compile --largest 3 --dtype float32 bfloat16 --rounds 5 --peers sdpa slicemod
 
 # The same on a GPU, for ten minutes at most: first whether every kernel is exact there and keeps to its plan.
 benchmarks-gpu: $(VENV)/installed
@@ -86,13 +89,7 @@ benchmarks-gpu: $(VENV)/installed
 # The pictures and tables of README and docs from docs/benchmarks/*.json.
 figures: $(VENV)/installed
 	rm -rf docs/images/benchmarks
-	$(BIN)/slicemod bench --from docs/benchmarks/layers.json --plots docs/images/benchmarks/layers --into README.md docs/benchmarks.md
-	$(BIN)/slicemod bench --from docs/benchmarks/unet.json --plots docs/images/benchmarks/unet --into docs/benchmarks.md
-	$(BIN)/slicemod bench --from docs/benchmarks/growth.json --plots docs/images/benchmarks/growth --into docs/benchmarks.md
-	$(BIN)/slicemod bench --from docs/benchmarks/layers-avx2.json --plots docs/images/benchmarks/layers-avx2 --into docs/benchmarks.md
-	$(BIN)/slicemod bench --from docs/benchmarks/growth-avx2.json --plots docs/images/benchmarks/growth-avx2 --into docs/benchmarks.md
-	$(BIN)/slicemod bench --from docs/benchmarks/gpu-layers.json --plots docs/images/benchmarks/gpu-layers --into docs/benchmarks.md
-	$(BIN)/slicemod bench --from docs/benchmarks/gpu-unet.json --plots docs/images/benchmarks/gpu-unet --into docs/benchmarks.md
+	$(BIN)/slicemod bench --render README.md docs/benchmarks.md
 
 NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit("slicemod needs Python 3.10 or newer, got " + sys.version.split()[0] + "; call make with PYTHON=python3.10 or newer" if sys.version_info < (3, 10) else 0)'
 

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from slicemod.bench import bench_command, bench_options
-from slicemod.bench.workloads import LayerWork, Work
+from slicemod.bench.work import Work
+from slicemod.bench.workloads import LayerWork
 from slicemod.cli import main
 from slicemod.kernels.native.build import native_obstacle
 from tests.bench.tiny import measure_little

@@ -8,26 +8,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from slicemod.bench.markdown_blocks import fill_blocks, named_results
+from slicemod.bench.markdown_blocks import filled, named_pictures, named_results, picture_path
+from slicemod.bench.pictures import SOURCE
 from slicemod.bench.results import load_results
 from tests.documents import PAGES, ROOT
 
 DOCS = ROOT / "docs"
-FIGURES = [(page, name) for page in PAGES for name in sorted(named_results(page.read_text()))]
+FIGURES = [page for page in PAGES if "<!-- slicemod bench" in page.read_text(encoding="utf-8")]
 
 
-def test_readme_and_the_benchmark_page_take_their_figures_from_runs() -> None:
-    assert {page.name for page, _ in FIGURES} == {"README.md", "benchmarks.md"}
-    assert {name for _, name in FIGURES} == {path.name for path in (DOCS / "benchmarks").glob("*.json")}
+def test_every_run_is_shown_and_no_picture_is_left_over() -> None:
+    assert [page.name for page in FIGURES] == ["README.md", "benchmarks.md"]
+    named = {path for page in FIGURES for path in named_results(page)}
+    assert named == set((DOCS / "benchmarks").glob("*.json"))
+    pictures = {picture_path(*picture) for page in FIGURES for picture in named_pictures(page)}
+    assert pictures == set((DOCS / "images" / "benchmarks").iterdir())
 
 
-@pytest.mark.parametrize(("page", "name"), FIGURES, ids=[f"{page.name}-{name}" for page, name in FIGURES])
-def test_figures_are_those_of_the_run(page: Path, name: str) -> None:
-    pictures = list((DOCS / "images" / "benchmarks" / Path(name).stem).glob("*.png"))
-    assert pictures
-    filled = fill_blocks(page, name, load_results(DOCS / "benchmarks" / name), pictures)
-    assert filled == page.read_text(encoding="utf-8"), "`make figures` renews them"
+@pytest.mark.parametrize("page", FIGURES, ids=lambda page: page.name)
+def test_figures_are_those_of_the_runs(page: Path) -> None:
+    assert filled(page) == page.read_text(encoding="utf-8"), "`make figures` renews them"
+    for source, kind in named_pictures(page):
+        with Image.open(picture_path(source, kind)) as picture:
+            assert picture.info[SOURCE] == load_results(source).digest, "`make figures` draws it anew"
 
 
 @pytest.mark.slow

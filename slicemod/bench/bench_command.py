@@ -13,20 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from slicemod.bench.bench_options import parser
+from slicemod.bench.calls import plain_call
 from slicemod.bench.comparing import Comparison, Setting
 from slicemod.bench.machine import describe_machine
-from slicemod.bench.markdown_blocks import fill_blocks
+from slicemod.bench.markdown_blocks import render
 from slicemod.bench.peers import Peer, find_peers
 from slicemod.bench.pictures import save_pictures
 from slicemod.bench.results import Results, load_results
 from slicemod.bench.tables import comparison_tables, growth_tables, left_out_lines, machine_line
-from slicemod.bench.workloads import CallWork, Work, find_works
+from slicemod.bench.work import Work
+from slicemod.bench.workloads import find_works
 from slicemod.memory.budget import Budget
 from slicemod.user_error import UserError
 
 QUICK_PEERS = ("sdpa", "sdpa-math", "full", "diffusers*", "ldm", "memory-*", "slicemod", "slicemod-exact")
 GROWTH_PEERS = ("sdpa", "slicemod", "slicemod-exact")
-GROWTH_HEADS, GROWTH_HEAD_DIM = 8, 40  # of Stable Diffusion 1.5
+GROWTH_HEADS, GROWTH_HEAD_DIM = 2, 40  # of Stable Diffusion 1.5, with a quarter of its heads in a quarter of the time
 QUICK_SECONDS = 100.0  # after which no comparison and no further round begins
 
 
@@ -34,6 +36,10 @@ def run(arguments: Sequence[str]) -> int:
     """Measures and prints, or prints what was measured; `arguments[0]` is the command's name."""
     options = parser().parse_args(arguments[1:])
     console = Console(width=max(Console().width, 110))
+    if options.render:
+        for path in (path for page in options.render for path in render(Path(page))):
+            console.print(f"written to {path}", highlight=False)
+        return 0
     if options.from_file is not None:
         results = load_results(Path(options.from_file))
     else:
@@ -47,9 +53,6 @@ def run(arguments: Sequence[str]) -> int:
     pictures = [] if options.plots is None else save_pictures(results, Path(options.plots))
     for path in [*pictures, *([options.json] if options.json else [])]:
         console.print(f"written to {path}", highlight=False)
-    for page in map(Path, options.into):
-        page.write_text(fill_blocks(page, Path(options.from_file).name, results, pictures), encoding="utf-8")
-        console.print(f"figures renewed in {page}", highlight=False)
     return 0
 
 
@@ -64,7 +67,10 @@ def _measure(options: Any, command: list[str], console: Console) -> Results:
     results = Results(command, describe_machine(device))
     until = time.monotonic() + (QUICK_SECONDS if options.quick else 60 * options.minutes)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    plan = [[(work, setting)] for work in works for setting in settings]
+    plan = [
+        [(work, setting)] for work in works for setting in settings
+        if setting.mode == "training" or not work.training_only
+    ]  # fmt: skip
     if options.growth:  # sizes are compared there, and a machine's pace changes from one minute to the next
         plan = [[(work, setting) for work in works] for setting in settings]
     each = len(peers) + options.rounds
@@ -116,7 +122,7 @@ def _peers(options: Any) -> list[Peer]:
 
 def _works(options: Any) -> list[Work]:
     if options.growth:
-        return [CallWork(tokens, GROWTH_HEADS, GROWTH_HEAD_DIM) for tokens in options.tokens]
+        return [plain_call(tokens, GROWTH_HEADS, GROWTH_HEAD_DIM) for tokens in options.tokens]
     if options.quick:  # the largest comes last, where time may be up
         return find_works(["sd15-layers"], [512], batch=1, largest=3)[::-1]
     return find_works(
@@ -139,8 +145,6 @@ def _check(options: Any) -> None:
             f"--json: {Path(options.json).parent} is no folder; expected one to write {Path(options.json).name} into. "
             "Make it first."
         )
-    if options.into:
-        raise UserError("--into: expected --from FILE.json with it, whose figures go into the pages. Name that file.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a device that PyTorch sees; it sees no CUDA GPU. Take cpu.")
     try:

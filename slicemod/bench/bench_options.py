@@ -48,6 +48,6 @@ def parser(name: str = "bench") -> ArgumentParser:
     options.add_argument("--json", metavar="FILE", help="write the results here, after every comparison")
     options.add_argument("--plots", metavar="FOLDER", help="write PNGs here")
     options.add_argument("--from", dest="from_file", metavar="FILE", help="show the results of an earlier --json")
-    options.add_argument("--into", nargs="+", default=[], metavar="PAGE",
-                        help="with --from: renew the figures of these Markdown pages")  # fmt: skip
+    options.add_argument("--render", nargs="+", default=[], metavar="PAGE",
+                         help="measure nothing: renew the figures of Markdown pages from their JSONs")  # fmt: skip
     return options

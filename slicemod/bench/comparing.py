@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slicemod.bench.memory import peak_memory
 from slicemod.bench.peers import SDPA, Peer
 from slicemod.bench.timing import LargeProduct, seconds_of
-from slicemod.bench.workloads import Exact, Work
+from slicemod.bench.work import Exact, Work
 from slicemod.memory.free_memory import free_memory
 
 MOST_ERROR = 4.0  # times SDPA's, on the same input; a peer beyond it is not timed
@@ -97,6 +97,16 @@ class Measurement:
     def work(self) -> str:
         """Series and size."""
         return f"{self.series}, {self.size} {self.unit}"
+
+    @property
+    def pace(self) -> float:
+        """Seconds per N^2."""
+        return self.seconds / self.size**2
+
+    @property
+    def beyond_bytes(self) -> int:
+        """Peak memory beyond the output too."""
+        return self.peak_bytes - self.output_bytes
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,13 @@ class Comparison:
     def _runner(
         self, peer: Peer, called: Any, weights: list[nn.Parameter], inputs: tuple[Any, ...], error: float
     ) -> _Runner:
-        call = _training_step(called, inputs, weights) if self._training else _inference(called, inputs)
+        call = _inference(called, inputs)
+        if self._training:
+            given = tuple(
+                x.clone().requires_grad_() if _is_float(x) and self.work.has_gradient(position) else x
+                for position, x in enumerate(inputs)
+            )
+            call = _training_step(called, given, weights)
         if self.setting.compiled or self.device.type == "cuda":
             call()  # cuBLAS takes a workspace, for good, at a thread's first product; it would be the first peer's
         sizes: list[int] = []
@@ -303,11 +319,10 @@ def _inference(module: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[
 def _training_step(
     module: Callable[..., Any], inputs: tuple[Any, ...], parameters: list[nn.Parameter]
 ) -> Callable[[], object]:
-    given = tuple(x.clone().requires_grad_() if _is_float(x) else x for x in inputs)
-    wanted = [*(x for x in given if _is_float(x)), *parameters]
+    wanted = [*(x for x in inputs if _is_float(x) and x.requires_grad), *parameters]
 
     def step() -> object:
-        output = module(*given)
+        output = module(*inputs)
         output = output if isinstance(output, Tensor) else output.sample
         output.square().mean().backward()  # not autograd.grad, which reentrant checkpoints refuse
         grads = [tensor.grad for tensor in wanted]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "versions": {
             "python": platform.python_version(),
-            "slicemod": slicemod.__version__,
+            "slicemod": slicemod.__version__ + _commit(Path(slicemod.__file__).parent),
             "torch": torch.__version__,  # with its build, which the installed package's version lacks
         }
         | _installed(),
@@ -57,10 +59,30 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The model name where Linux tells it, else what Python knows."""
+    """The model name where Linux tells it, else what Python knows.
+
+    In virtual machines the name may be of a whole line of products; family and model tell them apart.
+    """
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = told.get("model name")
+    if name is None:
+        return platform.processor() or platform.machine()
+    if any(letter.isdigit() for letter in name) or "model" not in told:
+        return name
+    return f"{name} of family {told['cpu family']}, model {told['model']}"
+
+
+def _commit(package: Path) -> str:
+    """The words after the version: `at` a commit, and + if the package was changed since; none where git lacks it."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, check=False)
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", "__init__.py").returncode:
+        return ""
+    changed = git("diff", "--quiet", "HEAD", "--", ".").returncode
+    return f" at {git('rev-parse', '--short=10', 'HEAD').stdout.strip()}{'+' if changed else ''}"
 
 
 def _installed() -> dict[str, str]:

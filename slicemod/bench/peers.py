@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +28,7 @@ from slicemod.rounding import ceil_div
 from slicemod.swap import swap_attention
 from slicemod.user_error import UserError
 
-Attend = Callable[..., Tensor]  # (B, H, N, D), (B, H, M, D) twice, and perhaps a mask -> (B, H, N, D)
+Attend = Callable[..., Tensor]  # (B, H, N, D), (B, H, M, D) twice, SDPA's keywords -> (B, H, N, D)
 
 
 class Peer(ABC):
@@ -80,10 +81,6 @@ class AttentionFunction(Peer):
     ) -> None:
         super().__init__(name)
         self.make, self.needs, self.scores_held, self.devices = make, needs, scores_held, devices
-
-    def attend(self, *inputs: Tensor) -> Tensor:
-        """`(B, H, N, D)`, twice `(B, H, M, D)` and perhaps a mask to `(B, H, N, D)`."""
-        return self.make()(*inputs)
 
     def in_layer(self, layer: Any) -> nn.Module:
         """The projections of `layer` around the function."""
@@ -177,7 +174,7 @@ class Slicemod(Peer):
 
     def alone(self) -> nn.Module | None:
         """`sliced_attention` with these settings."""
-        return _Alone(lambda *inputs: sliced_attention(*inputs, slicing=self.slicing))
+        return _Alone(partial(sliced_attention, slicing=self.slicing))
 
 
 class _LayerWith(nn.Module):
@@ -224,8 +221,21 @@ class _Alone(nn.Module):
         super().__init__()
         self.attend = attend
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.attend(*inputs)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+        causal: bool = False,
+        grouped: bool = False,
+    ) -> Tensor:
+        options = {"dropout_p": dropout, "is_causal": causal, "enable_gqa": grouped}
+        used: dict[str, Any] = {name: option for name, option in options.items() if option}
+        if mask is not None:
+            used["attn_mask"] = mask
+        return self.attend(query, key, value, **used)  # of SDPA's options a plain call has none, which every peer takes
 
 
 class _Autocast(nn.Module):
@@ -250,33 +260,55 @@ def _with_processors(unet: Any, make: Callable[[Any], object]) -> nn.Module:
     return changed
 
 
-def _full(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def _full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    output: Tensor = scores.softmax(-1) @ value
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    output: Tensor = F.dropout(scores.softmax(-1), dropout_p) @ value
     return output
 
 
 def _sdpa_by(backend: SDPBackend) -> Attend:
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value, mask)
+            return F.scaled_dot_product_attention(query, key, value, **options)
 
     return attend
 
 
+def _plain_only(attend: Attend) -> Attend:
+    """A function whose options are not SDPA's."""
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if options:
+            raise ValueError(f"is not measured with {', '.join(options)}")
+        return attend(query, key, value)
+
+    return plain
+
+
 def _flex() -> Attend:
     flex_attention: Any = import_module("torch.nn.attention.flex_attention").flex_attention
-    compiled: Attend = torch.compile(flex_attention)
-    return compiled
+    return _plain_only(torch.compile(flex_attention))
 
 
 def _memory_efficient() -> Attend:
     # It calls checkpoint without this argument in every training step.
     warnings.filterwarnings("ignore", message=".*use_reentrant", category=UserWarning)
-    attend: Attend = import_module("memory_efficient_attention_pytorch").memory_efficient_attention
-    return attend
+    return _plain_only(import_module("memory_efficient_attention_pytorch").memory_efficient_attention)
 
 
 def _xformers() -> Attend:
@@ -287,11 +319,12 @@ def _xformers() -> Attend:
         output: Tensor = ops.memory_efficient_attention(*tokens_first)
         return output.transpose(1, 2)
 
-    return attend
+    return _plain_only(attend)
 
 
 SDPA = AttentionFunction("sdpa", lambda: F.scaled_dot_product_attention)  # what the others are measured against
 FULL = AttentionFunction("full", lambda: _full, scores_held=1.0)
+OURS = "slicemod"  # with its default settings
 REFERENCE = AttentionFunction("reference", lambda: reference_attention, scores_held=1.0)
 
 
@@ -302,7 +335,7 @@ def all_peers(budget: str) -> tuple[Peer, ...]:
         budget: of slicemod's policy `exact`; the policies of others decide by the free memory, as they do at home.
     """
     cuda = ("cuda",)
-    ours = [Slicemod("slicemod", SliceConfig(budget, "exact")), Slicemod("slicemod-fused", SliceConfig(kernel="fused"))]
+    ours = [Slicemod(OURS, SliceConfig(budget, "exact")), Slicemod("slicemod-fused", SliceConfig(kernel="fused"))]
     ours.append(Slicemod("slicemod-triton", SliceConfig(kernel="triton"), devices=cuda))
     ours += [
         Slicemod(f"slicemod-{policy}", SliceConfig(budget if policy == "exact" else "auto", policy, "math"))

@@ -1,10 +1,11 @@
-"""Results as PNGs: time against memory, cost against resolution, cost against the number of tokens."""
+"""Results as PNGs: time against memory, ratios to SDPA, cost against resolution, cost against the number of tokens."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from slicemod.bench.comparing import Measurement, Setting
+from slicemod.bench.peers import OURS
 from slicemod.bench.results import Results
-from slicemod.bench.tables import by_peer, largest_sizes
+from slicemod.bench.tables import by_peer, largest_sizes, named_works
 from slicemod.rounding import ceil_div
+from slicemod.user_error import UserError
 
 _COLOURS = {"slicemod": "#c8452d", "sdpa": "#1f6f9f", "diffusers": "#4f7f4a"}
 _OTHERS = "#73777d"
+_DTYPES, _MARKERS = ("#c8452d", "#8a5aa8", "#4f7f4a", "#1f6f9f", "#73777d"), ("o", "s", "D", "^", "v")
 _INK = "#2b2d30"
 _LABEL_SIZE = 7.5
 _STEPS = (1, 1.5, 2, 3, 5, 7)  # ticks of a decade, where there is room for them
@@ -35,42 +39,74 @@ class _Label(NamedTuple):
     colour: str
 
 
-KINDS = ("trade", "resolution", "growth")  # with which the names of the files begin
+KINDS = ("trade", "ratios", "resolution", "growth")  # with which the names of the files begin
+SOURCE = "Comment"  # the text chunk of a PNG that says which results it shows
+
+
+class _Line(NamedTuple):
+    """What one line shows."""
+
+    name: str
+    rows: Sequence[Measurement]
+    dashed: bool = False
 
 
 def save_pictures(results: Results, folder: Path) -> list[Path]:
     """Writes every picture that the results have the figures for, and tells their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in _drawn(results):
-        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png"
-        # Without the version of matplotlib the same figures make the same file.
-        figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+    for kind, detail, draw in _drawings(results):
+        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', f'{kind} {detail}'.strip().lower())}.png"
+        _write(draw(), results, path)
         written.append(path)
     return written
 
 
-def _drawn(results: Results) -> Iterator[tuple[str, Figure]]:
-    """Figures and their names."""
+def save_picture(results: Results, kind: str, path: Path) -> None:
+    """Writes the first picture of a kind.
+
+    Raises:
+        UserError: there are no figures for one.
+    """
+    draw = next((draw for found, _, draw in _drawings(results) if found == kind), None)
+    if draw is None:
+        raise UserError(
+            f"{path.name}: expected results with the figures for a picture of kind {kind!r}; they have none."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(draw(), results, path)
+
+
+def _write(figure: Figure, results: Results, path: Path) -> None:
+    # Without the version of matplotlib the same figures make the same file.
+    figure.savefig(path, format="png", dpi=160, metadata={"Software": None, SOURCE: results.digest})
+
+
+def _drawings(results: Results) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
+    """Kinds, what tells pictures of a kind apart, and what draws them."""
+    in_pixels = [row for row in results.measurements if row.unit == "px"]
+    largest = largest_sizes(in_pixels)
+    for series in dict.fromkeys(row.series for row in in_pixels):
+        yield "trade", series, partial(trade_off, [row for row in largest if row.series == series])
+    if ours := [row for row in largest if row.peer == OURS]:
+        yield "ratios", "", partial(ratios, ours)
     for setting in results.settings():
-        rows = [row for row in results.measurements if row.setting == setting]
-        in_pixels = [row for row in rows if row.unit == "px"]
-        if in_pixels:
-            yield f"trade {setting}", trade_off(in_pixels, setting)
-        for series in dict.fromkeys(row.series for row in rows):
-            found = [row for row in rows if row.series == series]
-            kind, draw = ("resolution", against_resolution) if found[0].unit == "px" else ("growth", growth)
-            if len({row.size for row in found}) > 1:
-                yield f"{kind} {series} {setting}", draw(found, setting)
+        for series in dict.fromkeys(row.series for row in in_pixels):
+            rows = [row for row in in_pixels if (row.series, row.setting) == (series, setting)]
+            if len({row.size for row in rows}) > 1:
+                yield "resolution", f"{series} {setting}", partial(against_resolution, rows, setting)
+    in_tokens = [row for row in results.measurements if row.unit == "tokens"]
+    if len({row.size for row in in_tokens}) > 1:
+        yield "growth", "", partial(growth, in_tokens)
 
 
-def trade_off(rows: Sequence[Measurement], setting: Setting) -> Figure:
-    """Time against peak memory, a panel for each series at its largest size, with the frontier of the peers drawn."""
-    panels = [(work, list(group)) for work, group in groupby(largest_sizes(rows), lambda row: row.work)]
-    figure, grid = _panels(len(panels), f"time against memory: {setting}")
-    for axes, (work, peers) in zip(grid, panels, strict=True):
+def trade_off(rows: Sequence[Measurement]) -> Figure:
+    """Time against peak memory of one work, a panel for each setting, with the frontier of the peers drawn."""
+    panels = [(setting, list(group)) for setting, group in groupby(rows, lambda row: row.setting)]
+    figure, grid = _panels(len(panels), rows[0].work)
+    for axes, (setting, peers) in zip(grid, panels, strict=True):
         _log_axes(axes, _mebibytes, _seconds)
-        _title(axes, work, "peak memory beyond inputs and weights")
+        _title(axes, str(setting), "peak memory beyond inputs and weights")
         points = [(_peak(row), row.seconds) for row in peers]
         frontier = sorted(point for point in points if not any(_beats(other, point) for other in points))
         for row, (peak, seconds) in zip(peers, points, strict=True):
@@ -86,20 +122,71 @@ def trade_off(rows: Sequence[Measurement], setting: Setting) -> Figure:
 def against_resolution(rows: Sequence[Measurement], setting: Setting) -> Figure:
     """Time and peak of one series against the edge of the image."""
     figure, (pace, peak) = _panels(2, f"{rows[0].series}: {setting}")
-    _lines(pace, rows, lambda row: row.seconds, _seconds)
+    lines = [_Line(peer, found) for peer, found in by_peer(rows)]
+    _lines(pace, lines, lambda row: row.seconds, _seconds)
     _title(pace, "time", "edge of the image in pixels")
-    _lines(peak, rows, _peak, _mebibytes)
+    _lines(peak, lines, _peak, _mebibytes)
     _title(peak, "peak memory", "edge of the image in pixels")
     return figure
 
 
-def growth(rows: Sequence[Measurement], setting: Setting) -> Figure:
-    """Time per N^2, and peak beyond inputs and output, against the number of tokens N."""
-    figure, (pace, peak) = _panels(2, f"how cost grows: {rows[0].series}, {setting}")
-    _lines(pace, rows, lambda row: row.seconds / row.size**2, lambda value: f"{value * 1e9:g} ns")
+def growth(rows: Sequence[Measurement]) -> Figure:
+    """Time per N^2, and peak beyond inputs and output, against the number of tokens N; dashed: not the first dtype."""
+    dtypes = list(dict.fromkeys(row.setting.dtype for row in rows))
+    modes = ", ".join(dict.fromkeys(row.setting.mode for row in rows))
+    figure, (pace, peak) = _panels(2, f"how cost grows: {rows[0].series}, {modes}")
+    lines = [
+        _Line(f"{peer} {setting.dtype if modes == setting.mode else setting}", found, dtypes.index(setting.dtype) > 0)
+        for setting in dict.fromkeys(row.setting for row in rows)
+        for peer, found in by_peer([row for row in rows if row.setting == setting])
+    ]
+    _lines(pace, lines, lambda row: row.pace, lambda value: f"{value * 1e9:g} ns")
     _title(pace, "time / N²", "tokens N (k: 1,024)")
-    _lines(peak, rows, lambda row: max(row.peak_bytes - row.output_bytes, 1) / 2**20, _mebibytes)
+    _lines(peak, lines, lambda row: max(row.beyond_bytes, 1) / 2**20, _mebibytes)
     _title(peak, "peak beyond inputs and output", "tokens N (k: 1,024)")
+    return figure
+
+
+def ratios(rows: Sequence[Measurement]) -> Figure:
+    """Time by SDPA's: a line for each work, a panel for each mode, a colour for each dtype, quartiles as bars."""
+    size, names = named_works(rows)
+    works = list(names)
+    modes = list(dict.fromkeys(row.setting.mode for row in rows))
+    dtypes = list(dict.fromkeys(row.setting.dtype for row in rows))
+    left = _LETTER * max(map(len, names.values())) + _BESIDE / 2
+    width = left + len(modes) * (_PANEL_WIDTH + _BESIDE)
+    height = _HEAD + _ABOVE + _LINE * (len(works) + 1) + _BELOW
+    figure = Figure(figsize=(width, height))
+    grid: Any = figure.subplots(1, len(modes), squeeze=False, sharex=True, sharey=True)
+    figure.subplots_adjust(
+        left=left / width, right=1 - _BESIDE / width, top=1 - (_HEAD + _ABOVE) / height, bottom=_BELOW / height,
+        wspace=_BESIDE / _PANEL_WIDTH,
+    )  # fmt: skip
+    _heading(figure, f"time of {rows[0].peer} by that of SDPA{size}")
+    for axes, mode in zip(grid.flat, modes, strict=True):
+        axes.axvline(1.0, color=_COLOURS["sdpa"], lw=1.2, zorder=1)
+        for row in (row for row in rows if row.setting.mode == mode):
+            dtype = dtypes.index(row.setting.dtype)
+            place = works.index(row.work) + (dtype - (len(dtypes) - 1) / 2) * _APART
+            axes.plot(row.spread, [place, place], color=_DTYPES[dtype], lw=1.6, alpha=0.5, zorder=2)
+            axes.plot(
+                row.ratio, place, _MARKERS[dtype], ms=5.5, color=_DTYPES[dtype], mec="white", zorder=3,
+                label=row.setting.dtype,
+            )  # fmt: skip
+        _title(axes, mode, "1 is SDPA's time; left of it is faster")
+        axes.set(xlim=(0, max(1.1, *(1.05 * row.spread[1] for row in rows))), ylim=(len(works) - 0.4, -0.6))
+        axes.set_yticks(range(len(works)), labels=names.values())
+        axes.tick_params(labelsize=7.5, colors=_INK, length=2)
+        axes.grid(True, lw=0.4, alpha=0.5)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines}
+    figure.legend(
+        [drawn[dtype] for dtype in dtypes],
+        dtypes,
+        loc="upper right", ncols=len(dtypes), fontsize=_LABEL_SIZE, frameon=False, handletextpad=0.1,
+        bbox_to_anchor=(1 - _BESIDE / width, 1 - 0.06 / height), borderaxespad=0, labelcolor=_INK,
+    )  # fmt: skip
     return figure
 
 
@@ -137,22 +224,22 @@ def _title(axes: Axes, title: str, xlabel: str) -> None:
 
 
 def _lines(
-    axes: Axes, rows: Sequence[Measurement], value: Callable[[Measurement], float], text: Callable[[float], str]
+    axes: Axes, lines: Sequence[_Line], value: Callable[[Measurement], float], text: Callable[[float], str]
 ) -> None:
     _log_axes(axes, lambda size: f"{size:,.0f}", text)
-    sizes = sorted({row.size for row in rows})
-    short = rows[0].unit == "tokens" and not any(size % 1024 for size in sizes)  # seven of them side by side
+    sizes = sorted({row.size for line in lines for row in line.rows})
+    short = lines[0].rows[0].unit == "tokens" and not any(size % 1024 for size in sizes)  # seven of them side by side
     axes.set_xticks(sizes, labels=[f"{size // 1024}k" if short else f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     labels = []
-    for peer, found in by_peer(rows):
-        values = [value(row) for row in found]
-        ours = peer.startswith("slicemod")
+    for line in lines:
+        values = [value(row) for row in line.rows]
+        ours, colour = line.name.startswith(OURS), _colour(line.name)
         axes.plot(
-            [row.size for row in found], values, "o-", color=_colour(peer), lw=2 if ours else 1.2, ms=4, mec="white",
-            zorder=3 if ours else 2,
+            [row.size for row in line.rows], values, "o--" if line.dashed else "o-", color=colour,
+            lw=2 if ours else 1.2, ms=4, mec="white", zorder=3 if ours else 2,
         )  # fmt: skip
-        labels.append(_Label(peer, found[-1].size, values[-1], _colour(peer)))
+        labels.append(_Label(line.name, line.rows[-1].size, values[-1], colour))
     low, high = axes.get_ylim()
     widened = max(1.0, math.sqrt(_LEAST_SPAN * low / high))
     axes.set_ylim(low / widened, high * widened)
@@ -200,6 +287,8 @@ def _label(axes: Axes, labels: list[_Label]) -> None:
 _PANEL_WIDTH, _PANEL_HEIGHT = 1.95, 2.5  # inches of the axes
 _LEFT, _RIGHT, _ABOVE, _BELOW = 0.62, 1.15, 0.4, 0.55  # around them, with room for the labels at the right
 _HEAD = 0.3  # for the title of the picture
+_LETTER, _BESIDE, _LINE = 0.064, 0.3, 0.3  # of the ratios: for a letter of a work's name, beside a panel, for a work
+_APART = 0.22  # the dtypes of a work, in lines
 _COLUMNS = 2  # in which the text is read at the width of a page
 
 
@@ -214,12 +303,17 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
         left=_LEFT / width, right=1 - _RIGHT / width, top=1 - (_HEAD + _ABOVE) / height, bottom=_BELOW / height,
         wspace=(_LEFT + _RIGHT) / _PANEL_WIDTH, hspace=(_ABOVE + _BELOW) / _PANEL_HEIGHT,
     )  # fmt: skip
-    figure.suptitle(
-        title, x=0.12 / width, ha="left", y=1 - 0.12 / height, va="top", fontsize=10, color=_INK, weight="bold"
-    )
+    _heading(figure, title)
     for axes in grid.flat[count:]:
         axes.remove()
     return figure, list(grid.flat[:count])
+
+
+def _heading(figure: Figure, title: str) -> None:
+    width, height = figure.get_size_inches()
+    figure.suptitle(
+        title, x=0.12 / width, ha="left", y=1 - 0.12 / height, va="top", fontsize=10, color=_INK, weight="bold"
+    )
 
 
 def _log_axes(axes: Axes, x: Callable[[float], str], y: Callable[[float], str]) -> None:

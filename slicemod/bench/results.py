@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -40,6 +41,11 @@ class Results:
     def settings(self) -> list[Setting]:
         """Every setting once."""
         return list(dict.fromkeys(row.setting for row in self.measurements))
+
+    @property
+    def digest(self) -> str:
+        """A number that other results do not have."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Writes JSON that appears whole or not at all.

@@ -1,4 +1,4 @@
-"""Results as tables: for the terminal, and in Markdown for README and docs."""
+"""Results as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def growth_tables(results: Results) -> Iterator[Table]:
         yield table
 
 
-HEADLINE_PEERS = ("sdpa", "full", "diffusers-sliced", "slicemod", "slicemod-exact")
 GROWTH_COLUMNS = ("attention", "N", "time", "time / N²", "to median", "of product", "peak beyond in- and output")
 
 
@@ -52,63 +51,26 @@ def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
 
 def machine_line(results: Results) -> str:
     """The machine in a sentence."""
+    rates = {row.setting.dtype: row.product_rate for row in results.measurements}
+    products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+    return f"{machine_name(results)}; {versions(results)}. A large matrix product runs at {products}."
+
+
+def machine_name(results: Results) -> str:
+    """Device or processor, its vector instructions, and how many of its cores were used."""
     machine = results.machine
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
     instructions = [machine["cpu_capability"], *machine.get("half_precision", [])]  # which older results lack
     if machine.get("native_obstacle"):
         instructions.append(f"no native kernel: {machine['native_obstacle']}")
-    rates = {row.setting.dtype: row.product_rate for row in results.measurements}
-    products = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
-    return (
-        f"{where} ({', '.join(instructions)}), {machine['threads']} threads on {machine['cores']} cores, {versions}, "
-        f"{machine['date']}. A large matrix product runs at {products}."
-    )
+    return f"{where} ({', '.join(instructions)}), {machine['threads']} threads on {machine['cores']} cores"
 
 
-def markdown_tables(results: Results) -> str:
-    """Every comparison as a Markdown table under its name, and what was left out; folded away on a page."""
-    blocks = [
-        f"**{work}: {setting}**\n\n{_markdown(COLUMNS, [_cells(row) for row in rows])}"
-        for work, setting, rows in results.comparisons()
-    ]
-    if results.left_out:
-        blocks.append("Left out:\n\n" + "\n".join(f"- {line}" for line in left_out_lines(results.left_out)))
-    return "\n\n".join(["<details>\n<summary>Every figure of this run</summary>", *blocks, "</details>"])
-
-
-def markdown_summary(results: Results) -> str:
-    """A table for each series at its largest size, a row for each peer, a column for each setting."""
-    return "\n\n".join(f"### {work}\n\n{_settings_side_by_side(rows)}" for work, rows in _largest_works(results))
-
-
-def markdown_headline(results: Results) -> str:
-    """The first table of `markdown_summary`, with the rows of `HEADLINE_PEERS`: small enough for README."""
-    _, rows = next(_largest_works(results))
-    return _settings_side_by_side([row for row in rows if row.peer in HEADLINE_PEERS])
-
-
-def _largest_works(results: Results) -> Iterator[tuple[str, list[Measurement]]]:
-    for work, rows in groupby(largest_sizes(results.measurements), lambda row: row.work):
-        yield work, list(rows)
-
-
-def _settings_side_by_side(rows: Sequence[Measurement]) -> str:
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    lines = []
-    for peer, found in by_peer(rows):
-        cells = {
-            row.setting: f"{_time(row.seconds)} ({row.ratio:.2f})<br>{size_text(row.peak_bytes)}".replace(" ", "&nbsp;")
-            for row in found
-        }
-        name = f"**{peer}**" if peer.startswith("slicemod") else peer
-        lines.append((name, *(cells.get(setting, "-") for setting in settings)))
-    return _markdown(("attention", *map(str, settings)), lines)
-
-
-def markdown_growth(results: Results) -> str:
-    """`growth_tables` in Markdown."""
-    return "\n\n".join(f"### {title}\n\n{_markdown(GROWTH_COLUMNS, rows)}" for title, rows in _growths(results))
+def versions(results: Results) -> str:
+    """Of what the figures depend on, and the day."""
+    found = results.machine["versions"]
+    named = [f"{name} {found[name]}" for name in ("slicemod", "torch", "diffusers") if name in found]
+    return ", ".join([*named, results.machine["date"]])
 
 
 def _growths(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
@@ -121,13 +83,18 @@ def _growths(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
 
 def _growth_of(rows: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
     """A row for each number of tokens of one peer."""
-    middle = statistics.median(row.seconds / row.size**2 for row in rows)
+    middle = statistics.median(row.pace for row in rows)
     for row in rows:
-        pace = row.seconds / row.size**2
-        share, beyond = f"{row.rate_share:.0%}", size_text(row.peak_bytes - row.output_bytes)
+        share, beyond = f"{row.rate_share:.0%}", size_text(row.beyond_bytes)
         yield (
-            row.peer, f"{row.size:,}", _time(row.seconds), f"{pace * 1e9:.2f} ns", f"{pace / middle:.2f}", share, beyond
-        )  # fmt: skip
+            row.peer,
+            f"{row.size:,}",
+            time_text(row.seconds),
+            f"{row.pace * 1e9:.2f} ns",
+            f"{row.pace / middle:.2f}",
+            share,
+            beyond,
+        )
 
 
 def by_peer(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
@@ -144,10 +111,17 @@ def largest_sizes(rows: Sequence[Measurement]) -> list[Measurement]:
     return [row for row in rows if row.size == largest[row.series]]
 
 
+def named_works(rows: Sequence[Measurement]) -> tuple[str, dict[str, str]]:
+    """What works are called beside each other: the size that all have, or nothing; and the rest of each one's name."""
+    sizes = {f", {row.size} {row.unit}" for row in rows}
+    common = sizes.pop() if len(sizes) == 1 else ""
+    return common, {row.work: row.work.removesuffix(common) for row in rows}
+
+
 def _cells(row: Measurement) -> tuple[str, ...]:
     return (
         row.peer,
-        _time(row.seconds),
+        time_text(row.seconds),
         f"{row.ratio:.2f}",
         f"{row.spread[0]:.2f}-{row.spread[1]:.2f}",
         size_text(row.peak_bytes),
@@ -156,7 +130,8 @@ def _cells(row: Measurement) -> tuple[str, ...]:
     )
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """In microseconds, milliseconds or seconds."""
     if seconds < 1e-3:
         return f"{seconds * 1e6:,.0f} µs"
     return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
@@ -167,8 +142,3 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "attention" else "right", no_wrap=True)
     return table
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join(head + [f"| {' | '.join(row)} |" for row in rows])

@@ -1,91 +1,28 @@
-"""What is computed by every peer: attention layers, whole UNets, and bare attention calls, with random weights."""
+"""Works of models: attention layers and whole UNets, with random weights; and which works a name stands for."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.bench.bench_options import CALLS, WORK_NAMES
-from slicemod.bench.peers import FULL, REFERENCE, Peer
+from slicemod.bench.calls import calls_of
+from slicemod.bench.peers import REFERENCE, Peer
+from slicemod.bench.work import Exact, Work, some_rows
 from slicemod.call import AttentionShape
 from slicemod.planning.attention_calls import record_attention_calls
 from slicemod.planning.layers_alike import LayersAlike
 from slicemod.planning.unets import find_unet, meta_inputs
 from slicemod.user_error import UserError
-
-_CHECKED_ROWS = 64  # of queries, compared with float64; the scores of all rows of a large image would not fit
-
-
-class Exact(NamedTuple):
-    """Some `rows` of what float64 makes of the attention layer at `path` of a module, given `args`."""
-
-    path: str
-    args: tuple[Tensor, ...]
-    rows: Tensor
-    wanted: Tensor  # (..., rows, C)
-
-
-class Work(ABC):
-    """Something to compute. Modules and inputs are made on the ambient `torch.device`, in float32.
-
-    Attributes:
-        series: what stays the same while the size changes.
-        size: edge of the image in pixels, or tokens of a bare call.
-        unit: of `size`.
-    """
-
-    series: str
-    size: int
-    unit = "px"
-
-    @property
-    def name(self) -> str:
-        """Series and size."""
-        return f"{self.series}, {self.size} {self.unit}"
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """The module whose weights all peers share."""
-
-    @abstractmethod
-    def inputs(self) -> tuple[Any, ...]:
-        """Positional arguments of the module, the first a tensor."""
-
-    @abstractmethod
-    def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
-        """A module with the weights of `base` and the attention of `peer`; None where the peer has no such form."""
-
-    @abstractmethod
-    def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
-        """What float64 makes of one attention layer of each kind."""
-
-    @abstractmethod
-    def attention(self) -> list[tuple[AttentionShape, int]]:
-        """The attention calls, in float32, and how many there are of each."""
-
-    def scores_bytes(self, itemsize: int, *, training: bool) -> int:
-        """Bytes of the scores that unsliced attention holds at once: all layers' in training, else the largest's."""
-        sizes = [(shape.scores_bytes // shape.itemsize * itemsize, count) for shape, count in self.attention()]
-        return sum(size * count for size, count in sizes) if training else max(size for size, _ in sizes)
-
-    def flops(self, *, training: bool) -> int:
-        """Floating-point operations of products and convolutions; a training step has three times the forward's."""
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module = self.computed_by(FULL, self.build())
-            if module is not None:
-                module(*self.inputs())
-        return int(counter.get_total_flops()) * (3 if training else 1)
 
 
 @dataclass(frozen=True)
@@ -199,67 +136,6 @@ class UnetWork(Work):
         return [(call.at_resolution(self.size).shape, call.layers) for call in calls]
 
 
-@dataclass(frozen=True)
-class CallWork(Work):
-    """Attention without projections of `(1, heads, tokens, head_dim)` queries, keys and values.
-
-    With a mask it is one for all heads: `"bool"`, or `"additive"`, which gets a gradient in training. If the size is
-    in pixels, there is a token for each 8 by 8 of them.
-    """
-
-    size: int
-    heads: int
-    head_dim: int
-    mask: Literal["bool", "additive"] | None = None
-    unit: str = "tokens"
-
-    @property
-    def tokens(self) -> int:
-        """The number of queries, and of keys."""
-        return self.size if self.unit == "tokens" else (self.size // 8) ** 2
-
-    @property
-    def series(self) -> str:  # type: ignore[override]
-        """Heads, head dim and mask."""
-        mask = "" if self.mask is None else f", {self.mask} mask"
-        return f"attention, {self.heads} heads of {self.head_dim}{mask}"
-
-    def build(self) -> nn.Module:
-        """Nothing: a call has no weights to share."""
-        return nn.Module()
-
-    def inputs(self) -> tuple[Any, ...]:
-        """Query, key and value, and the mask `(1, 1, tokens, tokens)` where there is one."""
-        tensors = torch.randn(3, 1, self.heads, self.tokens, self.head_dim).unbind()
-        if self.mask is None:
-            return tensors
-        mask = torch.randn(1, 1, self.tokens, self.tokens)
-        return (*tensors, mask > -1 if self.mask == "bool" else mask)
-
-    def computed_by(self, peer: Peer, base: nn.Module) -> nn.Module | None:
-        """The attention of `peer` alone."""
-        return peer.alone()
-
-    def exact(self, base: nn.Module, inputs: tuple[Any, ...]) -> list[Exact]:
-        """Of this call."""
-        rows = _some_rows(self.tokens)
-        query, key, value, *mask = (tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs)
-        mask = [tensor[:, :, rows] for tensor in mask]
-        return [Exact("", inputs, rows, REFERENCE.attend(query[:, :, rows], key, value, *mask))]
-
-    def attention(self) -> list[tuple[AttentionShape, int]]:
-        """This one call."""
-        return [(AttentionShape(1, self.heads, self.tokens, self.tokens, self.head_dim, 4), 1)]
-
-
-# Heads, head size and mask of the work "calls".
-_CALLS: tuple[tuple[int, int, Literal["bool", "additive"] | None], ...] = (
-    (8, 40, "bool"),
-    (8, 40, "additive"),
-    (1, 512, None),
-)
-
-
 def find_works(
     names: list[str], sizes: list[int], *, batch: int, largest: int, checkpoint_blocks: bool = False
 ) -> list[Work]:
@@ -267,7 +143,7 @@ def find_works(
 
     Args:
         names: "MODEL-layers" or "MODEL-unet", where MODEL is what `find_unet` takes, or "calls": attention without
-            projections of what fused kernels do not all take, masks and a VAE's one wide head.
+            projections, with masks, in odd shapes and so on.
         sizes: edges of the image.
         batch: items.
         largest: of a model's layers, how many kinds, from the largest on.
@@ -279,7 +155,7 @@ def find_works(
     works: list[Work] = []
     for name in names:
         if name == CALLS:
-            works += [CallWork(size, *kind, unit="px") for kind in _CALLS for size in sizes]
+            works += calls_of(sizes)
             continue
         model, _, part = name.rpartition("-")
         if part not in ("layers", "unet"):
@@ -321,10 +197,6 @@ def _exact_layer(path: str, layer: nn.Module | None, inputs: tuple[Tensor, ...])
     """Attention of some rows of the first input to the last, which is what looking at all of them gives these rows."""
     if layer is None:
         raise TypeError("REFERENCE: expected a peer for layers and UNets.")
-    rows = _some_rows(inputs[0].shape[1])
+    rows = some_rows(inputs[0].shape[1])
     with torch.no_grad():
         return Exact(path, inputs, rows, layer(inputs[0][:, rows].double(), inputs[-1].double()))
-
-
-def _some_rows(count: int) -> Tensor:
-    return torch.linspace(0, count - 1, min(count, _CHECKED_ROWS)).long()

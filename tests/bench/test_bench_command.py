@@ -42,7 +42,7 @@ def test_tables_json_and_pictures_say_the_same(
     assert results.machine["versions"]["torch"] == torch.__version__
     assert results.machine["threads"] == torch.get_num_threads()
     assert len(results.measurements) == 2 * 2 * 3  # works, modes, peers
-    assert len(list((tmp_path / "plots").iterdir())) == 2
+    assert len(list((tmp_path / "plots").iterdir())) == 3  # of each work, and of both
     assert run(["bench", "--from", str(out)]) == 0
     assert capsys.readouterr().out.strip().splitlines()[:20] == first.strip().splitlines()[:20]
 
@@ -112,12 +112,16 @@ def test_nothing_begins_after_the_time_is_up(tiny: list[str], capsys: pytest.Cap
     assert capsys.readouterr().out.count("out of time") == 4
 
 
-def test_pages_get_their_figures_from_the_json(tmp_path: Path) -> None:
-    results, page = tmp_path / "results.json", tmp_path / "page.md"
-    made_up_results().save(results)
-    page.write_text("<!-- slicemod bench results.json summary -->\n<!-- end -->\n")
-    assert run(["bench", "--from", str(results), "--into", str(page)]) == 0
-    assert "| sdpa | 51.20&nbsp;s&nbsp;(512.00)<br>4.4&nbsp;MiB |" in page.read_text()
+def test_a_page_gets_its_figures_and_pictures_from_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "docs" / "page.md"
+    (page.parent / "runs").mkdir(parents=True)
+    made_up_results().save(page.parent / "runs" / "one.json")
+    blocks = [f"<!-- slicemod bench runs/one.json {form} -->\n<!-- end -->\n" for form in ("peers", "trade")]
+    page.write_text("\n".join(blocks))
+    assert run(["bench", "--render", str(page)]) == 0
+    assert "| sdpa | 512.00&nbsp;(51.2&nbsp;s)<br>4.4&nbsp;MiB |" in page.read_text()
+    assert (page.parent / "images" / "runs" / "one-trade.png").exists()
+    assert capsys.readouterr().out.count("written to") == 2
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_pages_get_their_figures_from_the_json(tmp_path: Path) -> None:
         (["--peers", "nobody"], "--peers: .*got 'nobody'"),
         (["--work", "sd99-layers"], "sd99"),
         (["--resolution", "500"], "--resolution: expected multiples of 64"),
-        (["--into", "README.md"], "--into: expected --from"),
+        (["--render", "missing.md"], "missing.md"),
         (["--from", "missing.json"], "missing.json"),
     ],
     ids=" ".join,

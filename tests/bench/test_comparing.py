@@ -12,7 +12,8 @@ from torch import Tensor
 from slicemod.bench import comparing
 from slicemod.bench.comparing import Comparison, Measurement, Setting
 from slicemod.bench.peers import SDPA, AttentionFunction, Peer, find_peers
-from slicemod.bench.workloads import UnetWork, Work
+from slicemod.bench.work import Work
+from slicemod.bench.workloads import UnetWork
 from slicemod.memory.free_memory import PROBES, MemoryProbe
 from tests.bench.tiny import CALL, CROSS, INFERENCE, SELF, TRAINING, every_work, measure_little, write_unet
 

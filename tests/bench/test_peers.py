@@ -9,7 +9,7 @@ import torch
 
 from slicemod.bench import peers as peers_module
 from slicemod.bench.peers import SDPA, Peer, all_peers, find_peers
-from slicemod.bench.workloads import Exact, Work
+from slicemod.bench.work import Exact, Work
 from slicemod.user_error import UserError
 from tests.bench.tiny import CALL, every_work
 

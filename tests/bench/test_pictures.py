@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
 from slicemod.bench.bench_options import GROWTH_TOKENS
-from slicemod.bench.pictures import _readable, growth, save_pictures, trade_off
-from tests.bench.tiny import INFERENCE, made_up_results, measurement
+from slicemod.bench.comparing import Setting
+from slicemod.bench.pictures import SOURCE, _readable, growth, ratios, save_picture, save_pictures, trade_off
+from slicemod.user_error import UserError
+from tests.bench.tiny import TRAINING, made_up_results, measurement
 
 
 def test_every_picture_that_there_are_figures_for_is_written(tmp_path: Path) -> None:
     written = save_pictures(made_up_results(), tmp_path / "new")
-    names = [f"{name}-float32-inference.png" for name in ("trade", "resolution-layer", "growth-attention")]
+    names = ["trade-layer.png", "ratios.png", "resolution-layer-float32-inference.png", "growth.png"]
     assert [path.name for path in written] == names
     for path in written:
         with Image.open(path) as picture:
-            assert min(picture.size) > 300
+            assert min(picture.size) > 250
     before = [path.read_bytes() for path in written]
     assert [path.read_bytes() for path in save_pictures(made_up_results(), tmp_path / "new")] == before
 
@@ -32,7 +36,7 @@ def test_the_frontier_is_of_those_that_no_other_beats() -> None:
         measurement("layer", 64, peer, seconds, peak * 2**20)
         for peer, seconds, peak in (("small", 4.0, 10), ("quick", 1.0, 1000), ("beaten", 4.0, 2000), ("even", 2.0, 100))
     ]
-    (axes,) = trade_off(rows, INFERENCE).axes
+    (axes,) = trade_off(rows).axes
     line = next(line for line in axes.lines if line.get_marker() == "None")
     points: Any = line.get_xydata()
     corners = {(float(peak), float(seconds)) for peak, seconds in points}
@@ -43,18 +47,39 @@ def test_the_frontier_is_of_those_that_no_other_beats() -> None:
 def test_one_size_makes_no_line(tmp_path: Path) -> None:
     results = made_up_results()
     results.measurements = [row for row in results.measurements if row.size in (512, 1024)]
-    assert [path.name for path in save_pictures(results, tmp_path)] == ["trade-float32-inference.png"]
+    assert [path.name for path in save_pictures(results, tmp_path)] == ["trade-layer.png", "ratios.png"]
 
 
-def test_time_against_memory_is_of_the_largest_size() -> None:
-    rows = [measurement(series, size, "sdpa", 1.0, 10) for series in ("one", "other") for size in (64, 128)]
-    panels = trade_off(rows, INFERENCE).axes
-    assert [axes.get_title("left") for axes in panels] == ["one, 128 px", "other, 128 px"]
+def test_time_against_memory_has_a_panel_for_each_setting() -> None:
+    rows = [measurement("layer", 64, "sdpa", 1.0, 10)]
+    rows += [replace(rows[0], setting=TRAINING)]
+    assert [axes.get_title("left") for axes in trade_off(rows).axes] == ["float32, inference", "float32, training"]
+
+
+def test_ratios_have_a_line_for_each_work_and_a_panel_for_each_mode() -> None:
+    rows = [measurement(work, 64, "slicemod", seconds, 10) for work, seconds in (("one", 0.05), ("other", 0.2))]
+    rows += [replace(rows[0], setting=TRAINING), replace(rows[1], setting=Setting("bfloat16", "inference"))]
+    inference, training = ratios(rows).axes
+    assert [label.get_text() for label in inference.get_yticklabels()] == ["one", "other"]
+    points = [line for line in inference.lines if line.get_marker() in ("o", "s")]
+    found = [(line.get_label(), float(np.asarray(line.get_xydata())[0, 0])) for line in points]
+    assert found == [("float32", 0.5), ("float32", 2.0), ("bfloat16", 2.0)]
+    assert (training.get_title("left"), training.get_xlim()) == ("training", inference.get_xlim())
+
+
+def test_a_picture_says_which_results_it_shows_and_is_refused_without_any(tmp_path: Path) -> None:
+    results = made_up_results()
+    save_picture(results, "growth", tmp_path / "growth.png")
+    with Image.open(tmp_path / "growth.png") as picture:
+        assert picture.info[SOURCE] == results.digest
+    results.measurements = results.measurements[:3]
+    with pytest.raises(UserError, match=r"growth\.png: expected results with the figures for .*'growth'"):
+        save_picture(results, "growth", tmp_path / "growth.png")
 
 
 def test_a_line_that_hardly_rises_looks_flat() -> None:
     rows = [measurement("attention", size, "sdpa", size**2.01, 2000, "tokens") for size in (1024, 2048)]
-    low, high = growth(rows, INFERENCE).axes[0].get_ylim()
+    low, high = growth(rows).axes[0].get_ylim()
     assert high / low == pytest.approx(4.0)
 
 
@@ -69,7 +94,7 @@ def test_ticks_have_room_and_there_are_some(low: float, high: float) -> None:
 @pytest.mark.parametrize("count", [2, 18])
 def test_labels_do_not_overlap(count: int) -> None:
     rows = [measurement("layer", 64, f"peer {number}", 1.0 + (number == 1), 10 + number) for number in range(count)]
-    figure = trade_off(rows, INFERENCE)
+    figure = trade_off(rows)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()  # lays the labels out
     renderer = canvas.get_renderer()
@@ -81,7 +106,7 @@ def test_labels_do_not_overlap(count: int) -> None:
 
 def test_labels_of_many_sizes_do_not_overlap() -> None:
     rows = [measurement("attention", size, "sdpa", size**2.0, 2000, "tokens") for size in GROWTH_TOKENS]
-    figure = growth(rows, INFERENCE)
+    figure = growth(rows)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     boxes = [label.get_window_extent(canvas.get_renderer()) for label in figure.axes[0].get_xticklabels()]

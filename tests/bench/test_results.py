@@ -28,6 +28,13 @@ def test_comparisons_are_told_apart_by_work_and_setting() -> None:
     assert [work for work, _ in found[2:]] == [f"attention, {size} tokens" for size in (1024, 2048, 4096)]
 
 
+def test_a_digest_tells_results_apart() -> None:
+    results, other = made_up_results(), made_up_results()
+    assert results.digest == other.digest
+    other.measurements.pop()
+    assert results.digest != other.digest
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone/results\.json cannot be written"):
         made_up_results().save(tmp_path / "gone" / "results.json")

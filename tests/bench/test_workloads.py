@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 
-from slicemod.bench.peers import FULL, SDPA, find_peers
-from slicemod.bench.workloads import CallWork, LayerWork, UnetWork, find_works
+from slicemod.bench.peers import FULL, SDPA
+from slicemod.bench.workloads import LayerWork, UnetWork, find_works
 from slicemod.user_error import UserError
 from tests.bench.tiny import CALL, CROSS, SELF, every_work, write_unet
 
@@ -34,28 +33,6 @@ def test_what_float64_says_is_what_every_row_gives(tmp_path: Path) -> None:
                 found = module.get_submodule(check.path)(*check.args)
             assert check.wanted.dtype == torch.float64
             torch.testing.assert_close(found[..., check.rows, :], check.wanted, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("mask", ["bool", "additive"])
-def test_a_masked_call_is_checked_with_its_mask(mask: Literal["bool", "additive"]) -> None:
-    work = CallWork(61, 2, 11, mask)
-    inputs = tuple(_double(given) for given in work.inputs())
-    for peer in (FULL, SDPA, *find_peers(["slicemod"], "1MiB")):
-        module, check = work.computed_by(peer, work.build()), work.exact(work.build(), inputs)[0]
-        assert module is not None
-        torch.testing.assert_close(module(*check.args)[..., check.rows, :], check.wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_calls_are_those_that_not_every_fused_kernel_takes() -> None:
-    works = find_works(["calls"], [64, 128], batch=1, largest=1)
-    assert [(work.name, work.attention()[0][0].queries) for work in works] == [
-        ("attention, 8 heads of 40, bool mask, 64 px", 64),
-        ("attention, 8 heads of 40, bool mask, 128 px", 256),
-        ("attention, 8 heads of 40, additive mask, 64 px", 64),
-        ("attention, 8 heads of 40, additive mask, 128 px", 256),
-        ("attention, 1 heads of 512, 64 px", 64),
-        ("attention, 1 heads of 512, 128 px", 256),
-    ]
 
 
 def _double(given: object) -> object:

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 
 from slicemod.bench import timing
+from slicemod.bench.calls import plain_call
 from slicemod.bench.comparing import LeftOut, Measurement, Setting
 from slicemod.bench.results import Results
-from slicemod.bench.workloads import CallWork, LayerWork, UnetWork, Work
+from slicemod.bench.work import Work
+from slicemod.bench.workloads import LayerWork, UnetWork
 
 INFERENCE, TRAINING = Setting("float32", "inference"), Setting("float32", "training")
 
 SELF = LayerWork("self", 72, 1, 67, 26, 2, 13)
 CROSS = LayerWork("cross", 72, 2, 53, 26, 2, 13, (7, 19))
-CALL = CallWork(61, 2, 11)
+CALL = plain_call(61, 2, 11)
 
 
 def measure_little(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +58,7 @@ def measurement(series: str, size: int, peer: str, seconds: float, peak: int, un
 
 
 def made_up_results() -> Results:
-    """Two peers on a layer at two sizes, and on bare calls of two sizes; one left out."""
+    """Three peers on a layer at two sizes, two on bare calls of three sizes; one left out."""
     machine = {
         "date": "2026-01-01",
         "device": "cpu",
@@ -67,7 +69,7 @@ def made_up_results() -> Results:
         "half_precision": ["avx512_bf16", "amx_bf16"],
         "free_memory": 5,
         "system": "Linux",
-        "versions": {"python": "3.11", "torch": "2.14"},
+        "versions": {"python": "3.11", "slicemod": "0.1", "torch": "2.14"},
     }
     rows = [
         measurement("layer", size, peer, seconds * size, peak * size)
@@ -75,7 +77,8 @@ def made_up_results() -> Results:
         for peer, seconds, peak in (("sdpa", 0.1, 9000), ("slicemod", 0.09, 7000), ("full", 0.3, 90_000))
     ]
     rows += [
-        measurement("attention", size, "sdpa", 1e-9 * size**2 * pace, 8000, "tokens")
+        measurement("attention", size, peer, 1e-9 * size**2 * pace, 8000, "tokens")
         for size, pace in ((1024, 1.0), (2048, 1.1), (4096, 0.9))
+        for peer in ("sdpa", "slicemod")
     ]
     return Results(["--quick"], machine, rows, [LeftOut("layer, 256 px", INFERENCE, "xformers", "is not installed")])
