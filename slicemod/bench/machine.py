@@ -15,6 +15,7 @@ import torch
 
 import slicemod
 from slicemod.kernels.native.build import native_obstacle
+from slicemod.kernels.table_in_use import BUILT_IN, NO_TABLE, table_in_use
 from slicemod.memory.free_memory import free_memory
 
 _PACKAGES = (
@@ -47,6 +48,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "half_precision": [name for name, there in torch.cpu.get_capabilities().items() if there and name in _PRODUCTS],
         "native_obstacle": native_obstacle(),
+        "kernels_by": _kernels_by(),
         "free_memory": free_memory(device),
         "system": platform.platform(),
         "versions": {
@@ -71,6 +73,14 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     if any(letter.isdigit() for letter in name) or "model" not in told:
         return name
     return f"{name} of family {told['cpu family']}, model {told['model']}"
+
+
+def _kernels_by() -> str | None:
+    """Which table the CPU's kernels are chosen by; None without the native kernel, where there is none to choose."""
+    table, source = table_in_use()
+    if table is NO_TABLE:
+        return None
+    return f"{BUILT_IN} table" if source == BUILT_IN else f"table measured {table.measured}"
 
 
 def _commit(package: Path) -> str:

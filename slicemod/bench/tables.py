@@ -70,7 +70,8 @@ def versions(results: Results) -> str:
     """Of what the figures depend on, and the day."""
     found = results.machine["versions"]
     named = [f"{name} {found[name]}" for name in ("slicemod", "torch", "diffusers") if name in found]
-    return ", ".join([*named, results.machine["date"]])
+    by = results.machine.get("kernels_by")  # which older results lack
+    return ", ".join([*named, *([f"kernels by the {by}"] if by else []), results.machine["date"]])
 
 
 def _growths(results: Results) -> Iterator[tuple[str, list[tuple[str, ...]]]]:

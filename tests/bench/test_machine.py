@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import slicemod
-from slicemod.bench.machine import _commit, processor_name, describe_machine
+from slicemod.bench.machine import _commit, describe_machine, processor_name
+from slicemod.kernels.table_in_use import BUILT_IN, NO_TABLE, using_table
 
 XEON = "processor : 0\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R) Processor\n\nprocessor : 1\n"
 
@@ -34,6 +36,17 @@ def test_the_machine_names_its_versions() -> None:
 def test_a_name_without_a_number_gets_family_and_model(text: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     assert processor_name(tmp_path / "cpuinfo") == name
+
+
+def test_a_run_says_which_table_its_kernels_were_chosen_by() -> None:
+    cpu = torch.device("cpu")
+    for table, source, said in (
+        (replace(NO_TABLE, measured="2026-01-02"), "a file", "table measured 2026-01-02"),
+        (replace(NO_TABLE, measured="2026-01-02"), BUILT_IN, "built-in table"),
+        (NO_TABLE, "no native kernel, no table", None),
+    ):
+        with using_table(table, source):
+            assert describe_machine(cpu)["kernels_by"] == said
 
 
 def test_a_checkout_names_its_commit_and_whether_the_package_was_changed(tmp_path: Path) -> None:

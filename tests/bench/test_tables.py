@@ -50,6 +50,12 @@ def test_the_machine_is_named() -> None:
     assert "200 GFLOP/s in float32" in line
 
 
+def test_the_table_that_kernels_are_chosen_by_is_named() -> None:
+    results = made_up_results()
+    results.machine["kernels_by"] = "built-in table"
+    assert "torch 2.14, kernels by the built-in table, 2026-01-01" in machine_line(results)
+
+
 def test_a_machine_without_the_native_kernel_says_why() -> None:
     results = made_up_results()
     results.machine["native_obstacle"] = "SLICEMOD_NATIVE is 0"
