@@ -47,6 +47,21 @@ def test_tables_json_and_pictures_say_the_same(
     assert capsys.readouterr().out.strip().splitlines()[:20] == first.strip().splitlines()[:20]
 
 
+def test_calls_that_only_train_are_not_measured_in_inference(tmp_path: Path) -> None:
+    out = tmp_path / "calls.json"
+    few = ["--resolution", "64", "--rounds", "1", "--peers", "slicemod"]
+    assert run(["bench", "--work", "calls", *few, "--json", str(out)]) == 0
+    results = load_results(out)
+    assert results.left_out == []
+    modes: dict[str, set[str]] = {}
+    for row in results.measurements:
+        modes.setdefault(row.series, set()).add(row.setting.mode)
+    assert len(modes) == 9
+    assert {series for series, found in modes.items() if found == {"training"}} == {
+        "mask with a gradient, 8x64", "dropout of a tenth, 8x64"
+    }  # fmt: skip
+
+
 def test_growth_measures_bare_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "growth.json"
     assert run(["bench", "--growth", "--tokens", "61", "127", "--rounds", "1", "--json", str(out)]) == 0
