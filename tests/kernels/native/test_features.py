@@ -98,6 +98,23 @@ def test_keys_that_are_hidden_first_or_in_whole_rows_weigh_what_sdpa_gives_them(
     assert_as_exact_as_sdpa(by_native, inputs)
 
 
+@pytest.mark.parametrize("visible", [1, 29, 300, 1531])
+@pytest.mark.parametrize("as_numbers", [False, True])
+def test_padding_at_the_end_of_a_text_is_left_out(dtype: torch.dtype, visible: int, as_numbers: bool) -> None:
+    seen = torch.zeros(2, 1, 1, 1531, dtype=torch.bool)
+    seen[0, ..., :visible] = True
+    seen[1, ..., :7] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf).to(dtype) if as_numbers else seen
+    inputs = layer_inputs(dtype, queries=293, keys=1531, width=40, mask=mask)
+    assert_as_exact_as_sdpa(by_native, inputs)
+
+
+def test_a_text_of_padding_alone_gives_zeros(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype, mask=torch.zeros(2, 1, 1, 53, dtype=torch.bool))
+    for result in results(by_native, inputs.leaves(), layer_like(2, 3, 61, 11, dtype)).values():
+        assert not result.any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mask_that_is_a_view_gives_what_its_numbers_give(kind: Any) -> None:
     inputs = layer_inputs(queries=31, keys=29, mask=kind((2, 3, 31, 29)))
@@ -256,6 +273,7 @@ def test_the_peak_is_what_the_plan_says(
 @pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
 def test_auto_takes_it_with_masks_too(kind: str) -> None:
     inputs = featured(torch.bfloat16, kind, (521, 523), (40, 40), None)
-    plan = inputs.run(planned_attention)[1]  # type: ignore[arg-type]
+    more = {"is_causal": kind == "causal"}
+    plan = planned_attention(inputs.query, inputs.key, inputs.value, inputs.mask, **more)[1]
     assert plan is not None
     assert plan.kernel == "native"

@@ -103,8 +103,9 @@ void backward(const Call &call, void *grad_output, const Inputs &inputs, const R
         }
         QueryHead<Element> query_head(Index b, Index h) const {
             const Index head = b * call.sizes.heads + h;
+            const Mask mask = mask_of(call, inputs.mask, call.mask, call.sizes.keys, b, h);
             return {matrix(inputs.query, call.query, b, h, call.sizes.head_dim), grad(b, h),
-                    mask_of(call, inputs.mask, call.mask, call.sizes.keys, b, h), dropout_of(call, inputs.seed, head),
+                    mask, keys_before_padding(mask, call.sizes.keys), dropout_of(call, inputs.seed, head),
                     kept_of(results.row_sums, call.sizes, head), delta + head * call.sizes.queries};
         }
         void settle(Index b, Index h, const float *sums, Index parts) const {

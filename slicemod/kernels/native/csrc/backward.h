@@ -24,6 +24,7 @@ template <class Element>
 struct QueryHead {
     Matrix<Element> query, grad_output;
     Mask mask;
+    Index keys;  // before the padding
     Dropout dropout;
     RowSums kept;
     const float *delta;
@@ -199,11 +200,14 @@ struct Backward {
                 std::fill(all + i * of.width + of.queries, all + (i + 1) * of.width, 0.0f);
     }
 
-    // How many keys of a block some queries see, in whole steps.
-    Index seen(Index padded, Index from, Index start, Index rows) const {
-        if (!call.causal) return padded;
-        return std::min(padded, round_up(std::max<Index>(start + rows - from, 0), Mode::step));
+    // How many keys of the block from number `from` on some queries of a head see, in whole steps.
+    template <class Element>
+    Index seen(const QueryHead<Element> &head, Index padded, Index from, Index start, Index rows) const {
+        const Index end = call.causal ? std::min(start + rows, head.keys) : head.keys;
+        return std::min(padded, round_up(std::max<Index>(end - from, 0), Mode::step));
     }
+    // Whether queries may leave out keys. Their sums then start as zeros; otherwise the first product stores its result.
+    bool leaves_out() const { return call.causal || (call.masked() && call.mask.row == 0); }
 
     // The gradients of the keys of one unit, and what these keys add to the gradients of all queries. `head_of(i)` is
     // number i of the heads of queries that share the keys.
@@ -213,14 +217,13 @@ struct Backward {
                        const Matrix<Element> &grad_value, Index part) const {
         constexpr Index per_lane = Mode::per_lane;
         const Index begin = key_blocks() * part / parts, end = key_blocks() * (part + 1) / parts;
-        // Causal queries leave out keys, so sums start as zeros. Otherwise the first product stores its result.
-        if (call.causal) std::fill(grad_query, grad_query + sizes.group() * grad_query_floats(), 0.0f);
+        if (leaves_out()) std::fill(grad_query, grad_query + sizes.group() * grad_query_floats(), 0.0f);
         for (Index key_block = begin; key_block < end; key_block++) {
             const Index from = key_block * keys, count = std::min(keys, sizes.keys - from);
             const Index padded = round_up(count, Mode::step), key_lanes = padded / per_lane;
             pack_keys(space, key, value, from, count, padded);
             pack_transposed<Mode>(space.key_transposed, head_columns, key, from, count, padded);
-            bool add = call.causal;
+            bool add = leaves_out();
             if (add) {
                 std::fill(space.grad_key, space.grad_key + padded * head_columns, 0.0f);
                 std::fill(space.grad_value, space.grad_value + padded * value_columns, 0.0f);
@@ -230,7 +233,7 @@ struct Backward {
                 float *grad_of_head = grad_query + number * grad_query_floats();
                 for (Index start = 0; start < sizes.queries; start += queries) {
                     const Index rows = std::min(queries, sizes.queries - start), width = round_up(rows, Mode::step);
-                    const Index some_keys = seen(padded, from, start, rows), lanes = width / per_lane;
+                    const Index some_keys = seen(head, padded, from, start, rows), lanes = width / per_lane;
                     if (!some_keys) continue;
                     pack_queries(space, head, start, rows, width);
                     pack_lanes<Mode>(space.query_lanes, head_columns, head.query, start, rows, width);
@@ -247,7 +250,7 @@ struct Backward {
                     }
                     Mode::multiply({grad_of_head + start * head_columns, width, space.key_transposed, key_lanes,
                                     space.grad_score_lanes, head_columns, width, some_keys / per_lane,
-                                    call.causal || key_block > begin, 0, key_lanes});
+                                    leaves_out() || key_block > begin, 0, key_lanes});
                     add = true;
                 }
             }
@@ -319,7 +322,7 @@ struct Backward {
     void add_grad_scores(const Space &space, const QueryHead<Element> &head, Index from, Index count,
                          Index start) const {
         const Index rows = std::min(queries, sizes.queries - start), width = round_up(rows, Mode::step);
-        const Index some_keys = seen(round_up(count, Mode::step), from, start, rows);
+        const Index some_keys = seen(head, round_up(count, Mode::step), from, start, rows);
         if (!some_keys) return;
         pack_queries(space, head, start, rows, width);
         for (Index row = 0; row < some_keys; row += strip) {

@@ -192,7 +192,8 @@ struct Forward {
         std::fill(space.sums, space.sums + padded_rows * kWidth, 0.0f);
         bool far = false;
         const Index keys_of_strip = ceil_div(keys, ceil_div(padded_rows, strip));
-        const Index all_keys = call.causal ? std::min(sizes.keys, start + rows) : sizes.keys;
+        Index all_keys = keys_before_padding(head.mask, sizes.keys);
+        if (call.causal) all_keys = std::min(all_keys, start + rows);
         for (Index from = 0; from < all_keys; from += keys) {
             const Index count = std::min(keys, all_keys - from);
             const Index padded = round_up(count, Mode::step), lanes = padded / Mode::per_lane;

@@ -53,6 +53,22 @@ inline Mask mask_of(const Call &call, void *data, const Strides &strides, Index 
     return {start, call.mask_element, strides.row, strides.column, columns};
 }
 
+// The number of keys before the padding: keys at the end that the mask hides from every query. It is known without a
+// look at the whole mask if all queries share it, as masks of padded texts do. It is at least 1.
+inline Index keys_before_padding(const Mask &mask, Index keys) {
+    if (!mask.data || mask.row_stride != 0) return keys;
+    Index end = keys;
+    mask.visit([&](const auto &numbers) {
+        for (bool hidden = true; end > 1 && hidden;) {
+            alignas(64) float some[kWidth];
+            const Index start = std::max<Index>(end - kWidth, 0);
+            store(some, numbers.floats(0, start));
+            while (end > 1 && end > start && (hidden = some[end - 1 - start] == -INFINITY)) end--;
+        }
+    });
+    return end;
+}
+
 // A part of the scores: of some queries from number `query` on, and some keys from number `key` on.
 struct Part {
     float *scores;
