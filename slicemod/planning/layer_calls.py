@@ -4,6 +4,9 @@ In inference a swapped layer of attention projects and attends in parts (`slicem
 feed-forward takes some tokens at a time. There are more or fewer parts at another resolution. So the stand-ins compute
 nothing. They mark places in the timeline: for attention before the layer's output exists, where a layer works that is
 computed as a whole, and after it, where one in parts does; for a feed-forward after its output exists.
+
+In training a feed-forward keeps its input alone, and works once more when the gradients exist. Layers of attention run
+as they are, or once more in the backward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slicemod.call import AttentionShape, CallSpec, upcasts
 from slicemod.feed_forward.plan import FeedForwardShape
@@ -74,26 +79,23 @@ class LayerStandIn:
         recorder: is told when a layer works.
         device_type: that the step is planned for.
         calls: of the step, to which those of the layers are added.
+        training: the step needs gradients. Then only feed-forwards have stand-ins.
     """
 
-    def __init__(self, recorder: MemoryRecorder, device_type: str, calls: list[Any]) -> None:
-        self._recorder, self._device_type, self._calls = recorder, device_type, calls
+    def __init__(self, recorder: MemoryRecorder, device_type: str, calls: list[Any], *, training: bool = False) -> None:
+        self._recorder, self._device_type, self._calls, self._training = recorder, device_type, calls, training
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
         """Each layer's `forward` is a stand-in meanwhile."""
-        layers = [module for module in model.modules() if _is_plain_layer(module)]
-        for layer in layers:
-            layer.forward = self._attention(layer)
-        feed_forwards = [module for module in model.modules() if type(module).__name__ == "FeedForward"]
-        for layer in feed_forwards:
-            layer.forward = self._feed_forward(layer)
-        layers += feed_forwards
-        try:
+        forwards = {}
+        for module in model.modules():
+            if type(module).__name__ == "FeedForward":
+                forwards[module] = self._trained(module) if self._training else self._feed_forward(module)
+            elif not self._training and _is_plain_layer(module):
+                forwards[module] = self._attention(module)
+        with _forwards(forwards):
             yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
     def _feed_forward(self, layer: Any) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -101,6 +103,18 @@ class LayerStandIn:
             output = hidden_states.new_empty(*hidden_states.shape[:-1], sizes.out)
             tokens = hidden_states.numel() // hidden_states.shape[-1]
             self._work(sizes.shape(tokens, hidden_states.element_size()))
+            return output
+
+        return forward
+
+    def _trained(self, layer: Any) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+            sizes, weights = sizes_of(layer.net), list(layer.parameters())
+            tokens = hidden_states.numel() // hidden_states.shape[-1]
+            trains_weights = any(weight.requires_grad for weight in weights)
+            size = hidden_states.element_size()
+            shape = sizes.shape(tokens, size, training=True, trains_weights=trains_weights)
+            output: Tensor = _Trained.apply(lambda: self._work(shape), sizes.out, hidden_states, *weights)
             return output
 
         return forward
@@ -124,6 +138,50 @@ class LayerStandIn:
     def _work(self, call: LayerCall | FeedForwardShape) -> None:
         self._calls.append(call)
         self._recorder.work(len(self._calls) - 1)
+
+
+class _Trained(torch.autograd.Function):
+    """A feed-forward that keeps its input, and works in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Callable[[], None], out: int, tokens: Tensor, *weights: Tensor) -> Tensor:
+        output = tokens.new_empty(*tokens.shape[:-1], out)
+        work()
+        ctx.work = work
+        ctx.save_for_backward(tokens, *weights)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        gradients = [torch.empty_like(given) if needed else None for given, needed in wanted]
+        ctx.work()
+        return None, None, *gradients
+
+
+@contextmanager
+def recomputed_layers(model: nn.Module) -> Iterator[None]:
+    """The attention layers of diffusers keep their inputs alone meanwhile, as with `checkpoint="layer"`."""
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Attention"]
+
+    def recomputed(layer: Any) -> Callable[..., Tensor]:
+        forward = layer.forward
+        return lambda *given, **named: checkpoint(forward, *given, use_reentrant=False, **named)
+
+    with _forwards({layer: recomputed(layer) for layer in layers}):
+        yield
+
+
+@contextmanager
+def _forwards(forwards: dict[Any, Callable[..., Tensor]]) -> Iterator[None]:
+    """These modules have these methods meanwhile."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def _is_plain_layer(module: Any) -> bool:

@@ -30,6 +30,8 @@ class PictureKind:
         cached: in training, latents and embeddings are made beforehand, as `slicemod fit` does it. Otherwise text
             encoders and autoencoder stay loaded and run in every step.
         checkpoint_blocks: in training, with the model's own gradient checkpointing.
+        feed_forward: in training, with feed-forwards in slices, as `swap_attention(unet, feed_forward=True)` has them.
+            In inference slicemod's way always has them.
         offload: "none", or "model" or "sequential", which are diffusers' `enable_model_cpu_offload` and
             `enable_sequential_cpu_offload`: one part is loaded at a time, or one layer.
 
@@ -44,6 +46,7 @@ class PictureKind:
     cached: bool = True
     checkpoint_blocks: bool = False
     offload: Offload = "none"
+    feed_forward: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", (None, *DTYPES)), ("device", DEVICES), ("offload", get_args(Offload))):
@@ -55,6 +58,11 @@ class PictureKind:
         if self.checkpoint_blocks and not self.train:
             raise UserError(
                 "--checkpoint-blocks: expected together with --train; got it alone. Add --train or leave it."
+            )
+        if self.feed_forward and not self.train:
+            raise UserError(
+                "--feed-forward: expected together with --train, since inference always has them; got it alone. Add "
+                "--train or leave it."
             )
         if not self.cached and not self.train:
             raise UserError("--uncached: expected together with --train; got it alone. Add --train or leave it.")

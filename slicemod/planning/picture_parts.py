@@ -16,6 +16,7 @@ from slicemod.planning.step_peaks import WAYS, StepPlanner, Way
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.transformers import TransformerSource
 from slicemod.planning.unet_step import StepKind
+from slicemod.user_error import UserError
 
 _AMPLE = 2**62  # bytes; each plan is told its memory
 
@@ -113,6 +114,11 @@ def parts_of(
         slicing: of slicemod's attention.
         progress: is told what is being done if that takes seconds.
     """
+    if kind.train and is_transformer(model) and (kind.feed_forward or slicing.recomputes_layers):
+        raise UserError(
+            f"--feed-forward, --checkpoint-layers: expected a UNet, whose layers swap_attention knows; got "
+            f"{model.denoiser.class_name}. Leave them."
+        )
     step = kind.step(model.denoiser)
     alone = step._replace(batch=1, training=False, checkpoint_blocks=False)
 
@@ -131,7 +137,8 @@ def parts_of(
         images = alone._replace(batch=step.batch)
         encodes = model.autoencoder._replace(encodes=True)
         yield _part("VAE encoding", traced("VAE encoding", encodes, images, swapped=True))
-        yield _part(f"{denoiser}, training", traced(denoiser, model.denoiser, step), is_denoiser=True)
+        planner = traced(denoiser, model.denoiser, step, swapped=kind.feed_forward)
+        yield _part(f"{denoiser}, training", planner, is_denoiser=True)
         return
     yield _part(
         f"{denoiser}, a step",
@@ -146,7 +153,10 @@ def parts_of(
 
 def sliced_parts(model: PictureModel, kind: PictureKind, slicing: SliceConfig) -> str:
     """What is in slices in slicemod's way."""
-    if kind.train or model.autoencoder.class_name != "AutoencoderKL":
+    if kind.train:
+        layers = "layers" if slicing.recomputes_layers else "attention"
+        return f"{layers} and feed-forwards" if kind.feed_forward and slicing.checkpoint else layers
+    if model.autoencoder.class_name != "AutoencoderKL":
         return "attention"
     layers_are_whole = kind.offload == "sequential" or slicing.kernel == "math"
     return "attention and VAE" if is_transformer(model) or layers_are_whole else "layers, feed-forwards and VAE"

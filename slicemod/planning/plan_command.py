@@ -43,10 +43,17 @@ def run(arguments: Sequence[str]) -> int:
         cached=not options.uncached,
         checkpoint_blocks=options.checkpoint_blocks,
         offload=options.offload,
+        feed_forward=options.feed_forward,
     )
+    if options.checkpoint_layers and not options.train:
+        raise UserError("--checkpoint-layers: expected together with --train; got it alone. Add --train or leave it.")
     _check_picture(options.plot)
     try:
-        slicing = SliceConfig(policy=options.policy, kernel=options.kernel)
+        slicing = SliceConfig(
+            policy=options.policy,
+            kernel=options.kernel,
+            checkpoint="layer" if options.checkpoint_layers else True,
+        )
     except ValueError as error:
         raise UserError(f"--{error}") from error
     memory = bytes_given("--memory", options.memory, torch.device(options.device))
@@ -89,7 +96,7 @@ def _plan_step(options: Namespace, kind: PictureKind, slicing: SliceConfig, memo
     step = kind.step(source)
     title = _title(options, step, source)
     with Console(stderr=True).status("") as status:
-        planner = StepPlanner(source, step, memory, slicing, status.update)
+        planner = StepPlanner(source, step, memory, slicing, status.update, swapped=kind.feed_forward)
         status.update("looking for the largest resolutions")
         plans = [planner.plan(pixels) for pixels in options.resolution]
         limits = {way: planner.largest(way) for way in planner.ways}
@@ -113,13 +120,15 @@ def _plan_step(options: Namespace, kind: PictureKind, slicing: SliceConfig, memo
 
 def _title(options: Namespace, step: StepKind, source: StepSource, what: str = "") -> str:
     blocks = ", blocks checkpointed" if step.checkpoint_blocks else ""
+    layers = ", layers checkpointed" if options.checkpoint_layers else ""
+    feed_forward = ", feed-forwards in slices" if options.feed_forward else ""
     cached = ", latents and text not cached" if options.uncached else ""
     task = f"training{blocks}{cached}" if step.training else "inference"
     video = f", {source.frames} frames" if source.frames > 1 else ""
     offload = f", offload {options.offload}" if options.offload != "none" else ""
     return (
         f"{what}{options.model}, {task}, batch {step.batch}{video}, {_dtype_name(step)}, on {step.device_type} "
-        f"(simulated){offload}; slicemod: policy {options.policy}, kernel {options.kernel}"
+        f"(simulated){offload}; slicemod: policy {options.policy}, kernel {options.kernel}{layers}{feed_forward}"
     )
 
 

@@ -82,6 +82,16 @@ def parser(name: str = "plan") -> ArgumentParser:
     options.add_argument(
         "--checkpoint-blocks", action="store_true", help="train with the model's own gradient checkpointing"
     )
+    options.add_argument(
+        "--checkpoint-layers",
+        action="store_true",
+        help="train with slicemod's checkpoint='layer', which keeps the inputs of attention layers alone",
+    )
+    options.add_argument(
+        "--feed-forward",
+        action="store_true",
+        help="train with slicemod's feed-forwards in slices; inference always has them",
+    )
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the largest image against the memory")
     options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return options

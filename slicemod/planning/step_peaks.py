@@ -75,7 +75,7 @@ class StepPlanner:
         slicing: policy and kernel of slicemod's attention. Its budget is replaced by what the rest of the step leaves.
         progress: is told what is being done if that takes seconds.
         swapped: slicemod's way is `swap_attention(feed_forward=True)` or `swap_vae`, which compute layers in parts in
-            inference. Otherwise it is the attention alone.
+            inference. Otherwise it is the attention alone, and what `slicing` says of the layers in training.
 
     Raises:
         UserError: `source` describes no model.
@@ -111,9 +111,9 @@ class StepPlanner:
         if swapped and isinstance(source, AutoencoderSource):
             self._strips = strip_layers(source, kind.dtype)
             self._input_pixels = 1 if source.encodes else source.latent_pixels
-        # A layer is left whole in training, where the user decides about slices, and where its weights come and go.
-        elif swapped and not (kind.training or kind.streams_weights or slicing.kernel == "math" or slicing.steps):
-            self._swapped = [trace_step(source, kind._replace(swapped=True), edge) for edge in self._pixels]
+        else:
+            swaps = _swaps(kind, slicing, swapped=swapped)
+            self._swapped = [trace_step(source, swaps, edge) for edge in self._pixels] if swaps != kind else []
         if not self._traced[0].timeline.has_the_rows_of(self._traced[1].timeline):
             raise UserError(
                 "model: expected one that runs the same operators at every resolution; got one that does not. Name "
@@ -191,9 +191,7 @@ class StepPlanner:
 
     def _plan(self, pixels: int) -> ResolutionPlan:
         timeline, calls = self.at(pixels)
-        training, fused = self.kind.training, kernel_named("fused")
-        kept = [fused.kept_bytes(call.shape, training=training) if not fused.obstacle(call) else 0 for call in calls]
-        budget = self.memory - timeline.held_at_attention([AttentionCost(size, 0) for size in kept])
+        budget = self.memory - timeline.held_at_attention([AttentionCost(self._kept_bytes(call), 0) for call in calls])
         answers = {call: self._answer(call, budget) for call in set(calls)}
         plans = [plan for call in calls if isinstance(plan := answers[call], SlicePlan)]
         costs: dict[Way, list[AttentionCost]] = {}
@@ -217,10 +215,18 @@ class StepPlanner:
             {way: peak for way, peak in peaks.items() if peak is not None},
         )
 
+    def _kept_bytes(self, call: Any) -> int:
+        """What PyTorch's fused kernel would keep of the call for the backward pass."""
+        fused = kernel_named("fused")
+        if not isinstance(call, CallSpec) or fused.obstacle(call):
+            return 0
+        return fused.kept_bytes(call.shape, training=self.kind.training)
+
     def _plan_swapped(self, pixels: int) -> tuple[int, StepPeak | None]:
         """The budget that the rest of the step leaves to swapped layers, and the peak; None if they do not fit."""
         step = self._between(self._swapped, pixels)
-        budget = self.memory - step.timeline.held_at_attention([AttentionCost(0, 0)] * len(step.calls))
+        kept = [AttentionCost(self._kept_bytes(call), 0) for call in step.calls]
+        budget = self.memory - step.timeline.held_at_attention(kept)
         # Attention gets what the projections of the layer leave, and all layers the same.
         budget -= max((call.held for call in step.calls if isinstance(call, LayerCall)), default=0)
         costs = {call: self._swapped_cost(call, budget) for call in set(step.calls)}
@@ -253,8 +259,10 @@ class StepPlanner:
         if attention is None:
             return AttentionCost(0, 0)
         plan = self._answer(attention, budget)
-        held = call.held if isinstance(call, LayerCall) else 0
-        return AttentionCost(0, held + plan.peak_bytes) if isinstance(plan, SlicePlan) else None
+        if not isinstance(plan, SlicePlan):
+            return None
+        cost = planned_attention_cost(attention, plan)
+        return cost._replace(working=cost.working + (call.held if isinstance(call, LayerCall) else 0))
 
     def _feed_forward_cost(self, call: FeedForwardShape, budget: int) -> AttentionCost | None:
         try:
@@ -275,3 +283,13 @@ class StepPlanner:
             return choose(call, replace(self.slicing, budget=budget), budget)
         except NotEnoughMemoryError as error:
             return error
+
+
+def _swaps(kind: StepKind, slicing: SliceConfig, *, swapped: bool) -> StepKind:
+    """The step of a swapped UNet; the kind itself, if its layers are left whole.
+
+    So they are in inference where the user decides how attention is sliced, and where their weights come and go.
+    """
+    if kind.training:
+        return kind._replace(swapped=swapped and bool(slicing.checkpoint), recomputes_layers=slicing.recomputes_layers)
+    return kind._replace(swapped=swapped and not (kind.streams_weights or slicing.kernel == "math" or slicing.steps))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slicemod.call import CallSpec
 from slicemod.planning.attention_stand_in import AttentionStandIn
 from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
-from slicemod.planning.layer_calls import LayerCall, LayerStandIn
+from slicemod.planning.layer_calls import LayerCall, LayerStandIn, recomputed_layers
 from slicemod.planning.memory_timeline import MemoryRecorder, Timeline
 from slicemod.planning.step_source import StepSource
 from slicemod.torch_internals import tree_leaves
@@ -31,7 +31,9 @@ class StepKind(NamedTuple):
         checkpoint_blocks: the model's own gradient checkpointing is on.
         streams_weights: each layer's weights are loaded when it runs and taken away after it, as accelerate's
             sequential offloading does.
-        swapped: in inference, the layers of diffusers' UNets are swapped, and are left to their plans as attention is.
+        swapped: the layers of diffusers' UNets are swapped, and are left to their plans as attention is. In training
+            only the feed-forwards are.
+        recomputes_layers: in training, attention layers are computed once more in the backward pass.
     """
 
     dtype: torch.dtype
@@ -41,6 +43,7 @@ class StepKind(NamedTuple):
     checkpoint_blocks: bool = False
     streams_weights: bool = False
     swapped: bool = False
+    recomputes_layers: bool = False
 
 
 class TracedStep(NamedTuple):
@@ -103,7 +106,8 @@ def trace_step(source: StepSource, kind: StepKind, pixels: int) -> TracedStep:
             learns_variance = predicted.shape != target.shape  # it predicts twice as many channels
             return F.mse_loss(predicted.chunk(2, dim=1)[0] if learns_variance else predicted, target)
 
-        return trace_training(model, loss, kind.device_type, [*given, target])
+        with recomputed_layers(model) if kind.recomputes_layers else nullcontext():
+            return trace_training(model, loss, kind.device_type, [*given, target], feed_forward=kind.swapped)
     return trace_inference(model, lambda: source.run(model, inputs), kind, given)
 
 
@@ -149,6 +153,8 @@ def trace_training(
     device_type: str,
     given: Sequence[Tensor] = (),
     mode: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - has no state
+    *,
+    feed_forward: bool = False,
 ) -> TracedStep:
     """Runs a training step of AdamW. It is not the first one: AdamW's state exists when it begins.
 
@@ -159,6 +165,7 @@ def trace_training(
         device_type: the device that is simulated.
         given: other tensors that exist already.
         mode: the mode of the fake tensors, which is entered for the step.
+        feed_forward: feed-forwards are swapped, and are left to their plans as attention is.
     """
     recorder = _recorder(device_type)
     stand_in = AttentionStandIn(recorder, device_type, training=True)
@@ -166,7 +173,8 @@ def trace_training(
     accumulated = [parameter.grad for parameter in parameters if parameter.grad is not None]
     held = _held_by(model)
     recorder.ignore([*held, *accumulated, *given])
-    with mode, recorder, stand_in.installed():
+    swapped = LayerStandIn(recorder, device_type, stand_in.calls, training=True).installed(model)
+    with mode, recorder, stand_in.installed(), swapped if feed_forward else nullcontext():
         value = loss()
         layers = len(stand_in.calls)
         torch.autograd.backward(value)

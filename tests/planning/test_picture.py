@@ -23,8 +23,9 @@ from slicemod.planning.prompt_encoders import KNOWN, PromptEncoderSource
 from slicemod.planning.step_peaks import StepPlanner
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.unet_step import StepKind
+from slicemod.planning.unets import UnetSource, find_unet
 from slicemod.user_error import UserError
-from tests.planning.test_unet_step import SMALL
+from tests.planning.test_unet_step import SMALL, unet_step
 from tests.training.tiny_stable_diffusion import write_text_encoder
 
 KL = {
@@ -91,6 +92,44 @@ def test_the_predicted_peak_of_a_swapped_unet_is_the_measured_one(budget: int) -
     print(f"{budget}: predicted {predicted.total - predicted.weights:,}, measured {measured:,}")
     assert predicted.total - predicted.weights == pytest.approx(measured, rel=0.02)
     assert predicted.total <= plan.peaks["fused"].total
+
+
+TINY = SMALL._replace(config={**SMALL.config, "block_out_channels": (64, 128)})
+LAYERS = {"checkpoint": "layer"}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("source", "pixels", "checkpoint_blocks", "feed_forward", "slicing"),
+    [
+        pytest.param(TINY, 256, False, True, {}, id="feed-forwards"),
+        pytest.param(TINY, 256, False, False, LAYERS, id="layers"),
+        pytest.param(TINY, 256, False, True, LAYERS, id="both"),
+        pytest.param(TINY, 256, True, True, LAYERS, id="both and blocks", marks=slow),
+        pytest.param(find_unet("sd15-top"), 256, False, True, {}, id="two levels of SD1.5, feed-forwards", marks=slow),
+        pytest.param(find_unet("sd15-top"), 256, False, True, LAYERS, id="two levels of SD1.5, both", marks=slow),
+    ],
+)
+def test_the_predicted_peak_of_training_a_swapped_unet_is_the_measured_one(
+    source: UnetSource, pixels: int, checkpoint_blocks: bool, feed_forward: bool, slicing: dict[str, Any]
+) -> None:
+    budget = 2**22 if source is TINY else 2**25
+    kind = StepKind(
+        torch.float32, 1 if source is TINY else 2, "cpu", training=True, checkpoint_blocks=checkpoint_blocks
+    )
+    ample = StepPlanner(source, kind, 2**40, SliceConfig(**slicing), swapped=feed_forward)
+    plan = ample.within(2**40 - ample.plan(pixels).budget + budget).plan(pixels)
+    predicted, fused = (plan.peaks[way].total - ample.weights - ample.optimizer for way in ("slicemod", "fused"))
+    unet = UNet2DConditionModel(**source.config).train()
+    if checkpoint_blocks:
+        unet.enable_gradient_checkpointing()
+    swap_attention(unet, {"budget": budget, **slicing}, feed_forward=feed_forward)
+    step = unet_step(unet, kind, source, pixels)
+    step()  # makes the optimizer's state
+    measured = peak_memory(step)
+    print(f"{pixels} {feed_forward=} {slicing}: predicted {predicted:,}, measured {measured:,}, unswapped {fused:,}")
+    assert predicted == pytest.approx(measured, rel=0.1)
+    assert predicted < fused
 
 
 def test_a_layer_in_parts_takes_less_than_one_as_a_whole() -> None:
@@ -289,6 +328,7 @@ def test_plan_picture_is_a_public_name_that_loads_diffusers_when_it_is_asked_for
         ({"device": "tpu"}, "--device: expected one of cuda, mps, cpu; got 'tpu'"),
         ({"offload": "disk"}, "--offload: expected one of none, model, sequential; got 'disk'"),
         ({"offload": "model", "train": True}, "--offload: expected none with --train"),
+        ({"feed_forward": True}, "--feed-forward: expected together with --train"),
         ({"cached": False}, "--uncached: expected together with --train"),
         ({"batch": 0}, "--batch: expected 1 or more"),
         ({"colour": 1}, "kind: expected fields of dtype, .*; got colour"),

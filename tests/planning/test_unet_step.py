@@ -36,7 +36,7 @@ SMALL = UnetSource(
 WIDE = SMALL._replace(config={**SMALL.config, "block_out_channels": (64, 256)})
 
 
-def _step(unet: Any, kind: StepKind, source: UnetSource, pixels: int) -> Callable[[], None]:
+def unet_step(unet: Any, kind: StepKind, source: UnetSource, pixels: int) -> Callable[[], None]:
     """One step on the CPU, of the weights that `unet` has."""
     edge = pixels // source.latent_pixels
     inputs = meta_inputs(unet, kind.dtype, kind.batch, edge, source.context_tokens)
@@ -64,7 +64,7 @@ def _predicted_and_measured(
     ample = StepPlanner(source, kind, 2**40, slicing)
     memory = 2**40 - ample.plan(pixels).budget + budget
     peaks = StepPlanner(source, kind, memory, slicing).plan(pixels).peaks
-    step = _step(unet, kind, source, pixels)
+    step = unet_step(unet, kind, source, pixels)
     use: dict[Way, Callable[[], object]] = {
         "full attention": lambda: unet.set_attn_processor(AttnProcessor()),
         "fused": lambda: unet.set_attn_processor(AttnProcessor2_0()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from slicemod.choose import plans_of
 from slicemod.kernels import kernel_named
 from slicemod.memory.sizes import size_text
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
+from slicemod.planning.layer_calls import recomputed_layers
 from slicemod.planning.memory_timeline import AttentionCost, StepPeak
 from slicemod.planning.plan_report import attention_table
 from slicemod.planning.step_peaks import TRACED_STEPS, LayerPlan
@@ -121,7 +123,9 @@ def _trace(model: StableDiffusion, trainer: pl.Trainer, device: torch.device, ba
             predicted = unet(**{**inputs, "sample": held[-1]}).sample
         return F.mse_loss(predicted.float(), target)
 
-    return trace_training(unet, loss, device.type, [target], mode)
+    recomputes = model.attention is not None and model.attention.recomputes_layers
+    with recomputed_layers(unet) if recomputes else nullcontext():
+        return trace_training(unet, loss, device.type, [target], mode)
 
 
 def _move(module: nn.Module, device: torch.device) -> None:

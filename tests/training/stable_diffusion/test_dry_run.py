@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -62,20 +61,20 @@ def test_a_dry_run_tells_the_plans_that_training_takes_and_trains_nothing(
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "model", "accumulated"),
+    ("name", "precision", "blocks", "checkpoint", "accumulated"),
     [
-        ("sd15_full.yaml", "32-true", {"block_checkpointing": False}, 1),
-        pytest.param("sd15_full.yaml", "bf16-mixed", {"block_checkpointing": True}, 2, marks=pytest.mark.slow),
-        pytest.param("sd21_v.yaml", "bf16-mixed", {"block_checkpointing": False}, 1, marks=pytest.mark.slow),
-        pytest.param(
-            "sd15_lora.yaml", "bf16-mixed", {"block_checkpointing": False}, 1, marks=(NEEDS_PEFT, pytest.mark.slow)
-        ),
+        ("sd15_full.yaml", "32-true", False, True, 1),
+        pytest.param("sd15_full.yaml", "32-true", False, "layer", 1, marks=pytest.mark.slow),
+        pytest.param("sd15_full.yaml", "bf16-mixed", True, True, 2, marks=pytest.mark.slow),
+        pytest.param("sd21_v.yaml", "bf16-mixed", False, True, 1, marks=pytest.mark.slow),
+        pytest.param("sd15_lora.yaml", "bf16-mixed", False, True, 1, marks=(NEEDS_PEFT, pytest.mark.slow)),
     ],
 )
 def test_the_predicted_peak_is_that_of_a_step(
     name: str,
     precision: str,
-    model: dict[str, Any],
+    blocks: bool,
+    checkpoint: bool | str,
     accumulated: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,7 +86,8 @@ def test_the_predicted_peak_is_that_of_a_step(
         name,
         write_tiny_model(tmp_path / kind, kind, channels=(32, 64)),  # oneDNN pads fewer to 16
         write_images(tmp_path / "images"),
-        model=model,
+        model={"block_checkpointing": blocks},
+        attention={"checkpoint": checkpoint},
         data={"resolution": 128, "max_ratio": 1.0, "val_count": 3},
         trainer={
             "max_steps": 1,
