@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from slicemod.kernels.outputs import empty_heads
-from slicemod.kernels.triton.launches import BackwardCall, Call, backward_launches, forward_launch
+from slicemod.kernels.triton.launches import BackwardCall, Call, Launch, backward_launches, forward_launch
 
 KIB = 1024
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that a program may have
@@ -73,10 +73,9 @@ class _Planned:
 def compiled(card: str, dtype: torch.dtype, width: int, features: str) -> tuple[Compiled, ...]:
     """The kernels of a training step of one layer, started as they would be, but for the start itself."""
     amd = card.startswith("gfx")
-    target = GPUTarget("hip", card, 64) if amd else GPUTarget("cuda", int(card.removeprefix("sm_")), 32)
-    driver.set_active(_Planned(target))
+    driver.set_active(_Planned(target_of(card)))
     found = []
-    for launch in _launches(card, dtype, width, features):
+    for launch in launches(card, dtype, width, features):
         made = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
         facts = _of_amd(made.asm["amdgcn"]) if amd else _of_nvidia(made.asm["cubin"])
         registers, spills, products, loads, wide = facts
@@ -85,7 +84,15 @@ def compiled(card: str, dtype: torch.dtype, width: int, features: str) -> tuple[
     return tuple(found)
 
 
-def _launches(card: str, dtype: torch.dtype, width: int, features: str) -> Iterator[Any]:
+def target_of(card: str) -> GPUTarget:
+    """What Triton compiles for."""
+    return (
+        GPUTarget("hip", card, 64) if card.startswith("gfx") else GPUTarget("cuda", int(card.removeprefix("sm_")), 32)
+    )
+
+
+def launches(card: str, dtype: torch.dtype, width: int, features: str) -> Iterator[Launch]:
+    """The kernels of a training step, ready to be started."""
     query, key, value, output, grad = (_layer_like(width, dtype) for _ in range(5))
     mask = {
         "bool": torch.empty(1, 1, _TOKENS, _TOKENS, dtype=torch.bool, device="meta"),

@@ -17,7 +17,9 @@ from tests.pairwise import pairwise
 if (reason := "Triton interprets here, and compiles nothing" if interpreted() else too_old()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from tests.kernels.triton.compiled import FEATURES, KIB, SHARED, WIDTHS, Compiled, compiled
+from triton.compiler.compiler import make_backend
+
+from tests.kernels.triton.compiled import FEATURES, KIB, SHARED, WIDTHS, Compiled, compiled, launches, target_of
 
 # Kernels that may keep registers in memory: how many instructions do, on which kind of card, and why.
 SPILLS = {
@@ -57,3 +59,17 @@ def test_kernels_keep_to_registers_and_shared_memory(card: str, width: int) -> N
 def test_so_do_those_of_other_dtypes_and_features(card: str, width: int, features: str, dtype: torch.dtype) -> None:
     for made in compiled(card, dtype, width, features):
         assert_sound(card, dtype, made)
+
+
+@pytest.mark.parametrize("setting", [None, "0"], ids=str)
+@pytest.mark.parametrize("card", ["sm_80", "gfx942"])
+def test_a_product_and_a_sum_are_one_instruction_whatever_triton_does_by_default(
+    card: str, setting: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.9 warns that its default will change; None stands for no setting."""
+    if setting is None:
+        monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", setting)
+    for launch in launches(card, torch.float16, 64, FEATURES[-1]):
+        assert make_backend(target_of(card)).parse_options(dict(launch.options)).enable_fp_fusion
