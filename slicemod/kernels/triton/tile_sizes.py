@@ -44,8 +44,8 @@ class _Line(NamedTuple):
 _AMD, _ANY, _WIDE = ("gfx",), ("",), 2**30
 _WARP_GROUPS = ("sm_9", "sm_10")  # four warps multiply together there, 64 rows or more at a time
 
-# All lines were chosen by what Triton 3.8 makes of them for sm_80, sm_86, sm_90, sm_100 and gfx942: registers that
-# suffice, shared memory that every card has. None was timed, as none ran on a GPU. The first line that fits holds.
+# All lines were chosen by what Triton 3.8 and 3.9 make of them for sm_80, sm_86, sm_90, sm_100 and gfx942: registers
+# that suffice, shared memory that every card has. None was timed, as none ran on a GPU. The first line that fits holds.
 _HALF = (
     _Line("forward", _AMD, 64, Tiles(128, 64, 64, 128, 4, 2)),
     _Line("forward", _AMD, 128, Tiles(64, 64, 128, 128, 4, 2)),
@@ -73,7 +73,7 @@ _FLOAT = (  # NVIDIA's tensor cores would round it, so products are unrolled, an
     _Line("query", _ANY, 64, Tiles(32, 32, 64, 128, 4, 2)),
     _Line("query", _AMD, _WIDE, Tiles(32, 32, 64, 64, 4, 1)),
     _Line("query", _ANY, _WIDE, Tiles(32, 32, 32, 64, 8, 1)),
-    _Line("keys", _ANY, 64, Tiles(32, 32, 64, 128, 4, 2)),
+    _Line("keys", _ANY, 64, Tiles(32, 32, 64, 128, 8, 2)),
     _Line("keys", _AMD, _WIDE, Tiles(32, 32, 64, 64, 4, 1)),
     _Line("keys", _ANY, _WIDE, Tiles(32, 32, 32, 32, 8, 1)),
 )

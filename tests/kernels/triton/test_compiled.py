@@ -24,7 +24,10 @@ from tests.kernels.triton.compiled import FEATURES, KIB, SHARED, WIDTHS, Compile
 # Kernels that may keep registers in memory: how many instructions do, on which kind of card, and why.
 SPILLS = {
     ("forward", torch.float32, "sm_"): (16, "with a mask, ptxas stops at 128 registers where it could take 255"),
-    ("mask_gradient", torch.float16, "sm_"): (16, "so it does for sm_100 with 512 channels"),
+    ("mask_gradient", torch.float16, "sm_"): (
+        20,
+        "so it does for sm_100 with 512 channels, Triton 3.9 for sm_86 with 80",
+    ),
 }
 
 
