@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 SPAN = 0.002  # seconds of one turn, at least: shorter ones measure the clock
 FEWEST, MOST = 9, 45  # pairs of turns
+LONGEST = 1.0  # seconds, after which no pair begins if there were enough
 TIE = 0.02  # a difference that is not worth another kernel
 
 Seconds = Callable[[Callable[[], object], int], float]
@@ -44,7 +45,7 @@ def duel(ours: Callable[[], object], theirs: Callable[[], object], seconds: Seco
     """The time of `ours` by that of `theirs`.
 
     They take turns, so that both meet the same load and clock rate. It stops as soon as one is certain to be faster,
-    or after `MOST` pairs.
+    or after `MOST` pairs or `LONGEST` seconds.
 
     >>> duel(lambda: sum(range(2000)), lambda: sum(range(500))).is_faster
     False
@@ -55,12 +56,14 @@ def duel(ours: Callable[[], object], theirs: Callable[[], object], seconds: Seco
     quickest = min(seconds(call, 2) / 2 for call in calls)
     repeats = max(1, math.ceil(SPAN / max(quickest, 1e-9)))
     ratios: list[float] = []
+    spent = 0.0
     while True:
         turn = {call: seconds(call, repeats) for call in (calls if len(ratios) % 2 else calls[::-1])}
         ratios.append(turn[ours] / turn[theirs])
+        spent += sum(turn.values())
         if len(ratios) >= FEWEST:
             found = _ratio(ratios)
-            if found.is_faster is not None or len(ratios) == MOST:
+            if found.is_faster is not None or len(ratios) == MOST or spent > LONGEST:
                 return found
 
 

@@ -41,9 +41,12 @@ def test_a_clear_difference_is_found_at_once(ratio: float) -> None:
 
 def test_equals_are_undecided_after_all_turns() -> None:
     counted: list[int] = []
-    found = duel(ours, theirs, clock(lambda which: 1.0, counted))
+    found = duel(ours, theirs, clock(lambda which: 1e-3, counted))
     assert found.is_faster is None
     assert len(counted) == 4 + 2 * MOST
+    counted.clear()
+    duel(ours, theirs, clock(lambda which: 3.0, counted))
+    assert len(counted) == 4 + 2 * FEWEST
 
 
 def test_noise_that_is_larger_than_the_difference_is_refused() -> None:
