@@ -11,7 +11,7 @@ from typing import NamedTuple
 from slicemod import kernels
 from slicemod.bench.duel import Ratio, duel
 from slicemod.bench.tuned_calls import TunedCall
-from slicemod.kernels.crossover_table import CallClass, Corner, CrossoverTable, Row
+from slicemod.kernels.crossover_table import Corner, CrossoverTable, Row
 
 Compare = Callable[[TunedCall, str, str], Ratio]
 """The time of a call by one kernel, by its time by another one."""
@@ -117,10 +117,11 @@ def corners(measured: Sequence[tuple[Corner, bool]]) -> tuple[Corner, ...]:
 
 
 def replaced(table: CrossoverTable, rows: Sequence[Row]) -> CrossoverTable:
-    """The table with these rows in the place of those for the same calls, of any width."""
-
-    def kind(calls: CallClass) -> tuple[object, ...]:
-        return calls[:4]
-
-    kinds = {kind(row.calls) for row in rows}
-    return replace(table, rows=(*rows, *(row for row in table.rows if kind(row.calls) not in kinds)))
+    """The table with these rows in the place of those for the same calls, of any width; new ones come last."""
+    new: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        new.setdefault(row.calls[:4], []).append(row)
+    kept: list[Row] = []
+    for kind, old in groupby(table.rows, lambda row: row.calls[:4]):
+        kept += new.pop(kind, old)
+    return replace(table, rows=(*kept, *(row for of_kind in new.values() for row in of_kind)))
