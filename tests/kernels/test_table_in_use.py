@@ -68,6 +68,25 @@ def test_every_kind_of_vectors_has_a_built_in_table_that_says_something_of_every
                 assert (None in widths) == (training or extra != "mask gradient")
 
 
+@pytest.mark.parametrize(("lanes", "mode"), [(8, FLOAT_MODE), (16, FLOAT_MODE), (16, TILED_MODE)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_self_attention_is_native_and_a_few_tokens_are_not(
+    lanes: int, mode: int, dtype: str, tmp_path: Path
+) -> None:
+    table = built_in_table(library(tmp_path, lanes, mode))
+    for training in (False, True):
+        for tokens, faster in ((4096, True), (7, False)):
+            shape = AttentionShape(1, 8, tokens, tokens, 40, 4)
+            assert table.is_faster("native", CallSpec(shape, getattr(torch, dtype), CPU, training)) is faster
+
+
+def test_without_tiles_avx_512_trains_on_a_text_by_the_native_kernel(tmp_path: Path) -> None:
+    shape = AttentionShape(1, 8, 1024, 77, 80, 4)
+    for mode, faster in ((FLOAT_MODE, True), (TILED_MODE, False)):
+        table = built_in_table(library(tmp_path, 16, mode))
+        assert table.is_faster("native", CallSpec(shape, torch.float32, CPU, training=True)) is faster
+
+
 def test_a_measured_table_is_found_for_its_library_and_threads_alone(tmp_path: Path) -> None:
     own = library(tmp_path)
     measured = replace(built_in_table(own), processor="this one")

@@ -1,22 +1,18 @@
-"""The native kernel's code for AVX2 and, emulated, for AVX-512 and AMX: exact, and used where it pays."""
+"""The native kernel's code for AVX2 and, emulated, for AVX-512 and AMX: exact."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from slicemod.call import AttentionShape
 from slicemod.kernels.native import operators as module
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, NativeLibrary
 from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
-from slicemod.plan import SlicePlan
 from tests.kernels.features import MASKS, featured
 from tests.kernels.native.dropped import dropout_factors
-from tests.kernels.native.planning import plan_of
 from tests.kernels.native.test_operators import assert_large_scores_stay_exact, native
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
 from tests.pairwise import pairwise
@@ -49,19 +45,6 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NativeLibra
         subprocess.run([*command, "-o", str(target), str(SOURCES / "attention.cpp")], check=True)
         built[lanes] = NativeLibrary(target)
     return built
-
-
-@pytest.fixture
-def planned_with(
-    libraries: dict[int, NativeLibrary], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., SlicePlan | None]:
-    """The plan on a processor with vectors of so many floats, which multiplies bfloat16 in a mode."""
-
-    def plan(lanes: int, mode: int, shape: AttentionShape, dtype: torch.dtype, training: bool) -> SlicePlan | None:
-        monkeypatch.setitem(libraries[lanes].modes, torch.bfloat16, mode)
-        return plan_of(shape, dtype, 2**30, training=training, threads=2, library=libraries[lanes])
-
-    return plan
 
 
 @pytest.fixture(params=MODES, ids=lambda mode: "{}-{}-{}".format(*mode))
@@ -129,45 +112,3 @@ def test_what_is_no_number_stays_in_its_row(dtype: torch.dtype, value: float) ->
     assert output[0, 0, 5].isnan().all()
     others = torch.arange(37) != 5
     assert output[0, 0, others].equal(expected[0, 0, others])
-
-
-@pytest.mark.parametrize(
-    ("lanes", "keys", "width", "few"),
-    [
-        *((16, 77, 40, True), (16, 263, 40, False), (16, 263, 83, True), (16, 521, 83, False)),
-        *((8, 61, 40, True), (8, 67, 40, False), (8, 251, 83, True), (8, 257, 83, False)),
-    ],
-)
-def test_float32_training_on_few_keys_is_left_to_others(
-    planned_with: Callable[..., SlicePlan | None], lanes: int, keys: int, width: int, few: bool
-) -> None:
-    shape = AttentionShape(1, 8, 4096, keys, width, 4)
-    for training in (False, True):
-        plan = planned_with(lanes, FLOAT_MODE, shape, torch.float32, training)
-        assert (plan is None) == (training and few)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("lanes", "mode"), [(8, FLOAT_MODE), (16, FLOAT_MODE), (16, BFLOAT_MODE), (16, TILED_MODE)])
-def test_small_inference_pays_off_with_tiles_and_where_pytorch_is_slow(
-    planned_with: Callable[..., SlicePlan | None], lanes: int, mode: int, dtype: torch.dtype
-) -> None:
-    shape = AttentionShape(1, 8, 61, 67, 40, dtype.itemsize)
-    plan = planned_with(lanes, mode, shape, dtype, False)
-    assert (plan is not None) == (lanes == 8 or (dtype == torch.bfloat16 and mode == TILED_MODE))
-
-
-@pytest.mark.parametrize("lanes", [8, 16])
-def test_heads_too_wide_for_the_cache_are_left_to_others_but_in_slow_half_precision(
-    planned_with: Callable[..., SlicePlan | None], lanes: int
-) -> None:
-    for dtype, training, pays_off in (
-        (torch.float32, False, False),
-        (torch.float32, True, False),
-        (torch.bfloat16, False, False),
-        (torch.bfloat16, True, True),
-        (torch.float16, False, lanes == 8),
-        (torch.float16, True, lanes == 8),
-    ):
-        shape = AttentionShape(1, 1, 1021, 1031, 512, dtype.itemsize)
-        assert (planned_with(lanes, FLOAT_MODE, shape, dtype, training) is not None) == pays_off
