@@ -1,4 +1,4 @@
-"""The native kernel's plan of a call that `auto` would give it."""
+"""The native kernel's plan of a call, whether it pays off or not."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import torch
 from slicemod import SlicePlan
 from slicemod.call import AttentionShape, CallSpec
 from slicemod.kernels.kernel import Terms
-from slicemod.kernels.native.binding import NativeLibrary
-from slicemod.kernels.native.build import native_library
 from slicemod.kernels.native.kernel import NativeKernel
-from slicemod.kernels.table_in_use import built_in_table
 
 
 def plan_of(
@@ -20,13 +17,10 @@ def plan_of(
     *,
     training: bool,
     threads: int,
-    library: NativeLibrary | None = None,
 ) -> SlicePlan | None:
-    """None where it cannot run the call, does not pay off or does not fit."""
-    library = native_library() if library is None else library
-    assert library is not None
-    kernel, table = NativeKernel(lambda: library), built_in_table(library)
+    """None where it cannot run the call, or does not fit."""
+    kernel = NativeKernel()
     call = CallSpec(shape, dtype, torch.device("cpu"), training, threads=threads)
-    if kernel.obstacle(call) is not None or not kernel.pays_off(call, table):
+    if kernel.obstacle(call) is not None:
         return None
     return kernel.plan(call, free_bytes, Terms())
