@@ -63,8 +63,6 @@ def test_dropout_in_a_graph_for_any_size_is_dropout(dropout_p: float) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_an_exported_layer_with_a_dynamic_number_of_tokens_plans_when_it_runs(kernel: str, masked: bool) -> None:
-    if masked and kernel == "native":
-        pytest.skip("the native kernel computes no mask")
     layer = MemoryAwareCrossAttention(33, heads=3, dim_head=11, slicing={"budget": "64MiB", "kernel": kernel}).eval()
 
     class Module(nn.Module):

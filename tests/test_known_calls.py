@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,6 +125,20 @@ def test_a_plan_follows_the_thread_count(sizes: dict[str, Any], threads: None) -
         torch.set_num_threads(count)
         peaks.append(plan_of(inputs).peak_bytes)
     assert peaks[0] == peaks[2] < peaks[1]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "native", "fused", "math"])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+def test_what_is_known_of_a_call_does_not_keep_its_tensors_alive(sizes: dict[str, Any], kernel: str) -> None:
+    if kernel == "native" and native_library() is None:
+        pytest.skip(f"no native kernel: {native_obstacle()}")
+    inputs = layer_inputs(**sizes, mask=torch.rand(sizes["queries"], sizes["keys"])[None, None])
+    inputs.run(sliced_attention, slicing={"kernel": kernel})
+    tensors = inputs.query, inputs.key, inputs.value, inputs.mask
+    watched = [weakref.ref(tensor) for tensor in tensors if tensor is not None]
+    del inputs, tensors
+    gc.collect()
+    assert [tensor() for tensor in watched] == [None] * 4
 
 
 def test_autocast_is_seen_at_the_next_call() -> None:
@@ -322,8 +338,8 @@ def test_who_looks_on_sees_operators_and_the_same_results(training: bool) -> Non
 @pytest.mark.parametrize("kernel", ["native", "fused-float32", "fused", "math"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_checkpoint_runs_again_what_it_ran_at_first(kernel: str, masked: bool) -> None:
-    if kernel == "native" and (masked or native_library() is None):
-        pytest.skip("no native kernel for it")
+    if kernel == "native" and native_library() is None:
+        pytest.skip(f"no native kernel: {native_obstacle()}")
     inputs, slicing = layer_inputs(torch.bfloat16).leaves(), SliceConfig(kernel=kernel)
     mask = torch.rand(1, 3, 1, inputs.key.shape[2]) > 0.3 if masked else None
     leaves = [inputs.query, inputs.key, inputs.value]

@@ -172,9 +172,9 @@ class NativeLibrary:
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]:
         """A function that does `forward` without `row_sums`, for tensors with the sizes, strides and dtypes of these.
 
-        The call has no dropout.
+        The call has no dropout. The function does not keep the tensors alive.
         """
-        described = _call_of(call, threads, output=output)
+        described, is_causal, scale = _call_of(call, threads, output=output), call.is_causal, call.scale
         setting = self._setting(call.query.dtype, described)
         size = self._count("forward_bytes", setting)
         function = self._functions["forward"]
@@ -182,7 +182,8 @@ class NativeLibrary:
         def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output: Tensor) -> None:
             addresses = _address(query), _address(key), _address(value), 0 if mask is None else _address(mask)
             if None in addresses:
-                return self.forward(call._replace(query=query, key=key, value=value, mask=mask), output, None, threads)
+                other = NativeCall(query, key, value, mask, None, 0.0, is_causal, scale)
+                return self.forward(other, output, None, threads)
             workspace = self.workspace(size)
             done = function(*setting, *addresses, None, output.data_ptr(), None, workspace.data_ptr())
             return _check_done(setting, done)

@@ -114,6 +114,7 @@ def prepared_inference(call: NativeCall) -> Callable[[Tensor, Tensor, Tensor, Te
     like_output = empty_heads(call.query.new_empty(call.query.shape, device="meta"), call.value.shape[3])
     sizes, strides = like_output.shape, like_output.stride()
     forward = _library().prepared_forward(call, like_output, torch.get_num_threads())
+    settings = None, 0.0, call.is_causal, call.scale  # not `call`, whose tensors would stay alive
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output = query.new_empty_strided(sizes, strides)
@@ -125,7 +126,6 @@ def prepared_inference(call: NativeCall) -> Callable[[Tensor, Tensor, Tensor, Te
         else:
             return output
         del output
-        settings = call.seed, call.dropout_p, call.is_causal, call.scale
         return native_attention(query, key, value, mask, *settings, False)[0]  # type: ignore[no-any-return]
 
     return attend
