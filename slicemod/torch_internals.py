@@ -106,6 +106,11 @@ multiplies_float16: Callable[[], bool] = private("torch.ops.mkldnn._is_mkldnn_fp
 has_tiles: Callable[[], bool] = private("torch.cpu._is_amx_tile_supported")
 has_bfloat16_vectors: Callable[[], bool] = private("torch.cpu._is_avx512_bf16_supported")
 
+# oneDNN's product of a linear layer and an activation, or a multiplication by a tensor. `torch.compile` uses them too.
+fused_linear: Any = private("torch.ops.mkldnn._linear_pointwise.default") if has_onednn else None
+fused_linear_times: Any = private("torch.ops.mkldnn._linear_pointwise.binary") if has_onednn else None
+has_avx512: Callable[[], bool] = private("torch.cpu._is_avx512_supported")
+
 # Does this CPU have AVX2, which oneDNN's backward pass of float32 convolutions needs?
 has_avx2: Callable[[], bool] = private("torch.cpu._is_avx2_supported")
 

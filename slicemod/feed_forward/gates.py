@@ -43,8 +43,10 @@ class Gate(NamedTuple):
 def gate_of(activation: Any) -> Gate | None:
     """The gate of the first part of a feed-forward; None if it is another one, or not plain."""
     name = type(activation).__name__
-    if name in ("GEGLU", "SwiGLU"):
-        return Gate("gelu" if name == "GEGLU" else "silu", gated=True)
+    if name == "GEGLU":
+        return Gate("gelu", gated=True)
+    if name == "SwiGLU" and type(activation.activation) is nn.SiLU:
+        return Gate("silu", gated=True)
     if name == "LinearActivation" and type(activation.activation) is nn.SiLU:
         return Gate("silu", gated=False)
     if name == "GELU" or (isinstance(activation, nn.Sequential) and type(activation[1]) is nn.GELU):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slicemod.call import needs_grad
 from slicemod.config import SETTINGS, SliceConfig
+from slicemod.feed_forward.fused import fused
 from slicemod.feed_forward.gates import Gate, gate_of
 from slicemod.feed_forward.operators import feed_forward
 from slicemod.feed_forward.plan import FeedForwardPlan, plan_feed_forward
@@ -84,8 +85,10 @@ class SlicedFeedForward(nn.Module):
 
     def _in_chunks(self, tokens: Tensor, plan: FeedForwardPlan) -> Tensor:
         chunks = (tokens[start : start + plan.tokens] for start in range(0, len(tokens), plan.tokens))
+        products = None if plan.checkpoint or torch.compiler.is_compiling() else fused(self.net, tokens, plan.tokens)
+        compute: Callable[[Tensor], Tensor] = self._whole if products is None else products.compute
         results = (
-            checkpoint(self._whole, chunk, use_reentrant=False) if plan.checkpoint else self._whole(chunk)
+            checkpoint(self._whole, chunk, use_reentrant=False) if plan.checkpoint else compute(chunk)
             for chunk in chunks
         )
         if plan.steps == 1 and not (plan.checkpoint and torch.compiler.is_compiling()):
