@@ -103,7 +103,7 @@ def _drawings(results: Results) -> Iterator[tuple[str, str, Callable[[], Figure]
 def trade_off(rows: Sequence[Measurement]) -> Figure:
     """Time against peak memory of one work, a panel for each setting, with the frontier of the peers drawn."""
     panels = [(setting, list(group)) for setting, group in groupby(rows, lambda row: row.setting)]
-    figure, grid = _panels(len(panels), rows[0].work)
+    figure, grid = _panels(len(panels), f"time against memory: {rows[0].work}")
     for axes, (setting, peers) in zip(grid, panels, strict=True):
         _log_axes(axes, _mebibytes, _seconds)
         _title(axes, str(setting), "peak memory beyond inputs and weights")
