@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from slicemod import kernels
 from slicemod.kernels.native.build import native_library, native_obstacle
+from slicemod.kernels.table_in_use import table_in_use, using_table
 from slicemod.planning.kernels_command import run
 from slicemod.user_error import UserError
 
@@ -118,3 +120,15 @@ def test_the_example_in_the_docs_has_the_layers_that_the_command_shows(capsys: p
     wanted = [" ".join(line.split()) for line in re.findall(alike, printed, flags=re.MULTILINE)]
     assert [" ".join(line.split()) for line in re.findall(alike, example, flags=re.MULTILINE)] == wanted
     assert all(f"\n {kernel.name} " in example for kernel in kernels.KERNELS)
+
+
+@pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+def test_it_says_which_table_kernels_are_chosen_by(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "which kernel is faster says the table"
+    with using_table(replace(table_in_use().table, processor="an abacus"), "of a test"):
+        assert run(["kernels", "--device", "cpu", "--model", "sd15", "--budget", "64MiB"]) == 0
+        assert f"{line} of a test (" in (printed := capsys.readouterr().out)
+        assert "on an abacus, " in printed
+        assert _json(capsys, "--device", "cpu", "--model", "sd15")["table"]["source"] == "of a test"
+    assert run(["kernels", *ON_CUDA, "--model", "sd15"]) == 0
+    assert line not in capsys.readouterr().out
