@@ -27,9 +27,9 @@ _EXTRAS_WIDTHS = {256: 64, None: 512}
 
 # Queries and keys of calls with eight heads, and how many items and tokens many small sequences have, as the frames of
 # a video.
-_SIZES = [(queries, keys) for queries in (16, 64, 256, 1024) for keys in (16, 77, 256, 512)]
+_SIZES = [(queries, keys) for queries in (16, 64, 256, 1024) for keys in (16, 64, 77, 256, 512)]
 _SMALL_SEQUENCES = [(128, 16), (32, 64)]
-_EXTRAS_SIZES = [(queries, keys) for queries in (64, 256, 1024) for keys in (16, 77, 256)]
+_EXTRAS_SIZES = [(queries, keys) for queries in (16, 64, 256) for keys in (16, 77, 256)]
 _FLOAT32_SIZES = [(64, 77), (256, 77), (256, 256), (1024, 256)]
 _WIDE_SIZES = [(64, 64), (256, 256), (1024, 1024)]  # of one head
 _MOST_PRODUCTS = 2**26  # larger calls take long, and what is faster at this size stays so

@@ -102,7 +102,8 @@ class CrossoverTable:
         return self._hash  # computed once: a table is in the key of every call that is looked up
 
     def __str__(self) -> str:
-        return f"{self.vectors}, measured {self.measured} on {self.processor}, {self.threads} threads"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.vectors}, measured {self.measured} on {self.processor} with {threads}"
 
     def is_faster(self, kernel: str, call: CallSpec) -> bool | None:
         """Whether a kernel is faster for a call than those below it; None if the table does not say."""

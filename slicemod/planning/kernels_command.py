@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from slicemod.kernels.native.build import build
-from slicemod.kernels.table_in_use import NO_TABLE, TableInUse, table_in_use
+from slicemod.kernels.table_in_use import BUILT_IN, NO_TABLE, TableInUse, table_in_use
 from slicemod.memory.sizes import size_text
 from slicemod.planning.kernel_choices import choices, kernels_on
 from slicemod.planning.kernels_options import parser
@@ -74,7 +74,8 @@ def run(arguments: Sequence[str]) -> int:
     for line in reasons.lines():
         console.print(line, highlight=False)
     if table.table.rows:
-        console.print(f"which kernel is faster says the table {table.source} ({table.table})", highlight=False)
+        name = "the built-in table" if table.source == BUILT_IN else f"the table {table.source}"
+        console.print(f"which kernel is faster is from {name}: {table.table}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -124,11 +124,11 @@ def test_the_example_in_the_docs_has_the_layers_that_the_command_shows(capsys: p
 
 @pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 def test_it_says_which_table_kernels_are_chosen_by(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "which kernel is faster says the table"
+    line = "which kernel is faster is from"
     with using_table(replace(table_in_use().table, processor="an abacus"), "of a test"):
         assert run(["kernels", "--device", "cpu", "--model", "sd15", "--budget", "64MiB"]) == 0
-        assert f"{line} of a test (" in (printed := capsys.readouterr().out)
-        assert "on an abacus, " in printed
+        assert f"{line} the table of a test: " in (printed := capsys.readouterr().out)
+        assert "on an abacus with " in printed
         assert _json(capsys, "--device", "cpu", "--model", "sd15")["table"]["source"] == "of a test"
     assert run(["kernels", *ON_CUDA, "--model", "sd15"]) == 0
     assert line not in capsys.readouterr().out
