@@ -114,11 +114,12 @@ struct Backward {
     template <bool Drops>
     void weigh(const Space &space, const Strip &of, const Dropout &dropout) const {
         const Index lanes = of.width / Mode::per_lane;
+        const Vector factor = all(call.exponent());
         if constexpr (Mode::per_lane == 1) {
             for (Index row = 0; row < of.keys; row++)
                 for (Index j = 0; j < of.width; j += kWidth) {
                     Vector p = zeros(), ds = p;
-                    if (of.key + row < of.key_end) weigh<Drops>(space, of, dropout, row, j, p, ds);
+                    if (of.key + row < of.key_end) weigh<Drops>(space, of, dropout, factor, row, j, p, ds);
                     store(reinterpret_cast<float *>(space.weights) + row * lanes + j, p);
                     store(reinterpret_cast<float *>(space.grad_scores) + row * lanes + j, ds);
                     Lane *to = panel(space.grad_score_lanes, of.key_lanes, of.width, of.start + row, j);
@@ -130,8 +131,8 @@ struct Backward {
                     Vector p[2][2] = {}, ds[2][2] = {};
                     for (int i = 0; i < 2; i++)
                         if (of.key + row + i < of.key_end) {
-                            weigh<Drops>(space, of, dropout, row + i, j, p[i][0], ds[i][0]);
-                            weigh<Drops>(space, of, dropout, row + i, j + kWidth, p[i][1], ds[i][1]);
+                            weigh<Drops>(space, of, dropout, factor, row + i, j, p[i][0], ds[i][0]);
+                            weigh<Drops>(space, of, dropout, factor, row + i, j + kWidth, p[i][1], ds[i][1]);
                         }
                     for (int i = 0; i < 2; i++) {
                         const Index at = (row + i) * lanes + j / 2;
@@ -146,12 +147,12 @@ struct Backward {
     }
     // kWidth queries of one key. `p` are the weights that are left by dropout, without its factor.
     template <bool Drops>
-    void weigh(const Space &space, const Strip &of, const Dropout &dropout, Index row, Index j, Vector &p,
-               Vector &ds) const {
+    void weigh(const Space &space, const Strip &of, const Dropout &dropout, Vector factor, Index row, Index j,
+               Vector &p, Vector &ds) const {
         const Index at = row * of.width + j;
         const Vector s = load(space.scores + at), delta = load(space.delta + j);
         Vector dp = load(space.grad_weights + at);
-        const Vector all_p = Mode::exp2(fmsub(s - load(space.shifts + j), all(call.exponent()), load(space.logs + j)));
+        const Vector all_p = Mode::exp2(fmsub(s - load(space.shifts + j), factor, load(space.logs + j)));
         p = all_p;
         if constexpr (Drops) {
             const Words low = (Words)load(space.low + j), high = (Words)load(space.high + j);
@@ -325,6 +326,7 @@ struct Backward {
         const Index some_keys = seen(head, round_up(count, Mode::step), from, start, rows);
         if (!some_keys) return;
         pack_queries(space, head, start, rows, width);
+        const Vector factor = all(call.exponent());
         for (Index row = 0; row < some_keys; row += strip) {
             const Index some = std::min(strip, some_keys - row);
             const Strip of{row, some, from + row, from + count, start, rows, width, 0};
@@ -332,8 +334,8 @@ struct Backward {
             for (Index i = 0; i < std::min(some, count - row); i++)
                 for (Index j = 0; j < width; j += kWidth) {
                     Vector p, ds;
-                    call.drops() ? weigh<true>(space, of, head.dropout, i, j, p, ds)
-                                 : weigh<false>(space, of, head.dropout, i, j, p, ds);
+                    call.drops() ? weigh<true>(space, of, head.dropout, factor, i, j, p, ds)
+                                 : weigh<false>(space, of, head.dropout, factor, i, j, p, ds);
                     float *sum = space.grad_mask + (row + i) * queries + j;
                     store(sum, load(sum) + ds);
                 }
