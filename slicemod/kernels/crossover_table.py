@@ -77,7 +77,7 @@ class CrossoverTable:
     """From which sizes on each kernel is faster, on one machine.
 
     Attributes:
-        vectors: what the CPU multiplies by, "AVX2", "AVX-512" or "AMX"; the bits of a result depend on it.
+        vectors: what the CPU multiplies by, "AVX2", "AVX-512", "AMX" or "NEON"; the bits of a result depend on it.
         processor: its name.
         threads: how many threads it was measured with.
         torch: the version of PyTorch.

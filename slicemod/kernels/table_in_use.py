@@ -8,7 +8,7 @@ This is the first of these:
 4. the built-in table for what the CPU multiplies by, in `native/tables/`.
 
 The last three are looked up once, at the first question. Without the native kernel's library there is nothing to
-choose, and the table is empty.
+choose, and the table is empty. On Arm, where nothing was measured, the built-in table is empty too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -128,8 +129,8 @@ def measured_file(library: NativeLibrary, threads: int) -> Path:
 
 def vectors_of(library: NativeLibrary) -> str:
     """What the library multiplies by, as tables name it."""
-    if library.vector_lanes == 8:
-        return "AVX2"
+    if library.vector_lanes < 16:
+        return "AVX2" if library.vector_lanes == 8 else "NEON"
     return "AMX" if library.modes[torch.bfloat16] == TILED_MODE else "AVX-512"
 
 
@@ -140,4 +141,4 @@ def built_in_table(library: NativeLibrary) -> CrossoverTable:
 
 @lru_cache
 def _built_in(vectors: str) -> CrossoverTable:
-    return read_table(_TABLES / _FILES[vectors])
+    return read_table(_TABLES / _FILES[vectors]) if vectors in _FILES else replace(NO_TABLE, vectors=vectors)

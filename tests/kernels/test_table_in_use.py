@@ -87,6 +87,11 @@ def test_without_tiles_avx_512_trains_on_a_text_by_the_native_kernel(tmp_path: P
         assert table.is_faster("native", CallSpec(shape, torch.float32, CPU, training=True)) is faster
 
 
+def test_nothing_is_known_to_be_faster_on_arm(tmp_path: Path) -> None:
+    found = find_table(library(tmp_path, lanes=4), "", 2)
+    assert (found.source, found.table.vectors, found.table.rows) == ("built-in", "NEON", ())
+
+
 def test_a_measured_table_is_found_for_its_library_and_threads_alone(tmp_path: Path) -> None:
     own = library(tmp_path)
     measured = replace(built_in_table(own), processor="this one")

@@ -114,7 +114,7 @@ class NativeLibrary:
     Attributes:
         path: the library's file.
         modes: how the products of each dtype are computed, one of `FLOAT_MODE`, `BFLOAT_MODE` and `TILED_MODE`.
-        vector_lanes: floats in a vector: 16 with AVX-512, 8 with AVX2.
+        vector_lanes: floats in a vector: 16 with AVX-512, 8 with AVX2, 4 with NEON.
         workspace: allocates the bytes that a pass computes in.
 
     Raises:

@@ -2,7 +2,8 @@
 
 `csrc/attention.cpp` needs Linux, an x86-64 processor with AVX2, FMA and F16C, and a C++ compiler, as `torch.compile`
 does. If one of these is missing, `native_obstacle` says which, and PyTorch's kernels compute the attention.
-`SLICEMOD_NATIVE=0` does without the library.
+`SLICEMOD_NATIVE=0` does without the library. On Linux and macOS with a 64-bit Arm processor there is the library only
+with `SLICEMOD_NATIVE=1`, because it was never timed there.
 
 The compiled library is kept in `$SLICEMOD_CACHE`, or in `slicemod` below the user's cache folder. Its name is made of
 the source, the compiler and the processor, and a file beside it has its SHA-256 digest. The library's code runs in this
@@ -32,7 +33,20 @@ import torch
 from slicemod.kernels.native.binding import NativeLibrary, WrongLibraryError
 
 SOURCES = Path(__file__).parent / "csrc"
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno")
+_X86, _LINUX_ARM, _MAC = ("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")
+# GCC for Arm would order instructions so that sums leave the registers. Clang does not know this flag, and says so.
+_KEEP_SUMS = "-fno-schedule-insns"
+_FLAGS_OF = {
+    _X86: ("-march=native",),
+    # PyTorch's OpenMP runtime is found through the library that needs it. On x86-64 PyTorch shows it to all libraries.
+    _LINUX_ARM: (
+        *("-mcpu=native", _KEEP_SUMS),
+        *(f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"),
+    ),
+    # Compilers for macOS take the first of Apple's processors, which has all that is used.
+    _MAC: (_KEEP_SUMS, "-Wl,-undefined,dynamic_lookup"),
+}
 # PyTorch's name for what the processor can do, and the compiler's flags for no more than that. (The environment
 # variable ATEN_CPU_CAPABILITY can lower it.)
 _CAPABILITIES = {"AVX2": ("-mno-avx512f",), "AVX512": ()}
@@ -59,12 +73,18 @@ class _Obstacle:
 
 @lru_cache(maxsize=1)
 def _library_or_obstacle() -> NativeLibrary | _Obstacle:
-    if os.environ.get("SLICEMOD_NATIVE", "1") == "0":
+    asked = os.environ.get("SLICEMOD_NATIVE")
+    if asked == "0":
         return _Obstacle("SLICEMOD_NATIVE is 0")
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return _Obstacle(f"it runs on Linux on x86-64, and this is {platform.system()} on {platform.machine()}")
+    machine = _machine()
+    if machine not in _FLAGS_OF:
+        return _Obstacle(
+            f"it runs on Linux on x86-64, and on Linux and macOS on 64-bit Arm; this is {' on '.join(machine)}"
+        )
+    if machine != _X86 and asked != "1":
+        return _Obstacle("its speed on Arm was never measured; SLICEMOD_NATIVE=1 in the environment turns it on")
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in _CAPABILITIES:
+    if machine == _X86 and capability not in _CAPABILITIES:
         return _Obstacle(f"it needs {' or '.join(_CAPABILITIES)}, and PyTorch finds {capability}")
     compiler = compiler_found()
     if compiler is None:
@@ -142,12 +162,9 @@ def _compiled(compiler: str, *, anew: bool = False, seconds: float = _SECONDS) -
         CompilerError: the compiler ended with an error, or did not end in time.
     """
     version = _ran([compiler, "--version"], seconds)
-    processor = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    # The model too, not only the flags: a compiler may find instructions that an old Linux does not list in the flags.
-    kind = [line for line in processor.splitlines() if line.startswith(("vendor_id", "cpu family", "model", "flags"))]
-    flags = [*_FLAGS, *_CAPABILITIES[torch.backends.cpu.get_cpu_capability()]]
+    flags = _flags()
     sources = (path.read_bytes() for path in sorted([*SOURCES.glob("[a-z]*.h"), *SOURCES.glob("[a-z]*.cpp")]))
-    parts = *sources, *(part.encode() for part in (version, *kind, *flags))
+    parts = *sources, *(part.encode() for part in (version, *_processor(), *flags))
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     target = _cache_folder() / f"attention-{name}.so"
     if anew or not _is_as_written(target):
@@ -163,6 +180,27 @@ def _compiled(compiler: str, *, anew: bool = False, seconds: float = _SECONDS) -
             built.replace(target)
         _log.info("compiled it in %.0f s", time.monotonic() - started)
     return target
+
+
+def _machine() -> tuple[str, str]:
+    return platform.system(), platform.machine()
+
+
+def _flags() -> list[str]:
+    """The compiler's flags for this machine."""
+    machine = _machine()
+    lowered = _CAPABILITIES[torch.backends.cpu.get_cpu_capability()] if machine == _X86 else ()
+    return [*_FLAGS, *_FLAGS_OF[machine], *lowered]
+
+
+def _processor() -> list[str]:
+    """What the library's code depends on beside the compiler: nothing on macOS."""
+    if _machine() == _MAC:
+        return []
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    # The model too, not only the flags: a compiler may find instructions that an old Linux does not list in the flags.
+    x86, arm = ("vendor_id", "cpu family", "model", "flags"), ("CPU ", "Features")
+    return [line for line in first.splitlines() if line.startswith((*x86, *arm))]
 
 
 def _ran(command: list[str], seconds: float) -> str:

@@ -21,14 +21,14 @@ _SEED_BYTES = 8
 
 
 class NativeKernel(Kernel):
-    """Attention in C++ for x86-64 CPUs, compiled at its first use.
+    """Attention in C++ for x86-64 and Arm CPUs, compiled at its first use.
 
     Args:
         library: returns the compiled library, or None if there is none.
     """
 
     name: ClassVar[str] = "native"
-    summary: ClassVar[str] = "C++ for x86-64 CPUs with AVX2, AVX-512 or AMX, compiled at its first use"
+    summary: ClassVar[str] = "C++ for CPUs with AVX2, AVX-512, AMX or NEON, compiled at its first use"
 
     def __init__(self, library: Callable[[], NativeLibrary | None] = native_library) -> None:
         self._library = library

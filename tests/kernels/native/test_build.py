@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ needs_native = pytest.mark.skipif(TRUE_LIBRARY is None, reason=f"no native kerne
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache folder of its own, and no memory of what was found before."""
     monkeypatch.setenv("SLICEMOD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("SLICEMOD_NATIVE", raising=False)
+    if os.environ.get("SLICEMOD_NATIVE") == "0":
+        monkeypatch.delenv("SLICEMOD_NATIVE")
     module._library_or_obstacle.cache_clear()
     yield tmp_path
     monkeypatch.undo()
@@ -117,9 +119,72 @@ def test_other_processors_are_named(anew: Path, x86: None, monkeypatch: pytest.M
 
 
 def test_other_systems_are_named(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    assert "Darwin on arm64" in str(native_obstacle())
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    assert "this is Windows on AMD64" in str(native_obstacle())
+
+
+@pytest.fixture(params=[("Linux", "aarch64"), ("Darwin", "arm64")], ids="-".join)
+def arm(request: pytest.FixtureRequest, anew: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """A machine with an Arm processor. macOS has no /proc."""
+    system, machine = request.param
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.delenv("SLICEMOD_NATIVE", raising=False)
+    tell_processor(monkeypatch, ARM_PROCESSOR if system == "Linux" else None)
+    return system, machine
+
+
+ARM_PROCESSOR = """processor\t: 0
+BogoMIPS\t: 243.75
+Features\t: fp asimd aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU part\t: 0xd0c
+"""
+
+
+def tell_processor(monkeypatch: pytest.MonkeyPatch, words: str | None) -> None:
+    read = Path.read_text
+
+    def read_text(path: Path, **how: Any) -> str:
+        if path != Path("/proc/cpuinfo"):
+            return read(path, **how)
+        if words is None:
+            raise FileNotFoundError(path)
+        return words
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+
+
+def test_on_arm_it_is_off_until_it_is_asked_for(arm: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    off = "its speed on Arm was never measured; SLICEMOD_NATIVE=1 in the environment turns it on"
+    assert native_obstacle() == off
+    monkeypatch.setenv("SLICEMOD_NATIVE", "1")
+    monkeypatch.setenv("CXX", "true")  # it makes no library
+    module._library_or_obstacle.cache_clear()
+    with pytest.warns(NativeLibraryWarning, match="true could not build it"):
+        assert native_obstacle() != off
+
+
+def test_compilers_for_arm_get_flags_that_they_know(arm: tuple[str, str], anew: Path) -> None:
+    module._compiled(str(compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built")))
+    asked = (anew / "asked").read_text(encoding="utf-8").split()
+    linux = arm[0] == "Linux"
+    assert ("-mcpu=native" in asked, "-ltorch_cpu" in asked) == (linux, linux)
+    assert ("-Wl,-undefined,dynamic_lookup" in asked) == (not linux)
+    assert "-march=native" not in asked
+
+
+def test_every_arm_processor_on_linux_has_its_own_library(
+    arm: tuple[str, str], anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = str(compiler_stub(anew, "touch $built"))
+    once = module._compiled(stub)
+    for old, new, same in (("243.75", "200.00", True), ("0xd0c", "0xd40", arm[0] != "Linux")):
+        tell_processor(monkeypatch, ARM_PROCESSOR.replace(old, new))
+        assert (module._compiled(stub) == once) == same
 
 
 def test_without_a_compiler_there_is_none(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +276,7 @@ def test_a_library_that_is_not_as_it_was_written_is_compiled_again(
     caplog.clear()
     library = native_library()
     assert library is not None
-    assert library.vector_lanes in (8, 16)
+    assert library.vector_lanes in (4, 8, 16)
     (said,) = caplog.messages
     assert said.startswith("compiling slicemod's native attention kernel")
     assert built.read_bytes() == once

@@ -187,6 +187,12 @@ def test_weights_are_dropped_with_the_probability_and_without_regard_to_others(d
 def test_dropout_is_as_exact_as_what_it_leaves(
     dtype: torch.dtype, kind: str, key_heads: int | None, dropout_p: float
 ) -> None:
+    assert_dropout_is_as_exact_as_what_it_leaves(dtype, kind, key_heads, dropout_p)
+
+
+def assert_dropout_is_as_exact_as_what_it_leaves(
+    dtype: torch.dtype, kind: str, key_heads: int | None, dropout_p: float
+) -> None:
     """SDPA's error is that without dropout, which the kept weights enlarge."""
     inputs = featured(dtype, kind, (71, 613), (40, 40), key_heads)
     seed = torch.tensor(2**62 + 12345)

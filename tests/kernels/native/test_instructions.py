@@ -1,7 +1,8 @@
-"""The native kernel's code for AVX2 and, emulated, for AVX-512 and AMX: exact."""
+"""The native kernel's code for AVX2 and, emulated, for AVX-512, AMX and NEON: exact."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from pathlib import Path
 
@@ -13,21 +14,21 @@ from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE,
 from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
 from tests.kernels.features import MASKS, featured
 from tests.kernels.native.dropped import dropout_factors
+from tests.kernels.native.on_arm import MISSING, LibraryOnArm
+from tests.kernels.native.test_features import assert_dropout_is_as_exact_as_what_it_leaves
 from tests.kernels.native.test_operators import assert_large_scores_stay_exact, native
 from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
 from tests.pairwise import pairwise
 
-pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+pytestmark = [
+    pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="its code for x86-64 is compiled and run"),
+]
 
 EMULATED = Path(__file__).parent / "emulated_avx512.h"
 OPTIONS = {8: (), 16: ("-include", str(EMULATED), "-Wno-psabi")}  # by floats of a vector
 MODES = [
-    (8, torch.float32, FLOAT_MODE),
-    (8, torch.float16, FLOAT_MODE),
-    (8, torch.bfloat16, FLOAT_MODE),
-    (16, torch.float32, FLOAT_MODE),
-    (16, torch.float16, FLOAT_MODE),
-    (16, torch.bfloat16, FLOAT_MODE),
+    *((lanes, dtype, FLOAT_MODE) for lanes in (4, 8, 16) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
     (16, torch.bfloat16, BFLOAT_MODE),
     (16, torch.bfloat16, TILED_MODE),
 ]
@@ -35,7 +36,7 @@ MODES = [
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NativeLibrary]:
-    """The kernel compiled for a processor with AVX2 alone, and for one that has all."""
+    """The kernel compiled for a processor with AVX2 alone, for one of x86-64 that has all, and for Arm if possible."""
     compiler = compiler_found()
     assert compiler is not None
     folder, built = tmp_path_factory.mktemp("native"), {}
@@ -44,7 +45,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NativeLibra
         command = [compiler, "-O1", "-mavx2", "-mfma", "-mf16c", "-std=c++17", "-shared", "-fPIC", *options]
         subprocess.run([*command, "-o", str(target), str(SOURCES / "attention.cpp")], check=True)
         built[lanes] = NativeLibrary(target)
-    return built
+    return built if MISSING else {**built, 4: LibraryOnArm(folder)}
 
 
 @pytest.fixture(params=MODES, ids=lambda mode: "{}-{}-{}".format(*mode))
@@ -55,6 +56,8 @@ def dtype(
     lanes: int
     dtype: torch.dtype
     lanes, dtype, mode = request.param
+    if lanes == 4 and MISSING:
+        pytest.skip(f"Arm's processors are not emulated without {' and '.join(MISSING)}")
     library = libraries[lanes]
     assert library.vector_lanes == lanes
     monkeypatch.setitem(library.modes, dtype, mode)
@@ -80,6 +83,10 @@ def test_the_dropped_weights_do_not_depend_on_the_instructions(dtype: torch.dtyp
     alike = torch.zeros(1, 2, 131, 3, dtype=dtype)
     output = native(alike, alike, identity, dropout_p=0.3, seed=torch.tensor(12345))
     assert torch.equal(output[0] > 0, dropout_factors(12345, 0.3, 2, 131, 131) > 0)
+
+
+def test_dropout_is_as_exact_as_what_it_leaves(dtype: torch.dtype) -> None:
+    assert_dropout_is_as_exact_as_what_it_leaves(dtype, "gradient, shared by heads", 1, 0.3)
 
 
 def test_channels_may_lie_apart(dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-// Attention on x86-64 CPUs with AVX2, AVX-512 or AMX, forward and backward, in blocks that stay in a core's cache.
+// Attention on CPUs with AVX2, AVX-512, AMX or NEON, forward and backward, in blocks that stay in a core's cache.
 //
 // PyTorch's operators cannot do two things that this kernel does: keep float32 scores in the cache, and round half
 // precision only where SDPA rounds it. build.py, beside this folder, compiles this file for the machine it runs on.
@@ -196,7 +196,7 @@ int slicemod_best_mode() {
 // The size of `Call`. binding.py checks that it lays out a call in the same way.
 Index slicemod_call_bytes() { return sizeof(Call); }
 
-// The number of lanes of a vector: 16 with AVX-512, 8 with AVX2.
+// The number of lanes of a vector: 16 with AVX-512, 8 with AVX2, 4 with NEON.
 Index slicemod_vector_lanes() { return kWidth; }
 
 // The number of queries of a slice, and below the bytes of the workspace of each pass. -1 if this library does not have

@@ -70,7 +70,7 @@ template <class Element>
 void prefetch(const Matrix<Element> &of, Index row) {
     const char *start = reinterpret_cast<const char *>(of.data + row * of.row_stride);
     for (Index j = 0; j < of.columns * static_cast<Index>(sizeof(*of.data)); j += 64)
-        _mm_prefetch(start + j, _MM_HINT_T1);
+        __builtin_prefetch(start + j, 0, 2);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr Index kPanel = (kWidth == 16 ? 4 : 3) * kWidth;  // columns of a panel of B
+constexpr Index kPanel = (kRegisters == 32 ? 4 : 3) * kWidth;  // columns of a panel of B
 
 // The address of row l, columns j to j + kWidth - 1, of a packed B with k rows and n columns.
 inline Lane *panel(Lane *b, Index k, Index n, Index l, Index j) {
@@ -149,7 +149,7 @@ inline void multiply_by_vectors(const Product &of) {
             const Index k = std::min(kSummed, of.k - l);
             const Lane *a = of.a + l, *b = of.panel(j) + l * width;
             const bool add = of.add || l > 0;
-            if constexpr (kWidth == 16) {
+            if constexpr (kRegisters == 32) {
                 switch (width / kWidth) {
                     case 4: rows_of_panel<Dot, 6, 4>(of, 0, a, b, k, of.c + j, add); break;
                     case 3: rows_of_panel<Dot, 8, 3>(of, 0, a, b, k, of.c + j, add); break;
@@ -169,7 +169,7 @@ inline void multiply_by_vectors(const Product &of) {
 
 struct FloatMode : FloatLanes {
     // 240 is a multiple of 24, the columns of a panel with AVX2; 256 is not.
-    static constexpr Index k_step = 1, strip = 24, chunk = kWidth == 16 ? 256 : 240, forward_keys = chunk,
+    static constexpr Index k_step = 1, strip = 24, chunk = kRegisters == 32 ? 256 : 240, forward_keys = chunk,
                            block_queries = 128, block_keys = 480;
     static Vector dot(Vector sum, Lanes a, Lanes b) {
         return fmadd(as_floats(a), as_floats(b), sum);

@@ -6,8 +6,10 @@
 #include "vectors_avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "vectors_avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include "vectors_neon.h"
 #else
-#error "the native kernel needs AVX2, FMA and F16C, or AVX-512"
+#error "the native kernel needs AVX2, FMA and F16C, or AVX-512, or NEON"
 #endif
 
 namespace {

@@ -14,6 +14,7 @@ using Vector = __m256;  // of floats
 using Lanes = __m256i;  // of 32 bits
 
 constexpr Index kWidth = 8;
+constexpr Index kRegisters = 16;
 
 // A mask of the first `count` of 8 lanes.
 inline __m256i first(Index count) {

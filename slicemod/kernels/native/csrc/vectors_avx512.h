@@ -18,6 +18,7 @@ using Vector = __m512;  // of floats
 using Lanes = __m512i;  // of 32 bits
 
 constexpr Index kWidth = 16;
+constexpr Index kRegisters = 32;
 
 // A mask of the first `count` of 16 lanes; of all lanes if there are more.
 inline __mmask16 first(Index count) {
