@@ -66,8 +66,9 @@ def _ask(kernel: Kernel, call: CallSpec, slicing: SliceConfig, free_bytes: int) 
         return None, f"steps={slicing.steps} is given, and it decides itself"
     if (obstacle := kernel.obstacle(call)) is not None:
         return None, obstacle
-    if slicing.kernel == "auto" and not kernel.pays_off(call, table_for(call.device)):
-        return None, "it is measured to be slower for a call of this size"
+    if slicing.kernel == "auto" and not kernel.pays_off(call, table := table_for(call.device)):
+        slower = table.is_faster(kernel.name, call) is False
+        return None, f"it is {'measured to be slower' if slower else 'not known to be faster'} for a call of this size"
     try:
         plan = kernel.plan(call, free_bytes, slicing.terms)
     except NotEnoughMemoryError as error:

@@ -125,6 +125,16 @@ def test_no_library_is_needed_for_calls_on_gpus() -> None:
 
 
 @pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
+def test_a_kernel_that_was_never_measured_is_not_said_to_be_slower(tmp_path: Path) -> None:
+    call = CallSpec(AttentionShape(1, 2, 61, 53, 11, 4), torch.float32, CPU)
+    on_arm = built_in_table(library(tmp_path, lanes=4))
+    for table, said in ((on_arm, "not known to be faster"), (everywhere(built_in_table(library(tmp_path))), "slower")):
+        with using_table(table, "a test"):
+            passed_over = {answer.kernel: answer.passed_over for answer in answers(call, SliceConfig(), 2**30)}
+        assert said in str(passed_over["native"])
+
+
+@pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 def test_every_choice_sees_the_new_table() -> None:
     own = native_library()
     assert own is not None
