@@ -78,6 +78,12 @@ def test_it_is_as_exact_as_sdpa_with_masks_too(dtype: torch.dtype, kind: str, ke
     assert_as_exact_as_sdpa(native, featured(dtype, kind, (67, 131), (40, 23), key_heads), ulps=2)
 
 
+def test_results_are_rounded_to_the_nearest_number_and_ties_to_even(dtype: torch.dtype) -> None:
+    alike, values = torch.zeros(1, 2, 2, 3, dtype=dtype), torch.randn(1, 2, 2, 61).to(dtype)
+    mean = values.double().mean(2, keepdim=True).to(dtype)
+    assert native(alike, alike, values).equal(mean.expand(1, 2, 2, 61))
+
+
 def test_the_dropped_weights_do_not_depend_on_the_instructions(dtype: torch.dtype) -> None:
     identity = torch.eye(131).expand(1, 2, 131, 131).to(dtype)
     alike = torch.zeros(1, 2, 131, 3, dtype=dtype)
