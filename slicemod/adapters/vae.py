@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from slicemod.adapters.known_code import KNOWN_VAE, forward_methods, is_known
 from slicemod.adapters.own_code import altered
@@ -16,7 +15,7 @@ from slicemod.config import SliceConfig
 from slicemod.layers.plain_module import runs_alone
 from slicemod.swap import HOSTS
 from slicemod.vae.half import StripwiseHalf
-from slicemod.vae.layers import Activation, Convolution, Downsample, Layer, Resnet, Upsample, Whole
+from slicemod.vae.layers import Activation, Convolution, Downsample, Layer, Resnet, Upsample, Whole, silu
 
 _KEPT = ("slicing", "plan", "describe", "whole", "training")  # attributes of a StripwiseHalf that are its own
 
@@ -147,7 +146,7 @@ def _ldm_resnet(part: Any) -> Resnet:
     _expect(not hasattr(part, "temb_proj"), "a resnet takes an embedding")
     shortcut = getattr(part, "nin_shortcut", None)
     _expect(not hasattr(part, "conv_shortcut"), "a resnet has a shortcut of 3x3 pixels")
-    return _resnet(_own(part), _silu, shortcut)
+    return _resnet(_own(part), silu, shortcut)
 
 
 def _resnet(part: Any, activation: Activation, shortcut: Any, scale: float = 1.0) -> Resnet:
@@ -157,7 +156,7 @@ def _resnet(part: Any, activation: Activation, shortcut: Any, scale: float = 1.0
 
 
 def _out(norm: Any, activation: Any, conv: Any) -> Convolution:
-    return Convolution(conv, _group_norm(norm), _silu if activation is None else _activation(activation))
+    return Convolution(conv, _group_norm(norm), silu if activation is None else _activation(activation))
 
 
 def _group_norm(norm: Any) -> nn.GroupNorm:
@@ -167,12 +166,7 @@ def _group_norm(norm: Any) -> nn.GroupNorm:
 
 
 def _activation(module: Any) -> Activation:
-    return _silu if type(module) is nn.SiLU else module
-
-
-def _silu(normed: Tensor) -> Tensor:
-    """In place: nobody else has what a norm returned."""
-    return F.silu(normed, inplace=True)
+    return silu if type(module) is nn.SiLU else module
 
 
 def _own(part: Any) -> Any:

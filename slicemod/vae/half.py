@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from slicemod.call import needs_grad
 from slicemod.config import SETTINGS, SliceConfig
 from slicemod.vae.layers import Layer
-from slicemod.vae.plan import Convolving, LayerSizes, StripPlan, plan_strips
-from slicemod.vae.running import run, sizes
+from slicemod.vae.operators import run_in_graph
+from slicemod.vae.plan import StripPlan
+from slicemod.vae.running import planned, run, sizes
 from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
 
@@ -65,11 +66,15 @@ class StripwiseHalf(nn.Module):
             )
         layers = self.describe(self)
         items, _, height, width = sample.shape
-        call = (sizes(layers), (items, height, width), str(sample.dtype))
+        call = (sizes(layers), (items, height, width), sample.dtype)
         if torch.compiler.is_dynamo_compiling():
+            output = run_in_graph(layers, sample, self.slicing)
+            if output is not None:
+                return output
+            # The compiler sees the strips one by one, and decides how many it holds at once.
             settings = plain_values(self.slicing, SETTINGS)
             return run(layers, sample, _planned_in_graph(settings, str(sample.device), *call))
-        self.plan = _planned(self.slicing, str(sample.device), *call)
+        self.plan = planned(self.slicing, str(sample.device), *call)
         return run(layers, sample, self.plan)
 
     def extra_repr(self) -> str:
@@ -79,13 +84,4 @@ class StripwiseHalf(nn.Module):
 
 @constant_in_graph
 def _planned_in_graph(settings: PlainValues, *call: Any) -> StripPlan:
-    return _planned(SliceConfig(*settings), *call)
-
-
-def _planned(
-    slicing: SliceConfig, device: str, layers: PlainValues, image: tuple[int, int, int], dtype: str
-) -> StripPlan:
-    where = torch.device(device)
-    described = [LayerSizes(*fields) for fields in layers]
-    convolving = Convolving.of(getattr(torch, dtype.removeprefix("torch.")), where.type)
-    return plan_strips(described, image, convolving, slicing.parsed_budget.bytes_on(where))
+    return planned(SliceConfig(*settings), *call)

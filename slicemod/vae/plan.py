@@ -134,7 +134,7 @@ def plan_strips(
     before = 0  # bytes of a strip of the layer above
     for layer in layers:
         given = layer.channels * height * width * itemsize
-        height, width = _after(layer, height, width)
+        height, width = size_after(layer, height, width)
         made = layer.out * height * width * itemsize
         tall, strip = height, 0
         if layer.kind != "whole":
@@ -160,7 +160,7 @@ def plan_strips(
     return StripPlan(tuple(rows), max(peak, 2 * items * output), strips)
 
 
-def _after(layer: LayerSizes, height: int, width: int) -> tuple[int, int]:
+def size_after(layer: LayerSizes, height: int, width: int) -> tuple[int, int]:
     """Height and width of the output."""
     if layer.kind == "upsample":
         return 2 * height, 2 * width

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slicemod.config import SliceConfig
 from slicemod.layers.plain_module import runs_alone
 from slicemod.torch_internals import is_any_autocast_enabled
 from slicemod.vae.group_norm import apply_group_norm, channel_moments
 from slicemod.vae.layers import Convolution, Layer, Resnet, Upsample, Whole
-from slicemod.vae.plan import Convolving, Kind, StripPlan
+from slicemod.vae.plan import Convolving, Kind, LayerSizes, StripPlan, plan_strips
 from slicemod.vae.strips import Strips, bounds
+
+
+class ConvolutionWeights(NamedTuple):
+    """What a convolution is computed by. An `nn.Conv2d` has the same names."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: int = 1
 
 
 def run(layers: Sequence[Layer], images: Tensor, plan: StripPlan) -> Tensor:
@@ -28,6 +37,17 @@ def run(layers: Sequence[Layer], images: Tensor, plan: StripPlan) -> Tensor:
     if not outputs:
         raise ValueError(f"images: expected one at least; got {tuple(images.shape)}. Pass a batch that is not empty.")
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def planned(
+    slicing: SliceConfig, device: str, layers: Sequence[tuple[Kind, int, int]], image: Sequence[int], dtype: torch.dtype
+) -> StripPlan:
+    """The plan of layers, as `sizes` gives them, for an `image` of so many items, rows and columns."""
+    where = torch.device(device)
+    items, height, width = image
+    free = slicing.parsed_budget.bytes_on(where)
+    described = [LayerSizes(*fields) for fields in layers]
+    return plan_strips(described, (items, height, width), Convolving.of(dtype, where.type), free)
 
 
 def sizes(layers: Sequence[Layer]) -> tuple[tuple[Kind, int, int], ...]:
@@ -49,7 +69,7 @@ def _sizes(layer: Layer) -> tuple[Kind, int, int]:
 def _computed(layer: Layer, image: Strips, rows: int) -> Strips:
     """The output of a layer. The strips of its input are freed on the way."""
     if isinstance(layer, Whole):
-        return Strips.of(_attended(layer.module, image.whole()))
+        return Strips.of(attended(layer.module, image.whole()))
     if isinstance(layer, Resnet):
         return _resnet(layer, image, rows)
     output = Strips()
@@ -69,7 +89,7 @@ def _computed(layer: Layer, image: Strips, rows: int) -> Strips:
     return output
 
 
-def _attended(module: nn.Module, image: Tensor) -> Tensor:
+def attended(module: nn.Module, image: Tensor) -> Tensor:
     """The output of the module in the layout of the image: attention often gives channels last."""
     output: Tensor = module(image)
     last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
@@ -99,7 +119,7 @@ def _add_residual(strip: Tensor, residual: Tensor, shortcut: Any) -> None:
     """
     if shortcut is None:
         strip += residual
-    elif _is_plain(shortcut) and shortcut.kernel_size == (1, 1) and not is_any_autocast_enabled():
+    elif _is_plain(shortcut) and shortcut.weight[0, 0].numel() == 1 and not is_any_autocast_enabled():
         weight, pixels = shortcut.weight.flatten(1), residual[0].flatten(1)  # (C', C), (C, h W)
         output = strip[0].view(len(weight), -1)  # (C', h W)
         if in_float32(strip):
@@ -173,7 +193,12 @@ def _convolve(conv: Any, patch: Tensor, lacks: tuple[bool, bool]) -> Tensor:
 
 
 def _is_plain(conv: Any) -> bool:
-    return type(conv) is nn.Conv2d and (torch.compiler.is_compiling() or runs_alone(conv))
+    """It is computed by its weights alone. A tracer cannot look at all that `runs_alone` looks at."""
+    if type(conv) is ConvolutionWeights:
+        return True
+    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+        return False
+    return torch.compiler.is_compiling() or runs_alone(conv)
 
 
 def _called(conv: Any, patch: Tensor, padding: int | tuple[int, int]) -> Tensor:

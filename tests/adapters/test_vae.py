@@ -252,17 +252,57 @@ def test_a_tiled_vae_decodes_its_tiles() -> None:
         torch.testing.assert_close(vae.decode(latents).sample, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @every_host
-def test_a_compiled_vae_is_one_graph_and_gives_the_same(make: Any) -> None:
+@torch.no_grad()
+def test_a_compiled_vae_is_one_graph_of_any_size_and_gives_the_same(make: Any) -> None:
     torch._dynamo.reset()
-    vae, latents = make().requires_grad_(False), torch.randn(1, 4, 5, 7)
-    with torch.no_grad():
-        expected = decoded(vae, latents)
-        swap_vae(vae, "100KiB")
-        compiled: Any = torch.compile(vae.decoder, backend="aot_eager", fullgraph=True)
-        ours = compiled(latents)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    vae = make()
+    swap_vae(vae, "100KiB")
+    compiled: Any = torch.compile(vae.decoder, backend="aot_eager", fullgraph=True)
+    for sizes in ((1, 4, 5, 7), (2, 4, 7, 11)):
+        latents = torch.randn(sizes)
+        torch.testing.assert_close(compiled(latents), decoded(vae, latents), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_vae_with_other_layers_gives_the_same() -> None:
+    """A hook, which the operator would miss: the layers are traced strip by strip."""
+    torch._dynamo.reset()
+    vae, latents = diffusers_vae(), torch.randn(1, 4, 5, 7)
+    vae.decoder.conv_in.register_forward_hook(lambda module, inputs, output: 2 * output)
+    swap_vae(vae, "100KiB")
+    compiled: Any = torch.compile(vae.decoder, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(latents), decoded(vae, latents), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_vae_without_room_raises_the_same_error() -> None:
+    torch._dynamo.reset()
+    vae = diffusers_vae()
+    swap_vae(vae, 1000)
+    compiled: Any = torch.compile(vae.decoder, backend="aot_eager", fullgraph=True)
+    with pytest.raises(NotEnoughMemoryError, match=r"VAE: needs .* for a strip of one row and has"):
+        compiled(torch.randn(1, 4, 5, 7))
+
+
+@pytest.mark.parametrize("call", [decoded, pytest.param(encoded, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_a_compiled_vae_takes_what_is_planned(call: Any, backend: str) -> None:
+    """Beside it, only the small image before or after the attention."""
+    torch._dynamo.reset()
+    vae = diffusers_vae()
+    given = torch.randn(1, 4, 64, 67) if call is decoded else torch.randn(1, 3, 256, 268)
+    swap_vae(vae, "2MiB")
+    half = vae.decoder if call is decoded else vae.encoder
+    half(given)
+    planned = half.plan.peak_bytes
+    compiled: Any = torch.compile(half, backend=backend, fullgraph=True)
+    compiled(given)
+    peak = peak_memory(lambda: compiled(given))
+    print(f"{call.__name__} {backend}: planned {planned:,}, compiled {peak:,}")
+    assert 0.9 * planned <= peak <= planned + 4 * 64 * 64 * 67
 
 
 @pytest.mark.parametrize(
