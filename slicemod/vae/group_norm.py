@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slicemod.vae.strips import Strips
+from slicemod.vae.strips import Strips, bounds
 
 
 def channel_moments(image: Strips, groups: int, tallest: int) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def channel_moments(image: Strips, groups: int, tallest: int) -> tuple[Tensor, T
     combined as in Chan, Golub and LeVeque, 1979: the difference of two large sums would lose the digits of a small
     variance.
     """
-    strips = [part for strip in image.strips for part in strip.split(tallest, dim=2)]
+    strips = [strip[:, :, top:end] for strip in image.strips for top, end in bounds(strip.shape[2], tallest)]
     pixels = [strip.shape[2] * strip.shape[3] for strip in strips]
     shares = torch.tensor(pixels, dtype=torch.float32, device=strips[0].device)[:, None] / sum(pixels)  # (S, 1)
     found = [_moments(strip, groups) for strip in strips]

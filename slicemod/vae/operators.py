@@ -45,7 +45,7 @@ def run_in_graph(layers: Sequence[Layer], images: Tensor, slicing: SliceConfig) 
     for layer in layers:
         if isinstance(layer, Whole):
             images = _stripwise(before, images, settings)
-            images = torch.cat([attended(layer.module, image) for image in images.split(1)])
+            images = torch.cat([attended(layer.module, images[item : item + 1]) for item in range(len(images))])
             before = []
         else:
             before.append(layer)
