@@ -162,6 +162,17 @@ def sliced_parts(model: PictureModel, kind: PictureKind, slicing: SliceConfig) -
     return "attention and VAE" if is_transformer(model) or layers_are_whole else "layers, feed-forwards and VAE"
 
 
+def left_whole(model: PictureModel) -> Iterator[str]:
+    """What slicemod's way computes as it is although it may be the largest, in words."""
+    if is_transformer(model):
+        yield (
+            "slicemod: the transformer's feed-forwards are planned as they are. swap_attention(transformer, "
+            "feed_forward=True) computes those of diffusers' class FeedForward in slices"
+        )
+    if model.autoencoder.class_name != "AutoencoderKL":
+        yield f"slicemod: the VAE, an {model.autoencoder.class_name}, is planned as it is. swap_vae does not slice it"
+
+
 def is_transformer(model: PictureModel) -> bool:
     """The steps are those of a transformer, not of a UNet."""
     return isinstance(model.denoiser, TransformerSource)

@@ -18,7 +18,7 @@ from slicemod.planning.memory_given import bytes_given
 from slicemod.planning.picture import picture_planner
 from slicemod.planning.picture_kind import PictureKind
 from slicemod.planning.picture_model import find_picture_model
-from slicemod.planning.picture_parts import sliced_parts
+from slicemod.planning.picture_parts import left_whole, sliced_parts
 from slicemod.planning.picture_report import largest_as_json, largest_table, names_of_ways, parts_table, whole_as_json
 from slicemod.planning.picture_report import remarks as whole_remarks
 from slicemod.planning.plan_options import parser
@@ -85,7 +85,7 @@ def _plan_whole(options: Namespace, kind: PictureKind, slicing: SliceConfig, mem
     console.print(f"{title}\n", highlight=False)
     console.print(largest_table(planner, names, largest))
     console.print(parts_table(planner, plans))
-    for remark in whole_remarks(planner, model.left_out):
+    for remark in (*whole_remarks(planner, model.left_out), *left_whole(model)):
         console.print(remark, highlight=False)
     return 0
 

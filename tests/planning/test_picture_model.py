@@ -11,6 +11,7 @@ import torch
 
 from slicemod.planning.autoencoders import AutoencoderSource
 from slicemod.planning.picture_model import NAMED_PARTS, find_picture_model
+from slicemod.planning.picture_parts import left_whole
 from slicemod.planning.plan_options import MODELS
 from slicemod.planning.prompt_encoders import KnownEncoder
 from slicemod.user_error import UserError
@@ -111,3 +112,11 @@ def test_a_yaml_of_configs_has_its_autoencoder_and_no_text_encoder() -> None:
     model = find_picture_model("configs/digits.yaml")
     assert model.autoencoder.latent_pixels == model.denoiser.latent_pixels == 4
     assert model.encoders == ()
+
+
+def test_what_is_not_in_slices_is_said() -> None:
+    assert list(left_whole(find_picture_model("sd15"))) == []
+    (feed_forwards,) = left_whole(find_picture_model("flux-dev"))
+    assert "feed-forwards are planned as they are" in feed_forwards
+    _, vae = left_whole(find_picture_model("wan-1.3b"))
+    assert vae == "slicemod: the VAE, an AutoencoderKLWan, is planned as it is. swap_vae does not slice it"
