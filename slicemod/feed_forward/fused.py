@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slicemod.call import needs_grad
@@ -24,6 +25,9 @@ from slicemod.torch_internals import fused_linear, fused_linear_times, has_avx51
 
 # With fewer multiplications in a product, the calls take longer than what they save.
 _LEAST_PRODUCTS = 2**28
+# oneDNN adds up all channels in one float32 number, MKL in several. Up to so many channels the rounding error is up to
+# 1.6 times MKL's, with more it is over twice as large.
+_MOST_SUMMED = 640
 # What oneDNN takes for a product is 257 KiB for each thread at most, measured with 1 to 8 threads. It has to fit into
 # what a chunk holds less than its plan says: one tensor between the projections, two where there is a gate.
 _SCRATCH = 2**19
@@ -53,6 +57,8 @@ class FusedFeedForward(NamedTuple):
         )
         if self.gate.gated:
             found = fused_linear_times(tokens, found, weight[:inner], None if bias is None else bias[:inner], "mul")
+        if not _sums_exactly(self.second):
+            return F.linear(found, self.second.weight, self.second.bias)
         output: Tensor = fused_linear(found, self.second.weight, self.second.bias, *_NO_CURVE)
         return output
 
@@ -72,6 +78,8 @@ def fused(net: Any, tokens: Tensor, rows: int) -> FusedFeedForward | None:
     first, second, gate = first_projection(net[0]), net[2], gate_of(net[0])
     if gate is None or not is_plain_linear(first, tokens) or not is_plain_linear(second, tokens):
         return None
+    if not _sums_exactly(first):
+        return None
     inner = rows * second.in_features
     saved = (2 if gate.gated else 1) * inner * tokens.element_size()
     if first.in_features * inner < _LEAST_PRODUCTS or saved < torch.get_num_threads() * _SCRATCH:
@@ -79,6 +87,11 @@ def fused(net: Any, tokens: Tensor, rows: int) -> FusedFeedForward | None:
     if any(map(_drops, (net[1], *net[3:]))) or not all(runs_alone(inside) for part in net for inside in part.modules()):
         return None
     return FusedFeedForward(first, gate, second)
+
+
+def _sums_exactly(linear: nn.Linear) -> bool:
+    """Whether oneDNN's product of this size is as exact as PyTorch's; in half precision both are oneDNN's."""
+    return linear.weight.dtype != torch.float32 or linear.in_features <= _MOST_SUMMED
 
 
 def _drops(part: nn.Module) -> bool:

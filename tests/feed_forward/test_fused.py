@@ -48,7 +48,7 @@ def test_fused_products_are_as_exact_as_the_modules(make: Any, dtype: torch.dtyp
     oracle = whole.double()(x.double())
     of_ours, of_theirs = ((found - oracle).square().mean().sqrt() for found in (ours, theirs))
     assert ours.dtype == dtype
-    assert of_ours <= (2.2 if dtype == torch.float32 else 1.0) * of_theirs
+    assert of_ours <= (1.7 if dtype == torch.float32 else 1.0) * of_theirs
 
 
 @pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
@@ -99,6 +99,13 @@ def test_what_does_more_than_products_is_called_as_modules(dtype: torch.dtype) -
     assert not is_fused(other)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not is_fused(net)
+
+
+@pytest.mark.skipif(not fused_is_faster(torch.float32), reason="for AMD's processors with AVX-512")
+def test_what_onednn_sums_with_twice_the_error_is_left_to_pytorch() -> None:
+    for channels, is_fused in ((640, True), (641, False)):
+        net = inference(lambda channels=channels: FeedForward(channels, activation_fn="geglu"), torch.float32).net
+        assert (fused(net, torch.randn(TOKENS, channels), TOKENS) is not None) == is_fused
 
 
 def test_linux_tells_whose_processor_it_is(tmp_path: Path) -> None:
