@@ -114,7 +114,8 @@ def parts_of(
         slicing: of slicemod's attention.
         progress: is told what is being done if that takes seconds.
     """
-    if kind.train and is_transformer(model) and (kind.feed_forward or slicing.recomputes_layers):
+    swapped_layers = kind.train and (kind.feed_forward or slicing.recomputes_layers)
+    if swapped_layers and isinstance(model.denoiser, TransformerSource):
         raise UserError(
             f"--feed-forward, --checkpoint-layers: expected a UNet, whose layers swap_attention knows; got "
             f"{model.denoiser.class_name}. Leave them."

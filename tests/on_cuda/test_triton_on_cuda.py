@@ -16,8 +16,8 @@ from slicemod.config import SliceConfig
 from slicemod.functional import sliced_attention
 from slicemod.kernels.triton.operators import triton_attention
 from slicemod.kernels.triton.present import triton_obstacle
+from tests.kernels.features import MASKS, WIDTHS, inputs_of
 from tests.kernels.triton.philox import dropout_factors
-from tests.kernels.triton.test_interpreted import MASKS, WIDTHS, inputs_of
 from tests.kernels.with_dropout import with_dropout
 from tests.oracle import assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
 from tests.pairwise import pairwise

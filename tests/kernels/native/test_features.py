@@ -279,7 +279,7 @@ def test_the_peak_is_what_the_plan_says(
 @pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
 def test_auto_takes_it_with_masks_too(kind: str) -> None:
     inputs = featured(torch.bfloat16, kind, (521, 523), (40, 40), None)
-    more = {"is_causal": kind == "causal"}
-    plan = planned_attention(inputs.query, inputs.key, inputs.value, inputs.mask, **more)[1]
+    causal = kind == "causal"
+    plan = planned_attention(inputs.query, inputs.key, inputs.value, inputs.mask, is_causal=causal)[1]
     assert plan is not None
     assert plan.kernel == "native"
