@@ -50,12 +50,12 @@ def explain(  # noqa: PLR0913 - the signature of F.scaled_dot_product_attention
         ValueError: sizes, dtypes, devices or settings that do not go together; or tensors on "meta" without `device`.
         RuntimeError: the budget is a share of what the device has free, and that cannot be read.
 
-    >>> query, key, value = torch.randn(3, 2, 5, 61, 11, device="meta").unbind()
+    >>> query, key, value = torch.randn(3, 2, 5, 61, 11, device="meta", dtype=torch.float64).unbind()
     >>> for answer in explain(query, key, value, dropout_p=0.1, slicing={"budget": "1MiB"}, device="cpu")[2:]:
     ...     print(answer)
     fused: the CPU's fused kernel has no dropout
     triton: it runs on GPUs, and the call is on cpu (TRITON_INTERPRET=1 runs it there, for tests)
-    math, 405,272 bytes (exact): taken
+    math, 810,520 bytes (exact): taken
     """
     where = query.device if device is None else torch.device(device)
     if where.type == "meta":
