@@ -84,6 +84,7 @@ def test_wrong_options_are_refused(options: list[str], message: str, tmp_path: P
         run(["tune", *options], faster)
 
 
+@pytest.mark.slow
 def test_the_next_process_chooses_by_it(tmp_path: Path) -> None:
     """`slicemod kernels` in processes of their own, with a copy of the compiled library in a cache of the test's."""
     assert LIBRARY is not None

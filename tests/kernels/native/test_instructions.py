@@ -32,6 +32,8 @@ MODES = [
     (16, torch.bfloat16, BFLOAT_MODE),
     (16, torch.bfloat16, TILED_MODE),
 ]
+# One mode of each library always, and the tiles; the others share most of their code.
+FEW = [*((lanes, torch.float32, FLOAT_MODE) for lanes in (4, 8, 16)), (16, torch.bfloat16, TILED_MODE)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NativeLibra
     return built if MISSING else {**built, 4: LibraryOnArm(folder)}
 
 
-@pytest.fixture(params=MODES, ids=lambda mode: "{}-{}-{}".format(*mode))
+@pytest.fixture(
+    params=[pytest.param(mode, marks=() if mode in FEW else pytest.mark.slow) for mode in MODES],
+    ids=lambda mode: "{}-{}-{}".format(*mode),
+)
 def dtype(
     request: pytest.FixtureRequest, libraries: dict[int, NativeLibrary], monkeypatch: pytest.MonkeyPatch
 ) -> torch.dtype:

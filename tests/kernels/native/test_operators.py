@@ -64,7 +64,18 @@ def modes_here() -> list[tuple[torch.dtype, int]]:
     return [(torch.float32, FLOAT_MODE), (torch.float16, FLOAT_MODE), *((torch.bfloat16, mode) for mode in bfloat)]
 
 
-@pytest.fixture(params=modes_here(), ids=lambda dtype_and_mode: "{}-{}".format(*dtype_and_mode))
+def is_like_float32(dtype: torch.dtype, mode: int) -> bool:
+    """Half precision that is converted while it is packed; all else that is computed is as for float32."""
+    return dtype.itemsize == 2 and mode == FLOAT_MODE
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(dtype_and_mode, marks=pytest.mark.slow if is_like_float32(*dtype_and_mode) else ())
+        for dtype_and_mode in modes_here()
+    ],
+    ids=lambda dtype_and_mode: "{}-{}".format(*dtype_and_mode),
+)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Each dtype in each mode."""
     dtype: torch.dtype

@@ -115,6 +115,7 @@ def test_it_pays_off_on_gpus_alone() -> None:
 
 @pytest.mark.skipif(interpreted(), reason="the tests run in the interpreter now")
 @pytest.mark.skipif(too_old() is not None, reason=str(too_old()))
+@pytest.mark.slow
 def test_a_layer_is_as_exact_as_sdpa_in_the_interpreter() -> None:
     """A few of what `make gpu-check` runs, in a process of its own, as Triton looks at the environment but once."""
     file = Path(__file__).parent / "test_interpreted.py"

@@ -113,13 +113,14 @@ def assert_identical(first: Any, second: Any, place: str = "") -> None:
         assert first == second, place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "death",
     [
         {"KILL_AT": "7"},  # in the middle of step 3's accumulation, after the checkpoint of step 2
-        pytest.param({"KILL_AT": "4"}, marks=pytest.mark.slow),  # at the start of an epoch, after a whole step
-        pytest.param({"KILL_AT": "9"}, marks=pytest.mark.slow),
-        pytest.param({"KILL_WHILE_SAVING": "2"}, marks=pytest.mark.slow),
+        {"KILL_AT": "4"},  # at the start of an epoch, after a whole step
+        {"KILL_AT": "9"},
+        {"KILL_WHILE_SAVING": "2"},
     ],
     ids=str,
 )
