@@ -21,13 +21,16 @@ from slicemod.feed_forward.sizes import first_projection
 from slicemod.half_precision import cpu_products, onednn_limit
 from slicemod.layers.plain_module import runs_alone
 from slicemod.layers.projection import is_plain_linear
-from slicemod.torch_internals import fused_linear, fused_linear_times, has_avx512, has_onednn
+from slicemod.torch_internals import PYTORCH, fused_linear, fused_linear_times, has_avx512, has_onednn
 
 # With fewer multiplications in a product, the calls take longer than what they save.
 _LEAST_PRODUCTS = 2**28
 # oneDNN adds up all channels in one float32 number, MKL in several. Up to so many channels the rounding error is up to
 # 1.6 times MKL's, with more it is over twice as large.
 _MOST_SUMMED = 640
+# The first version of PyTorch whose products are known to take no more than the plan. Those of 2.9 take half as much
+# again in bfloat16.
+_MEASURED_FROM = 2, 14
 # What oneDNN takes for a product is 257 KiB for each thread at most, measured with 1 to 8 threads. It has to fit into
 # what a chunk holds less than its plan says: one tensor between the projections, two where there is a gate.
 _SCRATCH = 2**19
@@ -104,7 +107,7 @@ def fused_is_faster(dtype: torch.dtype) -> bool:
     In bfloat16 PyTorch's products are oneDNN's too. In float32 they are MKL's, which is slower than oneDNN on AMD's
     processors.
     """
-    if not has_onednn or not torch.backends.mkldnn.enabled:
+    if not has_onednn or not torch.backends.mkldnn.enabled or PYTORCH < _MEASURED_FROM:
         return False
     if dtype == torch.bfloat16:
         return cpu_products(dtype) == "bfloat16"
