@@ -289,7 +289,7 @@ def test_auto_never_takes_it_on_a_cpu(dtype: torch.dtype) -> None:
     inputs = layer_inputs(dtype)
     plan = planned_attention(inputs.query, inputs.key, inputs.value, dropout_p=0.1)[1]
     assert plan is not None
-    assert plan.kernel == "math"
+    assert plan.kernel != "triton"
 
 
 # PyTorch's machinery
