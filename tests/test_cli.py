@@ -147,6 +147,7 @@ def test_a_terminal_is_told_that_pytorch_is_loading(
     assert "needs the package a_package_that_is_missing" in said[-1]
 
 
+@pytest.mark.slow
 def test_a_package_that_a_command_misses_when_it_runs_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -253,6 +253,7 @@ def test_a_tiled_vae_decodes_its_tiles() -> None:
         torch.testing.assert_close(vae.decode(latents).sample, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_host
 @torch.no_grad()
 def test_a_compiled_vae_is_one_graph_of_any_size_and_gives_the_same(make: Any) -> None:
@@ -287,6 +288,7 @@ def test_a_compiled_vae_without_room_raises_the_same_error() -> None:
         compiled(torch.randn(1, 4, 5, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [decoded, pytest.param(encoded, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch.no_grad()

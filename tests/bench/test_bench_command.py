@@ -30,6 +30,7 @@ def tiny(tmp_path: Path) -> list[str]:
     return ["bench", "--work", f"{model}-layers", f"{model}-unet", *few]
 
 
+@pytest.mark.slow
 def test_tables_json_and_pictures_say_the_same(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

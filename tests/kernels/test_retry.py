@@ -37,6 +37,7 @@ def _fails_above(most_elements: int, monkeypatch: pytest.MonkeyPatch) -> list[in
     return asked
 
 
+@pytest.mark.slow
 def test_attention_goes_on_in_smaller_slices_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = inputs = [torch.randn(2, 3, 97, 11, requires_grad=True) for _ in range(3)]
     slicing = SliceConfig(kernel="math", steps=1)

@@ -99,6 +99,7 @@ LAYERS = {"checkpoint": "layer"}
 slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "pixels", "checkpoint_blocks", "feed_forward", "slicing"),
     [
@@ -161,6 +162,7 @@ def slicemod_autoencoder() -> AutoencoderSource:
     return find_picture_model("sd15").autoencoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frames", "pixels"), [pytest.param(1, 384, marks=pytest.mark.slow), (5, 192)])
 def test_the_predicted_peak_of_a_videos_decoding_is_the_measured_one(frames: int, pixels: int) -> None:
     source, model = AutoencoderSource("AutoencoderKLWan", WAN, frames), AutoencoderKLWan(**WAN)

@@ -64,6 +64,7 @@ def quick(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(stub))
 
 
+@pytest.mark.slow
 @needs_native
 def test_it_is_compiled_into_the_cache_and_found_there_again(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_library() is not None

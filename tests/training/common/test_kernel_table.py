@@ -44,6 +44,7 @@ def same(first: Path, second: Path) -> bool:
     return all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+@pytest.mark.slow
 def test_a_run_resumed_on_a_machine_with_another_table_computes_the_same_bits(
     base_run: Path,
     always: CrossoverTable,

@@ -22,6 +22,7 @@ from tests.training.tiny_stable_diffusion import (
 NEEDS_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_the_plans_that_training_takes_and_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
