@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicemod.kernels.backward import fake_gradients, gradients_by
+from slicemod.kernels.backward import fake_gradients, formula_of, gradients_by, save_for_backward
 from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.outputs import empty_gradients, empty_heads
 from slicemod.kernels.retry import ran_out, with_fewer_threads
-from slicemod.kernels.second_order import Formula
 from slicemod.operator import operator
 
 
@@ -90,19 +89,9 @@ def _native_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of a
 _native_attention_backward.register_fake(fake_gradients)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, *settings, _keep = inputs
-    ctx.save_for_backward(query, key, value, mask, seed, *output)
-    ctx.settings = settings
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _formula(dropout_p: float, is_causal: bool, scale: float) -> Formula:
-    return Formula(scale, is_causal, dropout_p=dropout_p)
-
-
-native_attention.register_autograd(gradients_by(_native_attention_backward, _formula), setup_context=_save_for_backward)
+native_attention.register_autograd(
+    gradients_by(_native_attention_backward, formula_of), setup_context=save_for_backward
+)
 
 
 def prepared_inference(call: NativeCall) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slicemod.kernels.backward import fake_gradients, gradients_by
+from slicemod.kernels.backward import fake_gradients, formula_of, gradients_by, save_for_backward
 from slicemod.kernels.outputs import empty_gradients, empty_heads
-from slicemod.kernels.second_order import Formula
 from slicemod.kernels.triton.present import card_of
 from slicemod.operator import operator
 
@@ -79,16 +78,6 @@ def _triton_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of a
 _triton_attention_backward.register_fake(fake_gradients)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, seed, *settings, _keep = inputs
-    ctx.save_for_backward(query, key, value, mask, seed, *output)
-    ctx.settings = settings
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _formula(dropout_p: float, is_causal: bool, scale: float) -> Formula:
-    return Formula(scale, is_causal, dropout_p=dropout_p)
-
-
-triton_attention.register_autograd(gradients_by(_triton_attention_backward, _formula), setup_context=_save_for_backward)
+triton_attention.register_autograd(
+    gradients_by(_triton_attention_backward, formula_of), setup_context=save_for_backward
+)

@@ -18,13 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.native.build import native_library, native_obstacle
-from slicemod.reference import reference_attention
 from tests.kernels.features import MASKS, WIDTHS, featured
 from tests.kernels.native.dropped import dropout_factors
 from tests.kernels.native.test_binding import KINDS, plain
 from tests.kernels.native.test_operators import DTYPES, dtype, native, threads
-from tests.kernels.with_dropout import with_dropout
-from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
+from tests.kernels.with_dropout import assert_as_exact_as_what_is_left
+from tests.oracle import Inputs, assert_as_exact_as_sdpa, layer_inputs, layer_like, results
 from tests.pairwise import pairwise
 from tests.test_functional import SPECIAL
 from tests.test_memory_promise import promise_and_peak
@@ -193,24 +192,11 @@ def test_dropout_is_as_exact_as_what_it_leaves(
 def assert_dropout_is_as_exact_as_what_it_leaves(
     dtype: torch.dtype, kind: str, key_heads: int | None, dropout_p: float
 ) -> None:
-    """SDPA's error is that without dropout, which the kept weights enlarge."""
     inputs = featured(dtype, kind, (71, 613), (40, 40), key_heads)
     seed = torch.tensor(2**62 + 12345)
     factors = dropout_factors(int(seed), dropout_p, 4, 71, 613)
-    causal = kind == "causal"
-
-    def exactly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
-        return with_dropout(factors, query, key, value, mask, causal)
-
     ours = functools.partial(native, dropout_p=dropout_p, seed=seed)
-    grad = layer_like(2, 2, 71, 40, dtype)
-    exact, found = results(exactly, inputs.leaves(torch.float64), grad), results(ours, inputs.leaves(), grad)
-    theirs = results(F.scaled_dot_product_attention, inputs.leaves(), grad)
-    undropped = results(reference_attention, inputs.leaves(torch.float64), grad)
-    for name, result in found.items():
-        ulp = torch.finfo(dtype).eps * float(exact[name].norm())
-        allowed = 2.5 * error(theirs[name], undropped[name]) / (1 - dropout_p) + ulp / 2
-        assert error(result, exact[name]) <= allowed, name
+    assert_as_exact_as_what_is_left(ours, inputs, factors, dropout_p)
 
 
 def test_the_dropped_weights_do_not_depend_on_the_threads() -> None:

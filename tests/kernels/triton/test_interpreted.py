@@ -24,7 +24,7 @@ from tests.kernels.native.test_binding import KINDS, plain
 from tests.kernels.native.test_operators import FAR_APART
 from tests.kernels.triton.philox import dropout_factors
 from tests.kernels.triton.versions import too_old
-from tests.kernels.with_dropout import with_dropout
+from tests.kernels.with_dropout import assert_as_exact_as_what_is_left
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
 from tests.pairwise import pairwise
 from tests.test_functional import LAYOUTS, SPECIAL, strided
@@ -187,27 +187,17 @@ def test_nan_and_inf_go_where_sdpa_sends_them(where: str, kind: str, special: st
 def test_dropout_is_as_exact_as_what_it_leaves(
     kind: str, dtype: torch.dtype, key_heads: int | None, dropout_p: float
 ) -> None:
-    """What is dropped is known by numpy. SDPA's error is that without dropout, which the kept weights enlarge."""
+    """What is dropped is known by numpy."""
     inputs = inputs_of(dtype, kind, "long", (40, 40), key_heads)
     seed = torch.tensor(2**62 + 12345)
     factors = dropout_factors(int(seed), dropout_p, 4, 71, 131)
     causal = kind == "causal"
 
-    def exactly(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
-        return with_dropout(factors, query, key, value, mask, causal)
-
     def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
         output: Tensor = triton_attention(query, key, value, mask, seed, dropout_p, causal, 40**-0.5, True)[0]
         return output
 
-    grad = layer_like(2, 2, 71, 40, dtype)
-    exact, found = results(exactly, inputs.leaves(torch.float64), grad), results(ours, inputs.leaves(), grad)
-    theirs = results(F.scaled_dot_product_attention, inputs.leaves(), grad)
-    undropped = results(reference_attention, inputs.leaves(torch.float64), grad)
-    for name, result in found.items():
-        ulp = torch.finfo(dtype).eps * float(exact[name].norm())
-        allowed = 2.5 * error(theirs[name], undropped[name]) / (1 - dropout_p) + ulp / 2
-        assert error(result, exact[name]) <= allowed, name
+    assert_as_exact_as_what_is_left(ours, inputs, factors, dropout_p)
 
 
 def test_all_weights_can_be_dropped() -> None:
