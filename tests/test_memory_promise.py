@@ -43,6 +43,8 @@ def masks(dtype: torch.dtype) -> dict[str, Tensor | None]:
         "float32": torch.randn(131, 113),
         "gradient per head": torch.randn(1, 6, 1, 113).to(dtype).requires_grad_(),
         "gradient": torch.randn(131, 113).to(dtype).requires_grad_(),
+        "float32, gradient": torch.randn(131, 113).requires_grad_(),
+        "float32, gradient per head": torch.randn(1, 6, 1, 113).requires_grad_(),
     }
 
 
@@ -78,7 +80,8 @@ def promise_and_peak(inputs: Inputs, slicing: SliceConfig | None, *, training: b
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MATH = [name for name in SLICINGS if name != "fused"]
-OF_THE_SAME_DTYPE = [name for name in masks(torch.float32) if name != "float32"] + ["causal"]
+OF_FLOAT32 = [name for name in masks(torch.float32) if name.startswith("float32")]
+OF_THE_SAME_DTYPE = [name for name in masks(torch.float32) if name not in OF_FLOAT32] + ["causal"]
 FUSIBLE = [name for name in OF_THE_SAME_DTYPE if not name.startswith("gradient")]
 REST: tuple[Any, ...] = [None, 2], [False, True]  # heads of keys; whether gradients are computed
 
@@ -87,7 +90,7 @@ REST: tuple[Any, ...] = [None, 2], [False, True]  # heads of keys; whether gradi
     ("slicing", "dtype", "mask", "key_heads", "training"),
     [
         *pairwise(MATH, DTYPES, OF_THE_SAME_DTYPE, *REST),
-        *pairwise(MATH, DTYPES[:3], ["float32"], *REST),  # SDPA takes no narrower mask than query
+        *pairwise(MATH, DTYPES, OF_FLOAT32, *REST),
         *pairwise(["fused"], DTYPES, FUSIBLE, *REST),
         *pairwise(["fused"], DTYPES[:1], ["float32"], *REST),
     ],
@@ -153,9 +156,9 @@ def test_no_input_is_copied_whole(training: bool, layout: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "chunk", "kind", "training"),
     pairwise(
-        [torch.float32, torch.bfloat16, torch.float16],
+        [torch.float32, torch.bfloat16, torch.float16, torch.float64],
         [(16, 29), (1, 1)],
-        ["none", "bool", "float32", "gradient", "causal", "dropout", "grouped", "spaced"],
+        ["none", "bool", "float32", "gradient", "float32, gradient", "causal", "dropout", "grouped", "spaced"],
         [False, True],
     ),
     ids=str,
@@ -167,6 +170,7 @@ def test_the_peak_of_key_chunks_is_what_the_plan_says(
     queries, all_keys = (37, 61) if rows > 1 else (1, 7)  # a score at a time takes many turns
     masks = {"bool": torch.rand(1, 1, queries, all_keys) > 0.3, "float32": torch.randn(1, 1, queries, all_keys)}
     masks["gradient"] = torch.randn(1, 1, 1, all_keys).to(dtype).requires_grad_()
+    masks["float32, gradient"] = torch.randn(1, 1, queries, all_keys).requires_grad_()
     heads, key_heads = (4, 2) if kind == "grouped" else (3, None)
     inputs = layer_inputs(
         dtype,

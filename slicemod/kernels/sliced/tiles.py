@@ -254,10 +254,20 @@ class Tiles:
             rest += _SEED_BYTES
         if training and not checkpoint:
             rest += self.shape.scores_bytes
-        mask = self.shape.mask
-        if training and self.converts and mask is not None and mask.has_grad:
-            rest += mask.elements * self.shape.score_itemsize  # its gradient is summed in the dtype of the scores
+        if training:
+            rest += self.mask_sum
         return self.workspace(training=training) + rest
+
+    @property
+    def mask_sum(self) -> int:
+        """Bytes of the sum of the mask's gradient, which has the dtype of the scores, if it is not the gradient itself.
+
+        A mask has the dtype of the query or float32, and so has its gradient.
+        """
+        mask, size = self.shape.mask, self.shape.score_itemsize
+        if mask is None or not mask.has_grad:
+            return 0
+        return 0 if size == (4 if mask.other_dtype else self.shape.itemsize) else mask.elements * size
 
 
 def _in_lines(elements: int) -> int:
