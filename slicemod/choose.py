@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from slicemod.call import AttentionShape, CallSpec
 from slicemod.config import SliceConfig
 from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Kernel
-from slicemod.kernels.sliced.planner import POLICIES, plan_by_policy
+from slicemod.kernels.sliced.planner import plan_by_policy
 from slicemod.kernels.sliced.slices import Conditions
 from slicemod.kernels.table_in_use import given_table, table_for
 from slicemod.memory.sizes import exact_size_text
@@ -146,6 +147,7 @@ class CallPlans:
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
+            ValueError: the kernel that is asked for cannot run the call.
         """
         best, device, budget = self.best, self.call.device, self.slicing.parsed_budget
         if best is not None and budget.surely_allows(best.peak_bytes, device):
@@ -157,11 +159,7 @@ class CallPlans:
 
 
 def plans_of(call: CallSpec, slicing: SliceConfig) -> CallPlans:
-    """The plans of a call; the free memory later picks one of them.
-
-    Raises:
-        ValueError: the kernel that is asked for cannot run the call.
-    """
+    """The plans of a call; the free memory later picks one of them."""
     # The free memory changes from call to call. The best plan stays the best one wherever it fits, except under the
     # webui's policies, whose slices depend on the free memory.
     for kernel in kernels.KERNELS:
@@ -204,23 +202,22 @@ def plan_slices(
 
     Raises:
         NotEnoughMemoryError: no plan fits.
-        ValueError: the policy or kernel is unknown, the kernel cannot run the call, or `steps` is below 1.
-        TypeError: `free_bytes` is not a number.
+        ValueError: the policy or kernel is unknown, the kernel cannot run the call or takes no steps, or `steps` is not
+            a whole number of 1 or more.
+        TypeError: `free_bytes` is not a finite number.
 
     >>> plan_slices(AttentionShape(2, 10, 4096, 4096, 64, 2), 1_825_361_100, policy="heuristic").steps
     4
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}. Choose one of these.")
-    if isinstance(free_bytes, bool) or not isinstance(free_bytes, int | float):
+    slicing = SliceConfig(policy=policy, kernel=kernel, steps=steps, checkpoint=checkpoint)
+    if isinstance(free_bytes, bool) or not isinstance(free_bytes, int | float) or not isfinite(free_bytes):
         raise TypeError(
-            f"free_bytes: expected a number of bytes; got {free_bytes!r}. "
+            f"free_bytes: expected a finite number of bytes; got {free_bytes!r}. "
             'slicemod.memory.budget.Budget.parse("1GiB").bytes reads sizes.'
         )
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps: expected a whole number of slices, 1 or more; got {steps}. Leave it out to plan.")
     free_bytes = max(0, int(free_bytes))
     if kernels.kernel_named(kernel).takes_steps:
-        return plan_by_policy(shape, Conditions(free_bytes, device_type, training, checkpoint), policy, steps)
+        given = Conditions(free_bytes, device_type, training, slicing.terms.checkpoint)
+        return plan_by_policy(shape, given, policy, steps)
     call = CallSpec.planned(shape, torch.device(device_type), training=training)
-    return choose(call, SliceConfig(policy=policy, kernel=kernel, steps=steps, checkpoint=checkpoint), free_bytes)
+    return choose(call, slicing, free_bytes)

@@ -25,7 +25,8 @@ class EncoderKind(NamedTuple):
     """One class of text encoders.
 
     Attributes:
-        tokens: of a prompt, if the class knows: its entry `max_position_embeddings`. Otherwise the pipeline pads.
+        tokens_of_config: its config has the number of a prompt's tokens, in `max_position_embeddings`. Otherwise the
+            pipeline decides.
         template_tokens: what the pipeline writes around the prompt.
         all_states: the pipeline asks for the output of every layer.
     """

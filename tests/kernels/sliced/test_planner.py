@@ -453,12 +453,22 @@ def test_a_fused_kernel_on_a_gpu_keeps_row_statistics_and_never_scores() -> None
     [
         ({"policy": "greedy"}, "policy: expected one of heuristic, doggettx, .*; got 'greedy'"),
         ({"kernel": "auto"}, "kernel: expected one of native, .*, math; got 'auto'"),
-        ({"steps": 0}, "steps: expected .* 1 or more; got 0"),
+        ({"steps": 0}, "steps: expected .* 1 or more.*; got 0"),
+        ({"steps": 2.5}, "steps: expected a whole number .*; got 2.5"),
+        ({"steps": True}, "steps: expected a whole number .*; got True"),
+        ({"kernel": "fused", "steps": 3}, "steps: expected none with this kernel"),
+        ({"checkpoint": "all"}, "checkpoint: expected true, false or \"layer\"; got 'all'"),
     ],
 )
 def test_an_unknown_setting_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_slices(AttentionShape(2, 3, 5, 7, 11, 4), GIB, **settings)
+
+
+@pytest.mark.parametrize("free_bytes", ["1GiB", True, math.inf, math.nan])
+def test_free_bytes_that_are_no_finite_number_are_refused(free_bytes: Any) -> None:
+    with pytest.raises(TypeError, match=f"free_bytes: expected a finite number of bytes; got {free_bytes!r}"):
+        plan_slices(AttentionShape(2, 3, 5, 7, 11, 4), free_bytes)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 5, 7), (2, 0, 5, 7), (2, 3, 0, 7), (2, 3, 5, 0)])
