@@ -47,6 +47,7 @@ ORDER = (
     "adapters/",
     "public.py",
     "user_error.py",
+    "whole_file.py",
     "arguments.py",
     "hidden_packages.py",
     "planning/",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -13,6 +12,7 @@ from typing import Any
 
 from slicemod.bench.comparing import LeftOut, Measurement, Setting
 from slicemod.user_error import UserError
+from slicemod.whole_file import replacing
 
 FORMAT = 1
 
@@ -53,14 +53,8 @@ class Results:
         Raises:
             UserError: the file cannot be written.
         """
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as beside:
             beside.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-            beside.replace(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error}. Choose another place or make room.") from error
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def load_results(path: Path) -> Results:

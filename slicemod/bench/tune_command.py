@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from slicemod.kernels.native.binding import NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.table_in_use import TABLE_VARIABLE, built_in_table, measured_file
 from slicemod.user_error import UserError
+from slicemod.whole_file import replacing
 
 LEAST_DECIDED = 0.5  # of the calls; with fewer, the machine was busy with something else
 
@@ -62,7 +62,8 @@ def run(arguments: Sequence[str], compare: Compare = compare_on_this_machine) ->
             "is kept. Stop what else is running, or give more --seconds, and try again."
         )
     table = _signed(tuning.table, library)
-    _write(table, path)
+    with replacing(path) as written:  # another process may be reading it
+        written.write_text(table.as_json(), encoding="utf-8")
     _print(table, path, tuning.findings, options)
     return 0
 
@@ -86,19 +87,6 @@ def _signed(table: CrossoverTable, library: NativeLibrary) -> CrossoverTable:
         native=library.path.stem,
         measured=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
-
-
-def _write(table: CrossoverTable, path: Path) -> None:
-    """Whole or not at all: another process may be reading it."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            written.write_text(table.as_json(), encoding="utf-8")
-            written.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected a file that can be written; got {error}. Name another one by --output."
-        ) from error
 
 
 def _reset(path: Path, *, as_json: bool) -> int:

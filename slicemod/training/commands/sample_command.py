@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slicemod.training.commands.sample_options import parser
-from slicemod.training.common.checkpoints import ensure_writable_folder, read_checkpoint
+from slicemod.training.common.checkpoints import read_checkpoint
 from slicemod.training.common.pictures import save_tiles
 from slicemod.training.digits.latent_diffusion import checkpoint_attention, load_latent_diffusion
 from slicemod.training.digits.sampling import Sampling, sample_images
@@ -25,6 +25,7 @@ from slicemod.training.stable_diffusion.prompt_sampling import (
 )
 from slicemod.training.stable_diffusion.text_encoders import tell_of_cut
 from slicemod.user_error import UserError
+from slicemod.whole_file import ensure_writable_folder
 
 OF_CLASSES = ("--class",)
 OF_PROMPTS = ("--prompt", "--negative-prompt", "--scheduler", "--max-tokens", "--height", "--width", "--source")

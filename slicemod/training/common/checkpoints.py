@@ -1,4 +1,4 @@
-"""Reading checkpoints safely and writing files whole or not at all.
+"""Reading checkpoints safely, and writing safetensors.
 
 Nothing here unpickles code: ``.ckpt`` files are read with ``weights_only=True`` and ``.safetensors`` files hold
 tensors only. Whatever is wrong with a file ends as a ``CheckpointError`` that names it.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from slicemod.user_error import UserError
+from slicemod.whole_file import replacing
 
 NAMES_SHOWN = 3  # of a list of wrong keys, so that the error stays a paragraph
 
@@ -117,54 +116,6 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         temporary.write_bytes(whole)
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives the name of a temporary file beside ``path`` that takes ``path``'s place when the block ends well.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    target = Path(path)
-    ensure_writable_folder(target.parent)
-    if target.is_dir():
-        raise UserError(f"{target} cannot be written: expected the name of a file, got a folder. Name a file in it.")
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("r+b") as written:  # Windows flushes no handle that cannot write
-            os.fsync(written.fileno())  # else a power cut could leave the new name with half its content
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        temporary.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error}. Choose another place or make room.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def ensure_writable_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes the folder where it is missing and checks that files can be made in it.
-
-    Raises:
-        UserError: the folder cannot be made, or no file can be made in it.
-    """
-    in_the_way = next((path for path in (Path(folder), *Path(folder).parents) if path.exists()), None)
-    if in_the_way is not None and not in_the_way.is_dir():
-        raise UserError(
-            f"The folder {folder} cannot be written: {in_the_way} is a file. Choose a folder that you may write to."
-        )
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"The folder {folder} cannot be written: {error.strerror or error}. Choose a folder that you may write to,"
-            " or change its permissions."
-        ) from error
-
-
 def require_finite(tensors: Mapping[str, object], path: str | os.PathLike[str]) -> None:
     """Checks that every tensor of ``tensors``, read from ``path``, holds finite numbers.
 
@@ -245,9 +196,3 @@ def _describe(content: object) -> str:
 def _shortened(names: list[str]) -> str:
     rest = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

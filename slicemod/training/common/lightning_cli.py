@@ -26,12 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from slicemod import SliceConfig
 from slicemod.kernels import KERNELS
 from slicemod.kernels.sliced.planner import POLICIES
-from slicemod.training.common.checkpoints import (
-    CheckpointError,
-    ensure_writable_folder,
-    read_checkpoint,
-    require_finite,
-)
+from slicemod.training.common.checkpoints import CheckpointError, read_checkpoint, require_finite
 from slicemod.training.common.config_errors import find_cause, named_numbers
 from slicemod.training.common.interruption import StopBetweenSteps
 from slicemod.training.common.kernel_table import KeepsKernelTable, checkpoints_table
@@ -43,6 +38,7 @@ from slicemod.training.common.stop_signals import TrainingInterruptedError
 from slicemod.training.common.whole_checkpoint_io import PREVIOUS, WholeCheckpointIO
 from slicemod.training.common.yaml_files import config_files, read_configs, require_plain_yaml
 from slicemod.user_error import UserError
+from slicemod.whole_file import ensure_writable_folder
 
 
 class SaveConfigBesideLogs(SaveConfigCallback):

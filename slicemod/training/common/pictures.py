@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from slicemod.training.common.checkpoints import replacing
+from slicemod.whole_file import replacing
 
 GAP = 2  # black pixels between tiles
 

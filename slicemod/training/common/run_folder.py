@@ -7,8 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from slicemod.training.common.checkpoints import ensure_writable_folder
 from slicemod.user_error import UserError
+from slicemod.whole_file import ensure_writable_folder
 
 RUNS = Path("runs")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from slicemod.training.common.checkpoints import replacing
+from slicemod.whole_file import replacing
 
 PREVIOUS = "previous"  # what last.ckpt is renamed to when a new one is whole
 
@@ -26,10 +26,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             UserError: there is no room or no permission; what was there is left as it is.
         """
         target = Path(path)
-        with replacing(target) as temporary:
+        is_last = target.stem.startswith("last")
+        previous = target.with_name(target.name.replace("last", PREVIOUS, 1)) if is_last else None
+        with replacing(target, keep_as=previous) as temporary:
             try:
                 torch.save(checkpoint, temporary)
             except RuntimeError as error:  # torch's zip writer says this of a full disk
                 raise OSError(str(error).splitlines()[0]) from error
-            if target.stem.startswith("last") and target.exists():
-                target.replace(target.with_name(target.name.replace("last", PREVIOUS, 1)))

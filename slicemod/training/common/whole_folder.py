@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from slicemod.training.common.checkpoints import ensure_writable_folder
 from slicemod.user_error import UserError
+from slicemod.whole_file import ensure_writable_folder
 
 
 @contextmanager

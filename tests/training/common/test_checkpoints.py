@@ -13,14 +13,11 @@ from torch import nn
 
 from slicemod.training.common.checkpoints import (
     CheckpointError,
-    ensure_writable_folder,
     load_strictly,
     read_checkpoint,
     read_safetensors,
-    replacing,
     write_safetensors,
 )
-from slicemod.user_error import UserError
 
 
 class Intruder:
@@ -114,33 +111,6 @@ def test_strict_loading_names_missing_unexpected_and_reshaped_tensors_and_loads_
     with pytest.raises(CheckpointError, match=r"1 keys are missing: bias; 1 keys are unexpected: scale; 1 tensors"):
         load_strictly(module, {"weight": torch.zeros(3, 2), "scale": torch.zeros(1)}, "base.ckpt")
     assert torch.equal(module.weight, before)
-
-
-def fail_halfway(path: Path) -> None:
-    path.write_text("half of", encoding="utf-8")
-    raise OSError("no space left")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    path.write_text("old")
-    with pytest.raises(UserError, match=r"picture\.png cannot be written"), replacing(path) as temporary:
-        fail_halfway(temporary)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"The folder .*file/inside cannot be written"):
-        ensure_writable_folder(tmp_path / "file" / "inside")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_write_permission_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        ensure_writable_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"\x80\x02}q\x00(X", b"PK\x03\x04 not a zip", b""])
