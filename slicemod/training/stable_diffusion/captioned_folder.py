@@ -171,6 +171,10 @@ class CaptionedFolder(pl.LightningDataModule):
         """The bucket of an image."""
         return nearest_bucket(image.height, image.width, self.buckets)
 
+    def pixels(self, image: CaptionedImage, variant: int = 0) -> Tensor:
+        """What a variant shows of an image, (3, height, width) in [-1, 1]; variant 0 is what validation sees."""
+        return read_crop(image, self.bucket(image), self._crop(image, variant))
+
     def find(self, *, progress: bool = True) -> None:
         """Looks through the folder; names on stderr what is left out or much enlarged. Does nothing the second time.
 
@@ -234,8 +238,7 @@ class CaptionedFolder(pl.LightningDataModule):
                     self.cache.write(key, _finite(encoded, f"The text encoder's embeddings of the caption {caption!r}"))
             for image, variant in bar.track(crops[rank::world_size], description="caching latents"):
                 if not self.cache.has(key := self._latents_key(image, variant)):
-                    pixels = read_crop(image, self.bucket(image), self._crop(image, variant))
-                    latents = stages.encode_images(pixels[None])
+                    latents = stages.encode_images(self.pixels(image, variant)[None])
                     encoded = {"mean": latents.mean[0], "std": latents.std[0]}
                     self.cache.write(key, _finite(encoded, f"The autoencoder's latents of {image.path}"))
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from slicemod.training.stable_diffusion.captioned_images import Crop, covering_size, read_crop
 from slicemod.training.stable_diffusion.prompt_sampling import (
     EncodedPrompt,
     PromptSampling,
@@ -75,17 +74,13 @@ class SampleQuality(pl.Callback):
             measured = kind(feature=extractor, sync_on_compute=False, **options).to(pl_module.device)
         for place, image in enumerate(data.val_images):
             bucket = data.bucket(image)
-            height, width = covering_size(image, bucket)
-            real = read_crop(
-                image, bucket, Crop((height - bucket.height) // 2, (width - bucket.width) // 2, flipped=False)
-            )
             drawn = draw_prompts(
                 model,
                 self._encoded[place : place + 1],
                 PromptSampling(bucket.height, bucket.width, self.steps, self.guidance, self.seed + place),
                 progress=False,
             )
-            measured.update(_bytes(real[None]).to(pl_module.device), real=True)
+            measured.update(_bytes(data.pixels(image)[None]).to(pl_module.device), real=True)
             measured.update(_bytes(drawn).to(pl_module.device), real=False)
         value = measured.compute()
         value = value[0] if isinstance(value, tuple) else value

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from slicemod.training.commands.fit_command import fit
 from slicemod.training.common.checkpoints import CheckpointError, read_checkpoint, read_safetensors, write_safetensors
 from slicemod.training.common.pictures import read_metric
 from slicemod.training.common.trained_weights import trained_names
+from slicemod.training.stable_diffusion.aspect_buckets import Bucket
+from slicemod.training.stable_diffusion.captioned_images import Crop, read_crop
 from slicemod.training.stable_diffusion.denoising_objective import Objective
 from slicemod.training.stable_diffusion.lightning_module import StableDiffusion, load_stable_diffusion
 from slicemod.training.stable_diffusion.pretrained import Pretrained
@@ -175,6 +177,37 @@ def test_samples_are_compared_by_the_feature_extractor_that_is_given(metric: str
     run = train(here, "sd15_full.yaml", "sd15", "--trainer.callbacks+", json.dumps(quality), data={"val_count": 2},
                 trainer={"max_steps": 2})  # fmt: skip
     assert math.isfinite(float(run.trainer.callback_metrics[f"val/{metric}"]))
+
+
+class SeenImages(MeanColours):
+    """Keeps what it was given."""
+
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images)
+        return super().forward(images)
+
+
+def test_samples_are_compared_with_the_crops_whose_latents_are_cached(here: Path) -> None:
+    shutil.rmtree(here / "images")
+    (here / "images").mkdir()
+    for number in range(3):
+        picture = Image.linear_gradient("L").rotate(90).resize((37, 32)).point(lambda grey, n=number: grey // (n + 1))
+        picture.save(here / "images" / f"{number}.png")
+        (here / "images" / f"{number}.txt").write_text("a slope")
+    quality = {
+        "class_path": "slicemod.training.sample_quality.SampleQuality",
+        "init_args": {"feature_extractor": {"class_path": f"{__name__}.SeenImages"}, "steps": 1},
+    }
+    run = train(here, "sd15_full.yaml", "sd15", "--trainer.callbacks+", json.dumps(quality),
+                data={"val_count": 2, "max_ratio": 1}, trainer={"max_steps": 2})  # fmt: skip
+    (batch,) = run.datamodule.val_dataloader()
+    real = SeenImages.seen[-4::2]
+    for image, ids, seen in zip(run.datamodule.val_images, batch["time_ids"].int().tolist(), real, strict=True):
+        assert ids == [32, 37, 0, 3, 32, 32]
+        shown = read_crop(image, Bucket(32, 32), Crop(0, 3, flipped=False))
+        assert torch.equal(seen[0], ((shown + 1) * 127.5).round().byte())
 
 
 @pytest.mark.parametrize(
