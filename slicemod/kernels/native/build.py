@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import signal
 import stat
@@ -24,6 +25,7 @@ import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,14 +90,17 @@ def _library_or_obstacle() -> NativeLibrary | _Obstacle:
         return _Obstacle(f"it needs {' or '.join(_CAPABILITIES)}, and PyTorch finds {capability}")
     compiler = compiler_found()
     if compiler is None:
-        return _Obstacle(f"there is no C++ compiler: neither $CXX nor {', '.join(_COMPILERS)}")
+        if given := os.environ.get("CXX"):
+            reason = f"$CXX: expected the command of a C++ compiler; got {given!r}, which cannot be run."
+            return _Obstacle(reason, failed=True)
+        return _Obstacle(f"there is no C++ compiler: $CXX is not set, and none of {', '.join(_COMPILERS)} is there")
     try:
         try:
             return NativeLibrary(_compiled(compiler))
         except WrongLibraryError:
             return NativeLibrary(_compiled(compiler, anew=True))
     except (OSError, CompilerError) as error:
-        return _Obstacle(f"{compiler} could not build it, or it could not be loaded: {error}", failed=True)
+        return _Obstacle(f"{shlex.join(compiler)} could not build it, or it could not be loaded: {error}", failed=True)
 
 
 _warned_of: set[_Obstacle] = set()
@@ -144,16 +149,27 @@ def build() -> Path:
     return library.path
 
 
-def compiler_found() -> str | None:
-    """The C++ compiler that builds the kernel: $CXX, or the first usual one that is installed. None without any."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS[1:]))), None)
+def compiler_found() -> list[str] | None:
+    """The words of the command that compiles the kernel: $CXX, or without it the first usual compiler.
+
+    None if it is not installed.
+    """
+    given = os.environ.get("CXX")
+    try:
+        commands = [shlex.split(given)] if given else [[name] for name in _COMPILERS]
+    except ValueError:  # an open quotation
+        return None
+    for program, *more in filter(None, commands):
+        if path := shutil.which(program):
+            return [path, *more]
+    return None
 
 
-def _compiled(compiler: str, *, anew: bool = False, seconds: float = _SECONDS) -> Path:
+def _compiled(compiler: Sequence[str], *, anew: bool = False, seconds: float = _SECONDS) -> Path:
     """The path of the compiled library. It is taken from the cache if it is there and has the right digest.
 
     Args:
-        compiler: the path of the compiler.
+        compiler: the words of its command.
         anew: compile the library whatever is in the cache.
         seconds: how long the compiler may take.
 
@@ -161,19 +177,21 @@ def _compiled(compiler: str, *, anew: bool = False, seconds: float = _SECONDS) -
         OSError: the compiler cannot be run, or the cache folder is not safe for code.
         CompilerError: the compiler ended with an error, or did not end in time.
     """
-    version = _ran([compiler, "--version"], seconds)
+    version = _ran([*compiler, "--version"], seconds)
     flags = _flags()
     sources = (path.read_bytes() for path in sorted([*SOURCES.glob("[a-z]*.h"), *SOURCES.glob("[a-z]*.cpp")]))
-    parts = *sources, *(part.encode() for part in (version, *_processor(), *flags))
+    parts = *sources, *(part.encode() for part in (version, *compiler[1:], *_processor(), *flags))
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
     target = _cache_folder() / f"attention-{name}.so"
     if anew or not _is_as_written(target):
-        _log.warning("compiling slicemod's native attention kernel with %s into %s, once", compiler, target.parent)
+        _log.warning(
+            "compiling slicemod's native attention kernel with %s into %s, once", shlex.join(compiler), target.parent
+        )
         started = time.monotonic()
         # Compiled in a folder beside its final place, and then moved: other processes may be doing the same.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built, digest = Path(folder) / target.name, Path(folder) / "digest"
-            _ran([compiler, *flags, "-o", str(built), str(SOURCES / "attention.cpp")], seconds)
+            _ran([*compiler, *flags, "-o", str(built), str(SOURCES / "attention.cpp")], seconds)
             built.chmod(0o755)
             digest.write_text(_digest(built), encoding="ascii")
             digest.replace(_digest_file(target))

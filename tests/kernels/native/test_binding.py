@@ -162,7 +162,7 @@ def compiled(folder: Path, source: str) -> Path:
     """A library of its own from some lines of C."""
     compiler, target = compiler_found(), folder / "library.so"
     assert compiler is not None
-    command = [compiler, "-x", "c++", "-shared", "-fPIC", "-o", str(target), "-"]
+    command = [*compiler, "-x", "c++", "-shared", "-fPIC", "-o", str(target), "-"]
     subprocess.run(command, input=source.encode(), check=True)
     return target
 

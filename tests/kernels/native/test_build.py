@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -56,10 +58,11 @@ def compiler_stub(folder: Path, does: str) -> Path:
 @pytest.fixture
 def quick(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that takes no time, since it copies what the true one made."""
-    true = TRUE_LIBRARY
+    true, compiler = TRUE_LIBRARY, TRUE_COMPILER
     assert true is not None
+    assert compiler is not None
     stub = compiler_stub(anew, f"cp {true.path} $built")
-    words = stub.read_text(encoding="utf-8").replace("&& exit 0", f"&& exec {TRUE_COMPILER} --version")
+    words = stub.read_text(encoding="utf-8").replace("&& exit 0", f"&& exec {shlex.join(compiler)} --version")
     stub.write_text(words, encoding="utf-8")
     monkeypatch.setenv("CXX", str(stub))
 
@@ -83,20 +86,20 @@ def test_other_files_beside_the_source_are_not_read(anew: Path, x86: None, monke
     shutil.copytree(module.SOURCES, sources)
     monkeypatch.setattr(module, "SOURCES", sources)
     stub = str(compiler_stub(anew, "touch $built"))
-    once = module._compiled(stub)
+    once = module._compiled([stub])
     (sources / ".attention.cpp.swp").write_bytes(b"\xff\xfe")
     (sources / ".#forward.h").symlink_to(anew / "nowhere")
     (sources / "__pycache__").mkdir()
-    assert module._compiled(stub) == once
+    assert module._compiled([stub]) == once
     (sources / "forward.h").write_text("// another", encoding="utf-8")
-    assert module._compiled(stub) != once
+    assert module._compiled([stub]) != once
 
 
 def test_a_lowered_capability_of_pytorchs_is_kept_to(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built")
     for capability, lowered in (("AVX512", False), ("AVX2", True)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
-        module._compiled(str(stub))
+        module._compiled([str(stub)])
         assert ("-mno-avx512f" in (anew / "asked").read_text(encoding="utf-8")) == lowered
 
 
@@ -170,7 +173,7 @@ def test_on_arm_it_is_off_until_it_is_asked_for(arm: tuple[str, str], monkeypatc
 
 
 def test_compilers_for_arm_get_flags_that_they_know(arm: tuple[str, str], anew: Path) -> None:
-    module._compiled(str(compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built")))
+    module._compiled([str(compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built"))])
     asked = (anew / "asked").read_text(encoding="utf-8").split()
     linux = arm[0] == "Linux"
     assert ("-mcpu=native" in asked, "-ltorch_cpu" in asked) == (linux, linux)
@@ -182,16 +185,40 @@ def test_every_arm_processor_on_linux_has_its_own_library(
     arm: tuple[str, str], anew: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub = str(compiler_stub(anew, "touch $built"))
-    once = module._compiled(stub)
+    once = module._compiled([stub])
     for old, new, same in (("243.75", "200.00", True), ("0xd0c", "0xd40", arm[0] != "Linux")):
         tell_processor(monkeypatch, ARM_PROCESSOR.replace(old, new))
-        assert (module._compiled(stub) == once) == same
+        assert (module._compiled([stub]) == once) == same
 
 
 def test_without_a_compiler_there_is_none(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(anew))
     monkeypatch.delenv("CXX", raising=False)
-    assert "no C++ compiler" in str(native_obstacle())
+    assert native_obstacle() == "there is no C++ compiler: $CXX is not set, and none of c++, g++, clang++ is there"
+
+
+@pytest.mark.parametrize("words", ["/nowhere/g++", "no-such-cache g++", " ", "'g++"])
+def test_a_given_compiler_that_cannot_be_run_is_named_and_no_other_is_taken(
+    words: str, anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", words)
+    with pytest.warns(NativeLibraryWarning, match=re.escape(f"expected the command of a C++ compiler; got {words!r}")):
+        assert native_library() is None
+
+
+def test_a_compiler_can_be_given_as_a_command_of_several_words(
+    anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := anew / "with space").mkdir()
+    stub = compiler_stub(folder, f"echo $NUMBER > {anew / 'asked'}; touch $built")
+    built = set()
+    for number in ("5", "7"):
+        monkeypatch.setenv("CXX", f"env NUMBER={number} '{stub}'")
+        compiler = module.compiler_found()
+        assert compiler == [shutil.which("env"), f"NUMBER={number}", str(stub)]
+        built.add(module._compiled(compiler))
+        assert (anew / "asked").read_text(encoding="utf-8") == f"{number}\n"
+    assert len(built) == 2
 
 
 def test_a_compiler_that_fails_is_quoted_once(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +251,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_it_started(anew: Path, x86: Non
     stub, alive = compiler_stub(anew, f"(sleep 2; touch {anew / 'alive'}) & sleep 600"), anew / "alive"
     started = time.monotonic()
     with pytest.raises(CompilerError, match=r"did not end within 0\.5 s"):
-        module._compiled(str(stub), seconds=0.5)
+        module._compiled([str(stub)], seconds=0.5)
     assert time.monotonic() - started < 60
     time.sleep(2.5)
     assert not alive.exists()
@@ -238,7 +265,8 @@ def spoil_by_truncating(library: Path) -> None:
 def spoil_by_another_library(library: Path) -> None:
     library.unlink()
     assert TRUE_COMPILER is not None
-    subprocess.run([TRUE_COMPILER, "-x", "c", "-shared", "-fPIC", "-o", str(library), "-"], input=b"int x;", check=True)
+    command = [*TRUE_COMPILER, "-x", "c", "-shared", "-fPIC", "-o", str(library), "-"]
+    subprocess.run(command, input=b"int x;", check=True)
     library.chmod(0o755)
 
 
@@ -316,25 +344,25 @@ def test_a_folder_that_everybody_can_replace_is_refused_by_name(
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 def test_a_library_or_folder_of_another_user_is_not_trusted(anew: Path, x86: None) -> None:
     stub = str(compiler_stub(anew, "touch $built"))
-    built = module._compiled(stub)
+    built = module._compiled([stub])
     os.chown(built, 12345, -1)
     assert not module._is_as_written(built)
-    assert module._compiled(stub) == built
+    assert module._compiled([stub]) == built
     assert built.stat().st_uid == 0
     os.chown(built.parent, 12345, -1)
     with pytest.raises(PermissionError, match="owned by 12345"):
-        module._compiled(stub)
+        module._compiled([stub])
 
 
 def test_a_compilation_is_said_and_a_second_process_says_nothing(
     anew: Path, x86: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     stub = str(compiler_stub(anew, "touch $built"))
-    module._compiled(stub)
+    module._compiled([stub])
     (said,) = caplog.records
     assert (said.name, said.levelname) == ("slicemod", "WARNING")
     assert f"compiling slicemod's native attention kernel with {stub} into {anew / 'cache'}" in said.getMessage()
-    module._compiled(stub)
+    module._compiled([stub])
     assert len(caplog.records) == 1
 
 

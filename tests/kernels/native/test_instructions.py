@@ -44,7 +44,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NativeLibra
     folder, built = tmp_path_factory.mktemp("native"), {}
     for lanes, options in OPTIONS.items():
         target = folder / f"{lanes}.so"
-        command = [compiler, "-O1", "-mavx2", "-mfma", "-mf16c", "-std=c++17", "-shared", "-fPIC", *options]
+        command = [*compiler, "-O1", "-mavx2", "-mfma", "-mf16c", "-std=c++17", "-shared", "-fPIC", *options]
         subprocess.run([*command, "-o", str(target), str(SOURCES / "attention.cpp")], check=True)
         built[lanes] = NativeLibrary(target)
     return built if MISSING else {**built, 4: LibraryOnArm(folder)}
