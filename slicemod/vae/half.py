@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from slicemod.call import needs_grad
 from slicemod.config import SETTINGS, SliceConfig
+from slicemod.graph_operators import refused
+from slicemod.plan import NotEnoughMemoryError
 from slicemod.vae.layers import Layer
 from slicemod.vae.operators import run_in_graph
-from slicemod.vae.plan import StripPlan
+from slicemod.vae.plan import StripPlan, output_shape
 from slicemod.vae.running import planned, run, sizes
 from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
@@ -73,7 +75,12 @@ class StripwiseHalf(nn.Module):
                 return output
             # The compiler sees the strips one by one, and decides how many it holds at once.
             settings = plain_values(self.slicing, SETTINGS)
-            return run(layers, sample, _planned_in_graph(settings, str(sample.device), *call))
+            found = _plan_in_graph(settings, str(sample.device), *call)
+            if isinstance(found, str):
+                *rows, columns = output_shape(call[0], items, height, width)
+                nothing: Tensor = refused(sample.new_empty(*rows, 1), sample.new_empty(1, 1, 1, columns), found)
+                return nothing
+            return run(layers, sample, found)
         self.plan = planned(self.slicing, str(sample.device), *call)
         return run(layers, sample, self.plan)
 
@@ -83,5 +90,9 @@ class StripwiseHalf(nn.Module):
 
 
 @constant_in_graph
-def _planned_in_graph(settings: PlainValues, *call: Any) -> StripPlan:
-    return planned(SliceConfig(*settings), *call)
+def _plan_in_graph(settings: PlainValues, *call: Any) -> StripPlan | str:
+    """The plan of a call, or the text that says why there is none; see `slicemod.functional`."""
+    try:
+        return planned(SliceConfig(*settings), *call)
+    except NotEnoughMemoryError as error:
+        return str(error)

@@ -17,7 +17,7 @@ from slicemod.config import SETTINGS, SliceConfig
 from slicemod.operator import operator
 from slicemod.torch_internals import is_any_autocast_enabled
 from slicemod.vae.layers import Convolution, Downsample, Layer, Resnet, Upsample, Whole, silu
-from slicemod.vae.plan import LayerSizes, size_after
+from slicemod.vae.plan import output_shape
 from slicemod.vae.running import ConvolutionWeights, attended, planned, run, sizes
 from slicemod.watched import PlainValues, constant_in_graph, plain_values
 
@@ -85,12 +85,9 @@ def vae_layers(images: Tensor, tensors: list[Tensor], numbers: list[float], sett
 
 @vae_layers.register_fake
 def _(images: Tensor, tensors: list[Tensor], numbers: list[float], settings: str) -> Tensor:
-    items, _, *edges = images.shape
-    channels, height, width = 0, *edges
-    for layer in sizes(_read(tensors, numbers)):
-        height, width = size_after(LayerSizes(*layer), height, width)
-        channels = layer[2]
-    return images.new_empty(items, channels, height, width).contiguous(memory_format=_layout(images))
+    items, _, height, width = images.shape
+    shape = output_shape(sizes(_read(tensors, numbers)), items, height, width)
+    return images.new_empty(shape).contiguous(memory_format=_layout(images))
 
 
 def _layout(images: Tensor) -> torch.memory_format:

@@ -134,7 +134,7 @@ def plan_strips(
     before = 0  # bytes of a strip of the layer above
     for layer in layers:
         given = layer.channels * height * width * itemsize
-        height, width = size_after(layer, height, width)
+        height, width = _size_after(layer.kind, height, width)
         made = layer.out * height * width * itemsize
         tall, strip = height, 0
         if layer.kind != "whole":
@@ -160,11 +160,20 @@ def plan_strips(
     return StripPlan(tuple(rows), max(peak, 2 * items * output), strips)
 
 
-def size_after(layer: LayerSizes, height: int, width: int) -> tuple[int, int]:
-    """Height and width of the output."""
-    if layer.kind == "upsample":
+def output_shape(
+    layers: Sequence[tuple[Kind, int, int]], items: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """The shape `(B, C, H, W)` that layers, given by the fields of their sizes, make of images. May be traced."""
+    for kind, _, _ in layers:
+        height, width = _size_after(kind, height, width)
+    return items, layers[-1][2], height, width
+
+
+def _size_after(kind: Kind, height: int, width: int) -> tuple[int, int]:
+    """Height and width of a layer's output."""
+    if kind == "upsample":
         return 2 * height, 2 * width
-    if layer.kind == "downsample":
+    if kind == "downsample":
         return (height - 2) // 2 + 1, (width - 2) // 2 + 1
     return height, width
 

@@ -278,10 +278,14 @@ def test_a_compiled_vae_with_other_layers_gives_the_same() -> None:
     torch.testing.assert_close(compiled(latents), decoded(vae, latents), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
 @torch.no_grad()
-def test_a_compiled_vae_without_room_raises_the_same_error() -> None:
+def test_a_compiled_vae_without_room_raises_the_same_error(hooked: bool) -> None:
+    """With a hook, which the operator would miss, the layers are traced one by one."""
     torch._dynamo.reset()
     vae = diffusers_vae()
+    if hooked:
+        vae.decoder.conv_in.register_forward_hook(lambda module, inputs, output: 2 * output)
     swap_vae(vae, 1000)
     compiled: Any = torch.compile(vae.decoder, backend="aot_eager", fullgraph=True)
     with pytest.raises(NotEnoughMemoryError, match=r"VAE: needs .* for a strip of one row and has"):
