@@ -23,6 +23,9 @@ _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASK_ELEMENTS = {**_ELEMENTS, torch.bool: 3}
 _NO_MASK = -1
 
+# Runs a pass on tensors like those that it was prepared for. False, and nothing done, if the library cannot read one.
+Prepared = Callable[..., bool]
+
 
 class _Call(ctypes.Structure):
     """`struct Call` of attention.cpp."""
@@ -167,28 +170,14 @@ class NativeLibrary:
         described = _call_of(call, threads, output=output)
         self._run("forward", call.query.dtype, described, *call.inputs, output, row_sums)
 
-    def prepared_forward(
-        self, call: NativeCall, output: Tensor, threads: int
-    ) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]:
-        """A function that does `forward` without `row_sums`, for tensors with the sizes, strides and dtypes of these.
+    def prepared_forward(self, call: NativeCall, output: Tensor, row_sums: Tensor | None, threads: int) -> Prepared:
+        """A function that does `forward`, for tensors with the sizes, strides and dtypes of these.
 
-        The call has no dropout. The function does not keep the tensors alive.
+        These may be on the device "meta", and are not kept alive. The function takes the call's inputs, then `output`
+        and `row_sums`.
         """
-        described, is_causal, scale = _call_of(call, threads, output=output), call.is_causal, call.scale
-        setting = self._setting(call.query.dtype, described)
-        size = self._count("forward_bytes", setting)
-        function = self._functions["forward"]
-
-        def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output: Tensor) -> None:
-            addresses = _address(query), _address(key), _address(value), 0 if mask is None else _address(mask)
-            if None in addresses:
-                other = NativeCall(query, key, value, mask, None, 0.0, is_causal, scale)
-                return self.forward(other, output, None, threads)
-            workspace = self.workspace(size)
-            done = function(*setting, *addresses, None, output.data_ptr(), None, workspace.data_ptr())
-            return _check_done(setting, done)
-
-        return forward
+        described = _call_of(call, threads, output=output, row_sums=row_sums)
+        return self._prepared("forward", call.query.dtype, described)
 
     def backward(
         self,
@@ -215,13 +204,43 @@ class NativeLibrary:
         call = call.readable()
         grad_output, output = _readable("grad_output", grad_output), _readable("output", output)
         row_sums = _readable("row_sums", row_sums).contiguous()
-        named = dict(zip(("grad_query", "grad_key", "grad_value", "grad_mask"), gradients, strict=True))
-        described = _call_of(call, threads, output=output, grad_output=grad_output, **named, row_sums=row_sums)
+        described = _backward_of(grad_output, call, output, row_sums, gradients, threads)
         delta = row_sums.new_empty(row_sums.shape[1:])  # of each row: the sum of output times gradient
         if (grad_mask := gradients[3]) is not None and grad_mask.shape[3] == 1:
             grad_mask.zero_()  # what all keys of a row share changes no weight
         tensors = grad_output, *call.inputs, output, row_sums, *gradients, delta
         self._run("backward", call.query.dtype, described, *tensors)
+
+    def prepared_backward(
+        self,
+        grad_output: Tensor,
+        call: NativeCall,
+        output: Tensor,
+        row_sums: Tensor,
+        gradients: Sequence[Tensor | None],
+        threads: int,
+    ) -> Prepared:
+        """A function that does `backward` without the gradient of a mask, for tensors like these.
+
+        These may be on the device "meta", and are not kept alive. The function takes `grad_output`, the call's inputs,
+        `output`, `row_sums`, the four gradients, and a `(B, H, N)` in float32 to compute in.
+        """
+        described = _backward_of(grad_output, call, output, row_sums, gradients, threads)
+        return self._prepared("backward", call.query.dtype, described)
+
+    def _prepared(self, name: str, dtype: torch.dtype, call: _Call) -> Prepared:
+        setting = self._setting(dtype, call)
+        size, function = self._count(f"{name}_bytes", setting), self._functions[name]
+
+        def run(*tensors: Tensor | None) -> bool:
+            addresses = [0 if tensor is None else _address(tensor) for tensor in tensors]
+            if None in addresses:
+                return False
+            workspace = self.workspace(size)
+            _check_done(setting, function(*setting, *addresses, workspace.data_ptr()))
+            return True
+
+        return run
 
     def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
         setting = self._setting(dtype, call)
@@ -293,6 +312,18 @@ def _call_of(call: NativeCall, threads: int, **results: Tensor | None) -> _Call:
     if call.dropout_p > 0 and (call.seed is None or call.seed.dtype != torch.int64 or call.seed.numel() != 1):
         raise ValueError(f"seed: expected one int64, as dropout_p is {call.dropout_p}; got {call.seed}. Draw one.")
     return _described_call(call.scale, threads, call.dropout_p, call.is_causal, *tensors)
+
+
+def _backward_of(
+    grad_output: Tensor,
+    call: NativeCall,
+    output: Tensor,
+    row_sums: Tensor,
+    gradients: Sequence[Tensor | None],
+    threads: int,
+) -> _Call:
+    named = dict(zip(("grad_query", "grad_key", "grad_value", "grad_mask"), gradients, strict=True))
+    return _call_of(call, threads, output=output, grad_output=grad_output, **named, row_sums=row_sums)
 
 
 @lru_cache(maxsize=4096)  # a UNet makes the same calls in each step, and the library does not change a `_Call`

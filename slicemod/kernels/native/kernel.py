@@ -13,7 +13,8 @@ from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
 from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
-from slicemod.kernels.native.operators import native_attention, prepared_inference
+from slicemod.kernels.native.operators import native_attention
+from slicemod.kernels.native.prepared import prepared_inference, prepared_training
 from slicemod.plan import SlicePlan
 from slicemod.rounding import ceil_div
 
@@ -92,10 +93,13 @@ class NativeKernel(Kernel):
         return output
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
-        """In inference everything but the addresses of the tensors is prepared."""
-        if more.training:
+        """Everything but the addresses of the tensors is prepared."""
+        call = _call(inputs, more, None)
+        if not more.training:
+            return prepared_inference(call)
+        if call.mask is not None and call.mask.requires_grad:
             return super().prepare(plan, inputs, more)
-        return prepared_inference(_call(inputs, more, None))
+        return prepared_training(call)
 
     def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
         """Two float32 numbers for each row: a product near its largest, and the logarithm of its sum of weights."""

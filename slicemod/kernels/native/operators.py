@@ -1,6 +1,5 @@
 """The operators `slicemod::native_attention` and its backward pass, which call the library that `build.py` compiles."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +9,16 @@ from slicemod.kernels.backward import fake_gradients, formula_of, gradients_by, 
 from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.outputs import empty_gradients, empty_heads
-from slicemod.kernels.retry import ran_out, with_fewer_threads
+from slicemod.kernels.retry import with_fewer_threads
 from slicemod.operator import operator
 
 
-def _library() -> NativeLibrary:
+def required_library() -> NativeLibrary:
+    """The library of this machine.
+
+    Raises:
+        RuntimeError: there is none, though a plan or a graph of another machine asks for it.
+    """
     library = native_library()
     if library is None:
         raise RuntimeError(
@@ -24,7 +28,8 @@ def _library() -> NativeLibrary:
     return library
 
 
-def _empty_row_sums(query: Tensor, keep: bool) -> Tensor:
+def empty_row_sums(query: Tensor, keep: bool) -> Tensor:
+    """An uninitialised `(2, B, H, N)` for two numbers of each row of `query`; without `keep` an empty tensor."""
     return query.new_empty((2, *query.shape[:3]) if keep else 0, dtype=torch.float32)
 
 
@@ -47,9 +52,9 @@ def native_attention(  # noqa: PLR0913 - PyTorch wants the schema of an operator
         `(2, B, H, N)`; otherwise an empty tensor.
     """
     output = empty_heads(query, value.shape[3])
-    row_sums = _empty_row_sums(query, keep)
+    row_sums = empty_row_sums(query, keep)
     kept = row_sums if keep else None
-    library = _library()
+    library = required_library()
     call = NativeCall(query, key, value, mask, seed, dropout_p, is_causal, scale)
     with_fewer_threads(lambda threads: library.forward(call, output, kept, threads), torch.get_num_threads())
     return output, row_sums
@@ -57,11 +62,11 @@ def native_attention(  # noqa: PLR0913 - PyTorch wants the schema of an operator
 
 @native_attention.register_fake
 def _(query: Tensor, _key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return empty_heads(query, value.shape[3]), _empty_row_sums(query, settings[-1])
+    return empty_heads(query, value.shape[3]), empty_row_sums(query, settings[-1])
 
 
 @operator("slicemod::native_attention_backward")
-def _native_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
+def native_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -78,7 +83,7 @@ def _native_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of a
     """Gradients of query, key, value and mask. `needs` says which; the others have no elements."""
     gradients = empty_gradients(query, key, value, mask, (needs[0], needs[1], needs[2], needs[3]))
     wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-    library = _library()
+    library = required_library()
     call = NativeCall(query, key, value, mask, seed, dropout_p, is_causal, scale)
     with_fewer_threads(
         lambda threads: library.backward(grad_output, call, output, row_sums, wanted, threads), torch.get_num_threads()
@@ -86,35 +91,8 @@ def _native_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of a
     return gradients
 
 
-_native_attention_backward.register_fake(fake_gradients)
+native_attention_backward.register_fake(fake_gradients)
 
 
-native_attention.register_autograd(
-    gradients_by(_native_attention_backward, formula_of), setup_context=save_for_backward
-)
-
-
-def prepared_inference(call: NativeCall) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """A function that does `native_attention` without gradients, for any inputs with these sizes, strides and dtypes.
-
-    The call has no dropout. The function must be called only if nothing watches the operators, and while PyTorch has as
-    many threads as now.
-    """
-    like_output = empty_heads(call.query.new_empty(call.query.shape, device="meta"), call.value.shape[3])
-    sizes, strides = like_output.shape, like_output.stride()
-    forward = _library().prepared_forward(call, like_output, torch.get_num_threads())
-    settings = None, 0.0, call.is_causal, call.scale  # not `call`, whose tensors would stay alive
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        output = query.new_empty_strided(sizes, strides)
-        try:
-            forward(query, key, value, mask, output)
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
-        else:
-            return output
-        del output
-        return native_attention(query, key, value, mask, *settings, False)[0]  # type: ignore[no-any-return]
-
-    return attend
+native_gradients = gradients_by(native_attention_backward, formula_of)
+native_attention.register_autograd(native_gradients, setup_context=save_for_backward)

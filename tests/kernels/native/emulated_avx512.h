@@ -113,6 +113,7 @@ inline __mmask16 compare(const Floats &a, const Floats &b, int) {  // _CMP_UNORD
 inline Ints as_ints(const Floats &of) { return bits<Ints>(of); }
 inline Floats as_floats(const Ints &of) { return bits<Floats>(of); }
 inline __m256i lower(const Ints &of) { __m256i to; std::memcpy(&to, &of, 32); return to; }
+inline __m256 lower(const Floats &of) { __m256 to; std::memcpy(&to, &of, 32); return to; }
 inline Ints zero_ints() { return words([](int) { return 0u; }); }
 inline Ints all_ints(int value) { return words([=](int) { return static_cast<std::uint32_t>(value); }); }
 inline Ints load_ints(const void *from) { return as_ints(load(from)); }
@@ -187,6 +188,10 @@ inline Floats dot(const Floats &sum, const Ints &a, const Ints &b) {
         return std::fma(from_bfloat(half(a, 2 * i)), from_bfloat(half(b, 2 * i)), odd);
     });
 }
+inline __m256 half_dot(const __m256 &sum, const __m256i &a, const __m256i &b) {
+    const auto whole = [](const auto &half) { Ints to{}; std::memcpy(&to, &half, 32); return to; };
+    return lower(dot(as_floats(whole(sum)), whole(a), whole(b)));
+}
 
 // ---- tiles of 16 rows of 64 bytes
 
@@ -226,9 +231,11 @@ inline void tile_dot(int c, int a, int b) {
 #undef _tile_zero
 #define _mm256_mask_storeu_epi16 emulated::mask_store_16
 #define _mm256_maskz_loadu_epi16 emulated::maskz_load_16
+#define _mm256_dpbf16_ps emulated::half_dot
 #define _mm512_add_epi32 emulated::add_words
 #define _mm512_and_si512(a, b) ((a) & (b))
 #define _mm512_castps_si512 emulated::as_ints
+#define _mm512_castps512_ps256 emulated::lower
 #define _mm512_castsi512_ps emulated::as_floats
 #define _mm512_castsi512_si256 emulated::lower
 #define _mm512_cmp_ps_mask emulated::compare
@@ -271,6 +278,7 @@ inline void tile_dot(int c, int a, int b) {
 #define _mm512_unpackhi_epi64(a, b) emulated::unpack(a, b, 2, true)
 #define _mm512_unpacklo_epi32(a, b) emulated::unpack(a, b, 1, false)
 #define _mm512_unpacklo_epi64(a, b) emulated::unpack(a, b, 2, false)
+#define __m256bh __m256i
 #define __m512bh __m512i
 #define __m256bh __m256i
 

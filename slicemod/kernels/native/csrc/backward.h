@@ -245,12 +245,13 @@ struct Backward {
                         score(space, of, head.mask);
                         call.drops() ? weigh<true>(space, of, head.dropout) : weigh<false>(space, of, head.dropout);
                         Mode::multiply({space.grad_value + row * value_columns, value_columns, space.weights, lanes,
-                                        space.grad_lanes, some, value_columns, lanes, add});
+                                        space.grad_lanes, some, value_columns, lanes, add, 0, lanes, sizes.value_dim});
                         Mode::multiply({space.grad_key + row * head_columns, head_columns, space.grad_scores, lanes,
-                                        space.query_lanes, some, head_columns, lanes, add});
+                                        space.query_lanes, some, head_columns, lanes, add, 0, lanes, sizes.head_dim});
                     }
                     Mode::multiply({grad_of_head + start * head_columns, width, space.key_transposed, key_lanes,
-                                    space.grad_score_lanes, head_columns, width, some_keys / per_lane,
+                                    space.grad_score_lanes, round_up(sizes.head_dim, Mode::m_step), width,
+                                    some_keys / per_lane,
                                     leaves_out() || key_block > begin, 0, key_lanes});
                     add = true;
                 }

@@ -213,7 +213,7 @@ struct Forward {
                     const Index lane = multiplied / Mode::per_lane;
                     Mode::multiply({space.output + row * value_columns, value_columns, space.weights + lane, lanes,
                                     space.value, some, value_columns, end / Mode::per_lane - lane,
-                                    from + multiplied > 0, lane, lanes});
+                                    from + multiplied > 0, lane, lanes, sizes.value_dim});
                     multiplied = end;
                 };
                 for (Index j = 0; j < seen; j += chunk) {

@@ -5,8 +5,9 @@
 //   Float      fused multiply-add of floats; half-precision inputs are converted while they are packed
 //   Bfloat     the dot products of AVX512-BF16
 //   Tiled      the same by the tiles of AMX
-// A is (m, k), row by row. B is (k, n) in panels of up to kPanel columns; each panel is k rows of the panel's width. n
-// is a multiple of kWidth, and k one of Mode::k_step. Tokens are padded to a multiple of Mode::step. Padding is zero.
+// A is (m, k), row by row. B is (k, n) in panels of up to kPanel columns; each panel is k rows of the panel's width. m
+// is a multiple of Mode::m_step, k one of Mode::k_step, and n one of kWidth. Tokens are padded to a multiple of
+// Mode::step. Padding is zero.
 
 #pragma once
 
@@ -96,6 +97,7 @@ struct Product {
     Index m, n, k;
     bool add;
     Index b_start = 0, b_rows = k;  // the first row to use of each panel of B, and the number of rows of a panel
+    Index wanted = n;  // the columns of C that are wanted; later ones may be left as they are
     const Lane *panel(Index j) const { return b + j * b_rows + b_start * std::min(kPanel, n - j); }
 };
 
@@ -107,71 +109,92 @@ constexpr Index kSummed = kWidth == 16 ? 128 : 256;
 // stack.
 #define UNROLLED _Pragma("GCC unroll 16")
 
-template <class Dot, int Rows, int Columns>
+// With `Half` only the first half of the last column of vectors is computed.
+template <class Dot, int Rows, int Columns, bool Half>
 inline void block(const Product &of, const Lane *a, const Lane *b, Index k, float *c, bool add) {
-    constexpr Index width = kWidth * Columns;
+    constexpr Index width = kWidth * Columns, last = kWidth * (Columns - 1);
+    constexpr int whole = Half ? Columns - 1 : Columns;
     Vector sums[Rows][Columns];
-    UNROLLED for (int i = 0; i < Rows; i++)
-        UNROLLED for (int j = 0; j < Columns; j++) sums[i][j] = zeros();
+    HalfVector halves[Rows];
+    UNROLLED for (int i = 0; i < Rows; i++) {
+        UNROLLED for (int j = 0; j < whole; j++) sums[i][j] = zeros();
+        if constexpr (Half) halves[i] = half_of(zeros());
+    }
     for (Index l = 0; l < k; l++) {
         Lanes right[Columns];
-        UNROLLED for (int j = 0; j < Columns; j++) {
+        UNROLLED for (int j = 0; j < whole; j++) {
             right[j] = load(b + l * width + kWidth * j);
             keep_in_register(right[j]);
         }
+        HalfLanes half;
+        if constexpr (Half) half = load_half(b + l * width + last);
         UNROLLED for (int i = 0; i < Rows; i++) {
             const Lanes left = all(a[i * of.a_stride + l]);
-            UNROLLED for (int j = 0; j < Columns; j++) sums[i][j] = Dot::dot(sums[i][j], left, right[j]);
+            UNROLLED for (int j = 0; j < whole; j++) sums[i][j] = Dot::dot(sums[i][j], left, right[j]);
+            if constexpr (Half) halves[i] = Dot::dot(halves[i], half_of(left), half);
         }
     }
     float *to = c;
-    UNROLLED for (int i = 0; i < Rows; i++, to += of.c_stride)
-        UNROLLED for (int j = 0; j < Columns; j++)
+    UNROLLED for (int i = 0; i < Rows; i++, to += of.c_stride) {
+        UNROLLED for (int j = 0; j < whole; j++)
             store(to + kWidth * j, add ? load(to + kWidth * j) + sums[i][j] : sums[i][j]);
+        if constexpr (Half) store_half(to + last, add ? load_half(to + last) + halves[i] : halves[i]);
+    }
 }
 
 // So many rows at a time that the sums stay in registers. They take 24 of 32 registers, or 12 of 16; the others are for
 // a row of B and a lane of A.
-template <class Dot, int Rows, int Columns>
+template <class Dot, int Rows, int Columns, bool Half>
 inline void rows_of_panel(const Product &of, Index first_row, const Lane *a, const Lane *b, Index k, float *c, bool add) {
     Index i = first_row;
     for (; i + Rows <= of.m; i += Rows)
-        block<Dot, Rows, Columns>(of, a + i * of.a_stride, b, k, c + i * of.c_stride, add);
+        block<Dot, Rows, Columns, Half>(of, a + i * of.a_stride, b, k, c + i * of.c_stride, add);
     if constexpr (Rows > 1)
-        if (i < of.m) rows_of_panel<Dot, (Rows > 3 ? Rows / 2 : 1), Columns>(of, i, a, b, k, c, add);
+        if (i < of.m) rows_of_panel<Dot, (Rows > 3 ? Rows / 2 : 1), Columns, Half>(of, i, a, b, k, c, add);
 }
 
-template <class Dot>
-inline void multiply_by_vectors(const Product &of) {
-    for (Index j = 0; j < of.n; j += kPanel) {
-        const Index width = std::min(kPanel, of.n - j);
-        for (Index l = 0; l < of.k; l += kSummed) {
-            const Index k = std::min(kSummed, of.k - l);
-            const Lane *a = of.a + l, *b = of.panel(j) + l * width;
-            const bool add = of.add || l > 0;
-            if constexpr (kRegisters == 32) {
-                switch (width / kWidth) {
-                    case 4: rows_of_panel<Dot, 6, 4>(of, 0, a, b, k, of.c + j, add); break;
-                    case 3: rows_of_panel<Dot, 8, 3>(of, 0, a, b, k, of.c + j, add); break;
-                    case 2: rows_of_panel<Dot, 12, 2>(of, 0, a, b, k, of.c + j, add); break;
-                    default: rows_of_panel<Dot, 12, 1>(of, 0, a, b, k, of.c + j, add);
-                }
-            } else {
-                switch (width / kWidth) {
-                    case 3: rows_of_panel<Dot, 4, 3>(of, 0, a, b, k, of.c + j, add); break;
-                    case 2: rows_of_panel<Dot, 6, 2>(of, 0, a, b, k, of.c + j, add); break;
-                    default: rows_of_panel<Dot, 12, 1>(of, 0, a, b, k, of.c + j, add);
-                }
+template <class Dot, bool Half>
+inline void multiply_panel(const Product &of, Index j) {
+    const Index width = std::min(kPanel, of.n - j);
+    for (Index l = 0; l < of.k; l += kSummed) {
+        const Index k = std::min(kSummed, of.k - l);
+        const Lane *a = of.a + l, *b = of.panel(j) + l * width;
+        const bool add = of.add || l > 0;
+        if constexpr (kRegisters == 32) {
+            switch (width / kWidth) {
+                case 4: rows_of_panel<Dot, 6, 4, Half>(of, 0, a, b, k, of.c + j, add); break;
+                case 3: rows_of_panel<Dot, 8, 3, Half>(of, 0, a, b, k, of.c + j, add); break;
+                case 2: rows_of_panel<Dot, 12, 2, Half>(of, 0, a, b, k, of.c + j, add); break;
+                default: rows_of_panel<Dot, 12, 1, Half>(of, 0, a, b, k, of.c + j, add);
+            }
+        } else {
+            switch (width / kWidth) {
+                case 3: rows_of_panel<Dot, 4, 3, Half>(of, 0, a, b, k, of.c + j, add); break;
+                case 2: rows_of_panel<Dot, 6, 2, Half>(of, 0, a, b, k, of.c + j, add); break;
+                default: rows_of_panel<Dot, 12, 1, Half>(of, 0, a, b, k, of.c + j, add);
             }
         }
     }
 }
 
+template <class Dot>
+inline void multiply_by_vectors(const Product &of) {
+    for (Index j = 0; j < of.n; j += kPanel) {
+        if constexpr (HAS_HALVES)
+            if (of.n - j <= kPanel && of.n - of.wanted >= kWidth / 2) {
+                multiply_panel<Dot, true>(of, j);
+                continue;
+            }
+        multiply_panel<Dot, false>(of, j);
+    }
+}
+
 struct FloatMode : FloatLanes {
     // 240 is a multiple of 24, the columns of a panel with AVX2; 256 is not.
-    static constexpr Index k_step = 1, strip = 24, chunk = kRegisters == 32 ? 256 : 240, forward_keys = chunk,
+    static constexpr Index m_step = 1, k_step = 1, strip = 24, chunk = kRegisters == 32 ? 256 : 240, forward_keys = chunk,
                            block_queries = 128, block_keys = 480;
-    static Vector dot(Vector sum, Lanes a, Lanes b) {
+    template <class Sum, class Of>
+    static Sum dot(Sum sum, Of a, Of b) {
         return fmadd(as_floats(a), as_floats(b), sum);
     }
     static void multiply(const Product &of) { multiply_by_vectors<FloatMode>(of); }
@@ -181,8 +204,11 @@ struct FloatMode : FloatLanes {
 
 #if HAS_BF16
 struct BfloatMode : BfloatLanes {
-    static constexpr Index k_step = 1, strip = 24, chunk = 128, forward_keys = 256, block_queries = 128, block_keys = 480;
+    static constexpr Index m_step = 1, k_step = 1, strip = 24, chunk = 128, forward_keys = 256, block_queries = 128, block_keys = 480;
     static Vector dot(Vector sum, Lanes a, Lanes b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static HalfVector dot(HalfVector sum, HalfLanes a, HalfLanes b) {
+        return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
+    }
     static void multiply(const Product &of) { multiply_by_vectors<BfloatMode>(of); }
     static void begin() {}
     static void end() {}
@@ -193,7 +219,7 @@ struct BfloatMode : BfloatLanes {
 struct TiledMode : BfloatLanes {
     // Why block_queries is 160: a tile is stored 16 rows at a time, and rows of 128 scores, a power of two, would fall
     // into few sets of the cache.
-    static constexpr Index k_step = 16, strip = 32, chunk = 64, forward_keys = 256, block_queries = 160, block_keys = 640;
+    static constexpr Index m_step = 16, k_step = 16, strip = 32, chunk = 64, forward_keys = 256, block_queries = 160, block_keys = 640;
 
     static void begin() {
         struct alignas(64) {

@@ -14,6 +14,16 @@
 
 namespace {
 
+#if !HAS_HALVES  // half a vector takes as long as a whole one
+using HalfVector = Vector;
+using HalfLanes = Lanes;
+inline HalfVector half_of(Vector values) { return values; }
+inline HalfLanes half_of(Lanes lanes) { return lanes; }
+inline HalfVector load_half(const float *from) { return load(from); }
+inline HalfLanes load_half(const Lane *from) { return load(from); }
+inline void store_half(float *to, HalfVector values) { store(to, values); }
+#endif
+
 // Lanes as whole numbers, with the operators of the language.
 typedef std::uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef std::int32_t SignedWords __attribute__((vector_size(4 * kWidth)));

@@ -7,6 +7,7 @@
 #include "sizes.h"
 
 #define HAS_BF16 0
+#define HAS_HALVES 0
 
 namespace {
 

@@ -6,6 +6,7 @@
 
 #include "sizes.h"
 
+#define HAS_HALVES 1
 #if defined(__AVX512BF16__)
 #define HAS_BF16 1
 #else
@@ -48,6 +49,19 @@ inline Lanes load(const Lane *from) { return _mm512_loadu_si512(from); }
 inline void keep_in_register(Lanes &) {}  // with 32 registers, compilers do this by themselves
 inline void store(Lane *to, Lanes lanes) { _mm512_storeu_si512(to, lanes); }
 inline void store_first(Lane *to, Index count, Lanes lanes) { _mm512_mask_storeu_epi32(to, first(count), lanes); }
+
+// ---- half a vector: the first 8 lanes. It takes half the time of a whole one.
+
+using HalfVector = __m256;
+using HalfLanes = __m256i;
+
+inline HalfVector half_of(Vector values) { return _mm512_castps512_ps256(values); }
+inline HalfLanes half_of(Lanes lanes) { return _mm512_castsi512_si256(lanes); }
+inline HalfVector as_floats(HalfLanes lanes) { return _mm256_castsi256_ps(lanes); }
+inline HalfVector load_half(const float *from) { return _mm256_loadu_ps(from); }
+inline HalfLanes load_half(const Lane *from) { return _mm256_loadu_si256(reinterpret_cast<const HalfLanes *>(from)); }
+inline void store_half(float *to, HalfVector values) { _mm256_storeu_ps(to, values); }
+inline HalfVector fmadd(HalfVector a, HalfVector b, HalfVector c) { return _mm256_fmadd_ps(a, b, c); }
 
 // ---- half precision: the first `count` elements, at most 16, with zeros beyond
 

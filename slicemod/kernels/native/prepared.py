@@ -1,0 +1,145 @@
+"""Native attention of calls that are known: everything but the addresses of the tensors is prepared.
+
+The operators describe a call to the library each time, which takes as long as the attention of some dozens of tokens.
+What is prepared here must be called only if nothing watches the operators, and while PyTorch has as many threads as it
+had. A call that the library cannot read, or that runs out of memory, goes to the operators.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slicemod.kernels.kernel import Run
+from slicemod.kernels.native.binding import NativeCall, Prepared
+from slicemod.kernels.native.operators import empty_row_sums, native_attention, native_gradients, required_library
+from slicemod.kernels.outputs import empty_heads
+from slicemod.kernels.retry import ran_out
+from slicemod.watched import is_watched
+
+_GRADIENT_LAYOUTS = 16  # for how many layouts of the output's gradient a call is prepared; there are few
+
+
+def prepared_inference(call: NativeCall) -> Run:
+    """A function that does `native_attention` without gradients, for any inputs with these sizes, strides and dtypes.
+
+    The call has no dropout.
+    """
+    call = _without_memory(call)
+    like_output = empty_heads(call.query, call.value.shape[3])
+    sizes, strides = like_output.shape, like_output.stride()
+    settings = None, 0.0, call.is_causal, call.scale, False
+    forward = required_library().prepared_forward(call, like_output, None, torch.get_num_threads())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output = query.new_empty_strided(sizes, strides)
+        if _ran(forward, query, key, value, mask, None, output, None):
+            return output
+        del output
+        return native_attention(query, key, value, mask, *settings)[0]  # type: ignore[no-any-return]
+
+    return attend
+
+
+def prepared_training(call: NativeCall) -> Run:
+    """The same with gradients of query, key and value. The call has no mask that needs a gradient."""
+    known = _KnownTraining(_without_memory(call))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output: Tensor = _Training.apply(query, key, value, mask, known)
+        return output
+
+    return attend
+
+
+class _KnownTraining:
+    """Both passes of a known call, which is given with tensors that have no memory."""
+
+    def __init__(self, call: NativeCall) -> None:
+        self.call = call
+        library, threads = required_library(), torch.get_num_threads()
+        output, row_sums = empty_heads(call.query, call.value.shape[3]), empty_row_sums(call.query, keep=True)
+        self._sizes, self._strides, self._row_sums = output.shape, output.stride(), row_sums.shape
+        self._forward = required_library().prepared_forward(call, output, row_sums, threads)
+        gradients = [empty_heads(tensor, tensor.shape[3]) for tensor in (call.query, call.key, call.value)]
+        self._gradients = [(gradient.shape, gradient.stride()) for gradient in gradients]
+
+        @lru_cache(_GRADIENT_LAYOUTS)
+        def backward(strides: tuple[int, ...], needs: tuple[bool, ...]) -> Prepared:
+            grad_output = output.new_empty_strided(output.shape, strides)
+            wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+            return library.prepared_backward(grad_output, call, output, row_sums, [*wanted, None], threads)
+
+        self._backward = backward
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output, and the two numbers of each row."""
+        output = query.new_empty_strided(self._sizes, self._strides)
+        row_sums = query.new_empty(self._row_sums, dtype=torch.float32)
+        if _ran(self._forward, query, key, value, mask, None, output, row_sums):
+            return output, row_sums
+        del output, row_sums
+        settings = None, 0.0, self.call.is_causal, self.call.scale, True
+        return native_attention(query, key, value, mask, *settings)  # type: ignore[no-any-return]
+
+    def backward(
+        self, grad_output: Tensor, saved: tuple[Tensor | None, ...], row_sums: Tensor, needs: tuple[bool, ...]
+    ) -> list[Tensor | None] | None:
+        """The gradients of query, key and value that are needed. None if the operator has to compute them.
+
+        `saved` are the call's inputs and its output.
+        """
+        gradients = [
+            grad_output.new_empty_strided(*layout) if needed else None
+            for layout, needed in zip(self._gradients, needs, strict=True)
+        ]
+        delta = row_sums.new_empty(row_sums.shape[1:])
+        run = self._backward(grad_output.stride(), needs)
+        return gradients if _ran(run, grad_output, *saved, row_sums, *gradients, None, delta) else None
+
+
+class _Training(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, known: _KnownTraining
+    ) -> Tensor:
+        output, row_sums = known.forward(query, key, value, mask)
+        # The operator saves the same, in this order. A checkpoint compares what two runs of a call save.
+        ctx.save_for_backward(query, key, value, mask, None, output, row_sums)
+        ctx.known = known
+        ctx.settings = 0.0, known.call.is_causal, known.call.scale
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        if grad_output is not None and not torch.is_grad_enabled() and not is_watched(grad_output):
+            *saved, row_sums = ctx.saved_tensors
+            gradients = ctx.known.backward(grad_output, saved, row_sums, ctx.needs_input_grad[:3])
+            if gradients is not None:
+                return (*gradients, None, None)
+        return (*native_gradients(ctx, grad_output, None)[:4], None)
+
+
+def _ran(run: Prepared, *tensors: Tensor | None) -> bool:
+    """Whether the library could read the tensors, and had the memory that it needs."""
+    try:
+        return run(*tensors)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return False
+
+
+def _without_memory(call: NativeCall) -> NativeCall:
+    """The same call with tensors on the device "meta": what is remembered must not keep a call's tensors alive."""
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    mask = None if call.mask is None else like(call.mask)
+    return call._replace(query=like(call.query), key=like(call.key), value=like(call.value), mask=mask)
