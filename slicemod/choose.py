@@ -18,7 +18,7 @@ from slicemod.kernels.sliced.planner import plan_by_policy
 from slicemod.kernels.sliced.slices import Conditions
 from slicemod.kernels.table_in_use import given_table, table_for
 from slicemod.memory.sizes import exact_size_text
-from slicemod.plan import NotEnoughMemoryError, SlicePlan, largest_square, not_enough
+from slicemod.plan import NotEnoughMemoryError, ObstacleError, SlicePlan, largest_square, not_enough
 
 _ALL_THERE_COULD_BE = 2**62  # bytes
 
@@ -84,7 +84,7 @@ def choose(call: CallSpec, slicing: SliceConfig, free_bytes: int) -> SlicePlan:
 
     Raises:
         NotEnoughMemoryError: no plan fits.
-        ValueError: the kernel that is asked for cannot run the call.
+        ObstacleError: the kernel that is asked for cannot run the call.
     """
     return _choose(call, slicing, free_bytes, kernels.KERNELS, given_table())
 
@@ -102,12 +102,12 @@ def _choose(
 
 def _refusal(
     call: CallSpec, slicing: SliceConfig, free_bytes: int, asked: tuple[Kernel, ...]
-) -> NotEnoughMemoryError | ValueError:
+) -> NotEnoughMemoryError | ObstacleError:
     """The error for a call that no kernel takes: the reason of the kernel that was asked for, or of the last one."""
     kernel = next((kernel for kernel in asked if kernel.name == slicing.kernel), asked[-1])
     obstacle = kernel.obstacle(call)
     if obstacle is not None:
-        return ValueError(
+        return ObstacleError(
             f'kernel: expected a call that it computes, since kernel="{kernel.name}"; {obstacle}. '
             'Take kernel="auto" or kernel="math".'
         )
@@ -147,7 +147,7 @@ class CallPlans:
 
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
-            ValueError: the kernel that is asked for cannot run the call.
+            ObstacleError: the kernel that is asked for cannot run the call.
         """
         best, device, budget = self.best, self.call.device, self.slicing.parsed_budget
         if best is not None and budget.surely_allows(best.peak_bytes, device):

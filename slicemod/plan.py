@@ -1,4 +1,4 @@
-"""What a plan is: how one attention call is computed, in plain ints. And the error that is raised if none fits."""
+"""What a plan is: how one attention call is computed, in plain ints. And the errors if there is none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from slicemod.call import AttentionShape
 from slicemod.memory.sizes import exact_size_text
+from slicemod.user_error import FieldError
 
 Axis = Literal["query", "heads"]
 
@@ -18,6 +19,10 @@ BUFFER_CAPS = {"mps": 4 * 2**30, "xpu": 4 * 2**30}
 
 class NotEnoughMemoryError(RuntimeError):
     """No plan fits the memory. The message says what is needed, what there is, and what to change."""
+
+
+class ObstacleError(FieldError, ValueError):
+    """The kernel that is asked for cannot run the call. The message says why, and what to take instead."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "slicemod"
 # A file imports only from files above it; what is left of a folder counts as one. `slicemod` itself, the public names,
 # comes where the last file that it imports has come.
 ORDER = (
+    "user_error.py",
     "rounding.py",
     "torch_internals.py",
     "watched.py",
@@ -46,7 +47,6 @@ ORDER = (
     "swap.py",
     "adapters/",
     "public.py",
-    "user_error.py",
     "whole_file.py",
     "arguments.py",
     "hidden_packages.py",

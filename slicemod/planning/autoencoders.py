@@ -142,6 +142,6 @@ def autoencoder_of_config(where: str, config: Config, frames: int) -> Autoencode
     if class_name not in AUTOENCODERS:
         raise UserError(
             f"{where}: expected the config of one of {', '.join(AUTOENCODERS)}; got one of {class_name}, whose memory "
-            "is not known. Plan the model alone with --part unet or --part transformer."
+            "is not known. Plan the model alone by slicemod plan --part unet, or transformer."
         )
     return AutoencoderSource(class_name, {key: value for key, value in config.items() if key[0] != "_"}, frames)

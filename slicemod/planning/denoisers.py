@@ -10,7 +10,7 @@ from slicemod.planning.plan_options import MODELS
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.transformers import NAMED_TRANSFORMERS, find_transformer, transformer_of_config
 from slicemod.planning.unets import NAMED_UNETS, find_unet
-from slicemod.user_error import UserError
+from slicemod.user_error import FieldError, UserError
 
 CONFIG = "config.json"
 _UNET = "UNet2DConditionModel"
@@ -35,7 +35,7 @@ def find_denoiser(source: str, frames: int | None = None) -> StepSource:
     if file is not None and config.get("_class_name", _UNET) != _UNET:
         return transformer_of_config(str(file), config, _latent_pixels(file.parent.parent / "vae" / CONFIG), frames)
     if frames not in (None, 1):
-        raise UserError(f"--frames: expected 1, since a UNet makes images; got {frames}. Leave it out.")
+        raise FieldError(f"frames: expected 1, since a UNet makes images; got {frames}. Leave it out.")
     if source in NAMED_UNETS or file is not None or Path(source).suffix in (".yaml", ".yml"):
         return find_unet(source if file is None else str(file.parent))
     raise UserError(

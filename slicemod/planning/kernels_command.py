@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,14 +27,20 @@ from slicemod.planning.kernels_report import (
 from slicemod.planning.memory_given import bytes_given, is_here
 from slicemod.planning.model_layers import layers_of
 from slicemod.planning.resolutions import check_resolutions
-from slicemod.user_error import UserError
+from slicemod.user_error import FieldError, UserError
 
 NOTHING_MEASURED = TableInUse(NO_TABLE, "nothing was measured")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Prints the kernels and the choices; `arguments[0]` is the command's name."""
-    options = parser().parse_args(arguments[1:])
+    try:
+        return _run(parser().parse_args(arguments[1:]))
+    except FieldError as error:
+        raise error.of_option({}) from error
+
+
+def _run(options: Namespace) -> int:
     if options.build:
         return _build(as_json=options.json)
     device = _default_device() if options.device is None else torch.device(options.device)
@@ -44,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
         resolutions = [known.pixels] if options.resolution is None else options.resolution
         check_resolutions(resolutions, known.step)
         images += [(model, pixels) for pixels in resolutions]
-    free = bytes_given("--budget", options.budget, device)
+    free = bytes_given("budget", options.budget, device)
     present = list(kernels_on(device))
     chosen = {
         (model, pixels): list(choices(models[model], pixels, device, getattr(torch, dtype), free))

@@ -1,9 +1,9 @@
-"""What memory an option of a command gives, on a device that need not be there."""
+"""What memory the field of a function or the option of a command gives, on a device that need not be there."""
 
 import torch
 
 from slicemod.memory.budget import Budget
-from slicemod.user_error import UserError
+from slicemod.user_error import FieldError
 
 
 def is_here(device: torch.device) -> bool:
@@ -13,24 +13,24 @@ def is_here(device: torch.device) -> bool:
     )
 
 
-def bytes_given(option: str, given: str, device: torch.device) -> int:
+def bytes_given(field: str, given: str, device: torch.device) -> int:
     """Bytes that `given` is on a device: a size, or a share of what is free there.
 
     Args:
-        option: its name, for errors.
+        field: its name, for errors.
         given: as a budget is written.
         device: where.
 
     Raises:
-        UserError: `given` is no budget, or a share of a device that is not there.
+        FieldError: `given` is no budget, or a share of a device that is not there.
     """
     try:
         budget = Budget.parse(given)
         if budget.bytes is None and not is_here(device):
-            raise UserError(
-                f"{option}: expected a size such as 8GiB, since this machine has no {device.type} whose free memory "
-                f"could be read; got {given!r}. Write the size, or choose another --device."
+            raise FieldError(
+                f"{field}: expected a size such as 8GiB, since this machine has no {device.type} whose free memory "
+                f"could be read; got {given!r}. Write the size, or choose another device."
             )
         return budget.bytes_on(device)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{option}: {error}") from error
+        raise FieldError(f"{field}: {error}") from error

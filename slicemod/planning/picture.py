@@ -81,10 +81,12 @@ def plan_picture(
         memory: of the device, such as "8GiB" or bytes.
         kind: how it is made: a `slicemod.planning.picture_kind.PictureKind`, or a dict of its fields.
         frames: of a video; None takes 81, or 1 for images.
-        slicing: policy and kernel of slicemod's attention. The budget is replaced by what the plan leaves.
+        slicing: policy and kernel of slicemod's attention in the UNet or transformer. The budget is replaced by what
+            the plan leaves.
 
     Raises:
-        slicemod.user_error.UserError: there is no such model, or values that are not known.
+        slicemod.user_error.UserError: there is no such model, values are not known, or the kernel that `slicing` names
+            cannot run the attention.
     """
     chosen = PictureKind.of(kind)
     found = find_picture_model(model, frames)
@@ -111,7 +113,7 @@ def picture_planner(
         model: what makes the picture.
         kind: how.
         memory: of the device.
-        slicing: of slicemod's attention.
+        slicing: of slicemod's attention in the UNet or transformer.
         progress: is told what is being done if that takes seconds.
     """
     parts = list(parts_of(model, kind, slicing, progress))

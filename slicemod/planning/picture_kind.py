@@ -12,7 +12,7 @@ from slicemod.planning.plan_options import DEVICES, DTYPES
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.transformers import TransformerSource
 from slicemod.planning.unet_step import StepKind
-from slicemod.user_error import UserError
+from slicemod.user_error import FieldError, UserError
 
 Offload = Literal["none", "model", "sequential"]
 
@@ -52,23 +52,21 @@ class PictureKind:
         for name, known in (("dtype", (None, *DTYPES)), ("device", DEVICES), ("offload", get_args(Offload))):
             if getattr(self, name) not in known:
                 expected = ", ".join(str(value) for value in known)
-                raise UserError(f"--{name}: expected one of {expected}; got {getattr(self, name)!r}. Correct it.")
+                raise FieldError(f"{name}: expected one of {expected}; got {getattr(self, name)!r}. Correct it.")
         if self.batch is not None and self.batch < 1:
-            raise UserError(f"--batch: expected 1 or more items; got {self.batch}.")
+            raise FieldError(f"batch: expected 1 or more items; got {self.batch}.")
         if self.checkpoint_blocks and not self.train:
-            raise UserError(
-                "--checkpoint-blocks: expected together with --train; got it alone. Add --train or leave it."
-            )
+            raise FieldError("checkpoint_blocks: expected together with train; got it alone. Add train or leave it.")
         if self.feed_forward and not self.train:
-            raise UserError(
-                "--feed-forward: expected together with --train, since inference always has them; got it alone. Add "
-                "--train or leave it."
+            raise FieldError(
+                "feed_forward: expected together with train, since inference always has them; got it alone. Add train "
+                "or leave it."
             )
         if not self.cached and not self.train:
-            raise UserError("--uncached: expected together with --train; got it alone. Add --train or leave it.")
+            raise FieldError("cached: expected to be changed together with train; got it alone. Add train or leave it.")
         if self.offload != "none" and self.train:
-            raise UserError(
-                f"--offload: expected none with --train, since diffusers offloads in inference alone; got "
+            raise FieldError(
+                f"offload: expected none with train, since diffusers offloads in inference alone; got "
                 f"{self.offload!r}. Leave one of them."
             )
 

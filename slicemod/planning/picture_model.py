@@ -92,7 +92,7 @@ def _of_pipeline(folder: Path, denoiser: StepSource) -> PictureModel:
     if not file.is_file() or not (folder / _INDEX).is_file():
         raise UserError(
             f"{folder}: expected the folder of a pipeline, with {_INDEX} and vae/{CONFIG}; one of them is not there. "
-            "Name the pipeline's folder, or plan the model alone with --part unet or --part transformer."
+            "Name the pipeline's folder, or plan the model alone by slicemod plan --part unet, or transformer."
         )
     autoencoder = autoencoder_of_config(str(file), read_config(file), denoiser.frames)
     encoders, left_out = [], []

@@ -16,7 +16,7 @@ from slicemod.planning.step_peaks import WAYS, StepPlanner, Way
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.transformers import TransformerSource
 from slicemod.planning.unet_step import StepKind
-from slicemod.user_error import UserError
+from slicemod.user_error import FieldError
 
 _AMPLE = 2**62  # bytes; each plan is told its memory
 
@@ -111,20 +111,21 @@ def parts_of(
     Args:
         model: what makes the picture.
         kind: how.
-        slicing: of slicemod's attention.
+        slicing: of slicemod's attention in the UNet or transformer. In the others it is as `swap_vae` has it.
         progress: is told what is being done if that takes seconds.
     """
     swapped_layers = kind.train and (kind.feed_forward or slicing.recomputes_layers)
     if swapped_layers and isinstance(model.denoiser, TransformerSource):
-        raise UserError(
-            f"--feed-forward, --checkpoint-layers: expected a UNet, whose layers swap_attention knows; got "
-            f"{model.denoiser.class_name}. Leave them."
+        field = "feed_forward" if kind.feed_forward else "checkpoint"
+        raise FieldError(
+            f"{field}: expected a UNet, whose layers swap_attention knows; got {model.denoiser.class_name}. Leave it."
         )
     step = kind.step(model.denoiser)
     alone = step._replace(batch=1, training=False, checkpoint_blocks=False)
 
     def traced(name: str, source: StepSource, of: StepKind, *, swapped: bool = False) -> StepPlanner:
-        return StepPlanner(source, of, _AMPLE, slicing, lambda told: progress(f"{name}: {told}"), swapped=swapped)
+        own = slicing if source is model.denoiser else SliceConfig()
+        return StepPlanner(source, of, _AMPLE, own, lambda told: progress(f"{name}: {told}"), swapped=swapped)
 
     for number, encoder in enumerate(model.encoders, 1):
         name = "text encoder" if len(model.encoders) == 1 else f"text encoder {number}"

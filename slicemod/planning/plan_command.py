@@ -27,14 +27,23 @@ from slicemod.planning.resolutions import check_resolutions
 from slicemod.planning.step_peaks import StepPlanner
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.unet_step import StepKind
-from slicemod.user_error import UserError
+from slicemod.user_error import FieldError, UserError
 
 _PICTURES = (".png", ".svg", ".pdf")
 
 
+_OPTIONS = {"cached": "--uncached", "checkpoint": "--checkpoint-layers"}  # where an option is not named as its field
+
+
 def run(arguments: Sequence[str]) -> int:
     """Prints the plans; `arguments[0]` is the command's name."""
-    options = parser().parse_args(arguments[1:])
+    try:
+        return _run(parser().parse_args(arguments[1:]))
+    except FieldError as error:
+        raise error.of_option(_OPTIONS) from error
+
+
+def _run(options: Namespace) -> int:
     kind = PictureKind(
         options.dtype,
         options.device,
@@ -46,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         feed_forward=options.feed_forward,
     )
     if options.checkpoint_layers and not options.train:
-        raise UserError("--checkpoint-layers: expected together with --train; got it alone. Add --train or leave it.")
+        raise FieldError("checkpoint: expected together with train; got it alone. Add train or leave it.")
     _check_picture(options.plot)
     try:
         slicing = SliceConfig(
@@ -56,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    memory = bytes_given("--memory", options.memory, torch.device(options.device))
+    memory = bytes_given("memory", options.memory, torch.device(options.device))
     if options.part == "whole":
         return _plan_whole(options, kind, slicing, memory)
     return _plan_step(options, kind, slicing, memory)

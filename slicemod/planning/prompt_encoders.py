@@ -110,7 +110,7 @@ def encoder_of_config(where: str, class_name: str, config: Config, prompt_tokens
     if class_name not in ENCODERS:
         raise UserError(
             f"{where}: expected the config of one of {', '.join(ENCODERS)}; got one of {class_name}, whose inputs are "
-            "not known. Plan the model alone with --part unet or --part transformer."
+            "not known. Plan the model alone by slicemod plan --part unet, or transformer."
         )
     kind = ENCODERS[class_name]
     own = {key: value for key, value in config.items() if key[0] != "_" and key != "architectures"}

@@ -73,6 +73,7 @@ class StepPlanner:
         kind: what the step is.
         memory: bytes for the whole step, weights included.
         slicing: policy and kernel of slicemod's attention. Its budget is replaced by what the rest of the step leaves.
+            If the model has a call that this kernel cannot run, `plan`, `largest` and `fits` raise an ObstacleError.
         progress: is told what is being done if that takes seconds.
         swapped: slicemod's way is `swap_attention(feed_forward=True)` or `swap_vae`, which compute layers in parts in
             inference. Otherwise it is the attention alone, and what `slicing` says of the layers in training.

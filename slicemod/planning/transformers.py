@@ -15,7 +15,7 @@ from slicemod.planning.class_defaults import diffusers_class, whole_config
 from slicemod.planning.kept_in_float32 import in_dtype
 from slicemod.planning.resolutions import HIGHEST_RESOLUTION
 from slicemod.planning.step_source import StepInputs
-from slicemod.user_error import UserError
+from slicemod.user_error import FieldError, UserError
 
 Config = Mapping[str, Any]
 _FRAMES = 81  # of a video, if nothing else is said: 5 seconds
@@ -275,6 +275,6 @@ def transformer_of_config(where: str, config: Config, latent_pixels: int, frames
         frames = _FRAMES if spacing else 1
     if frames != 1 and (spacing == 0 or frames < 1 or (frames - 1) % spacing):
         expected = f"a multiple of {spacing} and one more" if spacing else f"1, since {class_name} makes images"
-        raise UserError(f"--frames: expected {expected}; got {frames}. Correct the number.")
+        raise FieldError(f"frames: expected {expected}; got {frames}. Correct the number.")
     own = {key: value for key, value in config.items() if key[0] != "_"}
     return TransformerSource(class_name, own, latent_pixels, frames)

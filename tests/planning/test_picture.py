@@ -19,6 +19,9 @@ from slicemod.call import CallSpec
 from slicemod.planning.autoencoders import AutoencoderSource
 from slicemod.planning.layer_calls import LayerCall
 from slicemod.planning.picture import Budgets, plan_picture
+from slicemod.planning.picture_kind import PictureKind
+from slicemod.planning.picture_model import find_picture_model
+from slicemod.planning.picture_parts import TracedPart, parts_of
 from slicemod.planning.prompt_encoders import KNOWN, PromptEncoderSource
 from slicemod.planning.step_peaks import StepPlanner
 from slicemod.planning.step_source import StepSource
@@ -157,8 +160,6 @@ def test_the_predicted_peak_of_sd15s_autoencoder_is_the_measured_one() -> None:
 
 
 def slicemod_autoencoder() -> AutoencoderSource:
-    from slicemod.planning.picture_model import find_picture_model
-
     return find_picture_model("sd15").autoencoder
 
 
@@ -327,15 +328,39 @@ def test_plan_picture_is_a_public_name_that_loads_diffusers_when_it_is_asked_for
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
-        ({"device": "tpu"}, "--device: expected one of cuda, mps, cpu; got 'tpu'"),
-        ({"offload": "disk"}, "--offload: expected one of none, model, sequential; got 'disk'"),
-        ({"offload": "model", "train": True}, "--offload: expected none with --train"),
-        ({"feed_forward": True}, "--feed-forward: expected together with --train"),
-        ({"cached": False}, "--uncached: expected together with --train"),
-        ({"batch": 0}, "--batch: expected 1 or more"),
+        ({"device": "tpu"}, "^device: expected one of cuda, mps, cpu; got 'tpu'"),
+        ({"offload": "disk"}, "^offload: expected one of none, model, sequential; got 'disk'"),
+        ({"offload": "model", "train": True}, "^offload: expected none with train"),
+        ({"feed_forward": True}, "^feed_forward: expected together with train"),
+        ({"cached": False}, "^cached: expected to be changed together with train"),
+        ({"batch": 0}, "^batch: expected 1 or more"),
         ({"colour": 1}, "kind: expected fields of dtype, .*; got colour"),
     ],
 )
 def test_values_that_are_not_known_are_named(kind: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         plan_picture("sd15", 512, "8GiB", kind)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"resolution": 500}, r"^resolution: expected multiples of 64 .*; got 500\. Take 512\."),
+        ({"memory": "lots"}, "^memory: .*got 'lots'"),
+        ({"frames": 5}, "^frames: expected 1, since a UNet makes images; got 5"),
+        (
+            {"slicing": {"kernel": "native"}},
+            '^kernel: expected .*the call is on cuda. Take kernel="auto" or kernel="math"',
+        ),
+    ],
+)
+def test_a_functions_errors_name_its_own_arguments(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        plan_picture(**{"model": "sd15", "resolution": 512} | given)
+
+
+def test_a_kernel_is_asked_of_the_unet_and_not_of_the_vae(pipeline: Path) -> None:
+    asked = SliceConfig(kernel="math", policy="doggettx")
+    parts = parts_of(find_picture_model(str(pipeline)), PictureKind(device="cpu"), asked, lambda _: None)
+    slicings = {part.name: part.planner.slicing for part in parts if isinstance(part, TracedPart)}
+    assert slicings == {"text encoder": SliceConfig(), "UNet, a step": asked, "VAE decoding": SliceConfig()}

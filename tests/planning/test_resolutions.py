@@ -10,7 +10,7 @@ from slicemod.user_error import UserError
 
 @pytest.mark.parametrize(("pixels", "nearest"), [(0, 64), (500, 512), (2**14 + 64, 2**14), (-64, 64)])
 def test_a_wrong_one_is_named_and_so_is_the_nearest(pixels: int, nearest: int) -> None:
-    with pytest.raises(UserError, match=f"got {pixels}. Take {nearest}."):
+    with pytest.raises(UserError, match=f"^resolution: .*got {pixels}. Take {nearest}."):
         check_resolutions([512, pixels], 64)
 
 

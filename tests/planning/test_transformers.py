@@ -199,7 +199,7 @@ def test_a_config_that_builds_no_model_is_an_error_that_names_its_class(tmp_path
     [("wan-1.3b", 80, "a multiple of 4 and one more"), ("flux-dev", 5, "makes images"), ("sd15", 5, "a UNet makes")],
 )
 def test_frames_that_a_model_cannot_make_are_named(model: str, frames: int, expected: str) -> None:
-    with pytest.raises(UserError, match=f"--frames: expected .*{expected}.*got {frames}"):
+    with pytest.raises(UserError, match=f"^frames: expected .*{expected}.*got {frames}"):
         find_denoiser(model, frames)
 
 

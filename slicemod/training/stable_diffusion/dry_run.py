@@ -67,6 +67,7 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
 
     Raises:
         NotEnoughMemoryError: no plan of a bucket fits the budget.
+        ObstacleError: the kernel that the settings name cannot run the attention.
     """
     device = trainer.strategy.root_device
     autoencoder = model.pretrained.autoencoder_config()

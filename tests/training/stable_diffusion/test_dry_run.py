@@ -11,6 +11,7 @@ from slicemod.bench.memory import peak_memory
 from slicemod.training.commands.fit_command import fit
 from slicemod.training.common.step_meter import current_plans
 from slicemod.training.stable_diffusion.dry_run import forecast, optimizer_bytes
+from slicemod.user_error import UserError
 from tests.training.tiny_stable_diffusion import (
     letter_encoders,
     tiny_config,
@@ -138,3 +139,12 @@ def test_longer_captions_are_planned_for(
     told = capsys.readouterr().out
     assert "x 231 x" in told  # three chunks of 77
     assert "x 77 x" not in told
+
+
+def test_a_kernel_that_cannot_run_is_an_error_for_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_tiny_model(tmp_path / "sd15", "sd15")
+    content = tiny_config("sd15_full.yaml", source, write_images(tmp_path / "images"), data={"max_ratio": 1.0})
+    content["attention"]["kernel"] = "triton"
+    with pytest.raises(UserError, match=r'kernel: expected .*"triton"; it runs on GPUs, .* Take kernel="auto"'):
+        fit(["fit", "--config", write_config(tmp_path, content), "--dry-run"])
