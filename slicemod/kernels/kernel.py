@@ -13,8 +13,6 @@ from slicemod.call import AttentionShape, CallSpec
 from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.plan import SlicePlan
 
-_LOGSUMEXP_BYTES = 4  # a row's log-sum-exp, in float32
-
 
 class Terms(NamedTuple):
     """What the user asks of a plan, besides the budget. The fields are those of `SliceConfig`.
@@ -107,6 +105,11 @@ class Kernel(ABC):
 
         return run
 
-    def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
-        """Bytes that it keeps from forward to backward, beyond inputs and output. Here one number for each row."""
-        return shape.batch_heads * shape.queries * _LOGSUMEXP_BYTES if training else 0
+    def kept_bytes(self, call: CallSpec, plan: SlicePlan) -> int:
+        """The part of `plan.peak_bytes` that it keeps from forward to backward. Here one number for each row."""
+        return row_bytes(call.shape) if call.training else 0
+
+
+def row_bytes(shape: AttentionShape) -> int:
+    """Bytes of one float32 number for each row of the scores, such as its log-sum-exp."""
+    return 4 * shape.batch_heads * shape.queries

@@ -6,6 +6,7 @@ from slicemod.call import CallSpec
 from slicemod.half_precision import cpu_products
 from slicemod.kernels import kernel_named
 from slicemod.kernels.fused.kernel import fused_peak
+from slicemod.kernels.kernel import row_bytes
 from slicemod.plan import SlicePlan
 from slicemod.planning.memory_timeline import AttentionCost
 
@@ -31,11 +32,11 @@ def full_attention_cost(call: CallSpec, *, upcast: bool) -> AttentionCost:
 
 def fused_attention_cost(call: CallSpec) -> AttentionCost:
     """Attention by PyTorch's fused kernel, whether or not it is certain to run."""
-    kept = kernel_named("fused").kept_bytes(call.shape, training=call.training)
+    kept = row_bytes(call.shape) if call.training else 0
     return AttentionCost(kept, fused_peak(call) - kept)
 
 
 def planned_attention_cost(call: CallSpec, plan: SlicePlan) -> AttentionCost:
     """Attention by one of slicemod's plans."""
-    kept = kernel_named(plan.kernel).kept_bytes(call.shape, training=call.training)
+    kept = kernel_named(plan.kernel).kept_bytes(call, plan)
     return AttentionCost(kept, plan.peak_bytes - kept)

@@ -17,7 +17,6 @@ from slicemod.call import AttentionShape, CallSpec
 from slicemod.choose import choose
 from slicemod.config import SliceConfig
 from slicemod.feed_forward.plan import FeedForwardShape, plan_feed_forward
-from slicemod.kernels import kernel_named
 from slicemod.kernels.fused.running import BACKENDS
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
@@ -34,6 +33,7 @@ from slicemod.vae.plan import Convolving, LayerSizes
 Way = Literal["full attention", "fused", "slicemod"]
 WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
 TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet's own
+_AMPLE = 2**62  # bytes
 _LEAST_TRACED = 256  # pixels; PyTorch convolves smaller images in other ways on a CPU
 
 
@@ -217,11 +217,13 @@ class StepPlanner:
         )
 
     def _kept_bytes(self, call: Any) -> int:
-        """What PyTorch's fused kernel would keep of the call for the backward pass."""
-        fused = kernel_named("fused")
-        if not isinstance(call, CallSpec) or fused.obstacle(call):
+        """What an attention call keeps for the backward pass, by its plan if memory does not matter."""
+        if not isinstance(call, CallSpec) or not call.training:
             return 0
-        return fused.kept_bytes(call.shape, training=self.kind.training)
+        try:
+            return planned_attention_cost(call, choose(call, self.slicing, _AMPLE)).kept
+        except NotEnoughMemoryError:  # a buffer would be larger than the device allows
+            return 0
 
     def _plan_swapped(self, pixels: int) -> tuple[int, StepPeak | None]:
         """The budget that the rest of the step leaves to swapped layers, and the peak; None if they do not fit."""

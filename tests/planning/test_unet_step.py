@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ SMALL = UnetSource(
     latent_pixels=8,
     context_tokens=77,
 )
+SLICING = SliceConfig(budget=4 * 2**20, policy="exact", kernel="math")
 WIDE = SMALL._replace(config={**SMALL.config, "block_out_channels": (64, 256)})
 
 
@@ -57,18 +59,17 @@ def unet_step(unet: Any, kind: StepKind, source: UnetSource, pixels: int) -> Cal
 
 
 def _predicted_and_measured(
-    unet: Any, source: UnetSource, kind: StepKind, pixels: int, budget: int
+    unet: Any, source: UnetSource, kind: StepKind, pixels: int, slicing: SliceConfig
 ) -> dict[Way, tuple[int, int]]:
-    """Peaks beyond weights and optimizer state; slicemod's attention gets `budget`."""
-    slicing = SliceConfig(policy="exact", kernel="math")
+    """Peaks beyond weights and optimizer state; slicemod's attention gets the budget of `slicing`."""
     ample = StepPlanner(source, kind, 2**40, slicing)
-    memory = 2**40 - ample.plan(pixels).budget + budget
+    memory = 2**40 - ample.plan(pixels).budget + int(slicing.budget)
     peaks = StepPlanner(source, kind, memory, slicing).plan(pixels).peaks
     step = unet_step(unet, kind, source, pixels)
     use: dict[Way, Callable[[], object]] = {
         "full attention": lambda: unet.set_attn_processor(AttnProcessor()),
         "fused": lambda: unet.set_attn_processor(AttnProcessor2_0()),
-        "slicemod": lambda: swap_attention(unet, {"budget": budget, "policy": "exact", "kernel": "math"}),
+        "slicemod": lambda: swap_attention(unet, slicing),
     }
     if kind.training:
         step()  # makes the optimizer's state
@@ -104,8 +105,18 @@ def test_the_predicted_peak_is_the_measured_one(source: UnetSource, kind: StepKi
     if kind.checkpoint_blocks:
         unet.enable_gradient_checkpointing()
     scratch = tile_scratch(kind.dtype) // 8  # these convolutions are small
-    for way, (predicted, measured) in _predicted_and_measured(unet, source, kind, pixels, 4 * 2**20).items():
+    for way, (predicted, measured) in _predicted_and_measured(unet, source, kind, pixels, SLICING).items():
         assert predicted == pytest.approx(measured, rel=0.02, abs=scratch), way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_kept_weights_are_counted_of_all_layers_at_once(dtype: torch.dtype) -> None:
+    unet, kind = UNet2DConditionModel(**SMALL.config), StepKind(dtype, 1, "cpu", training=True)
+    torch.nn.Module.to(unet, dtype).train()
+    keeps = replace(SLICING, checkpoint=False)
+    predicted, measured = _predicted_and_measured(unet, SMALL, kind, 128, keeps)["slicemod"]
+    print(f"{dtype}: predicted {predicted:,}, measured {measured:,}, {predicted / measured:.4f}")
+    assert predicted == pytest.approx(measured, rel=0.02, abs=tile_scratch(dtype) // 8)
 
 
 @pytest.mark.slow
@@ -117,7 +128,9 @@ def test_the_predicted_peak_of_sd15_is_the_measured_one(dtype: torch.dtype) -> N
     unet = meta_unet(source, dtype).to_empty(device="cpu").eval()
     for tensor in unet.parameters():
         torch.nn.init.normal_(tensor, std=0.02)
-    for way, (predicted, measured) in _predicted_and_measured(unet, source, kind, 512, 64 * 2**20).items():
+    for way, (predicted, measured) in _predicted_and_measured(
+        unet, source, kind, 512, replace(SLICING, budget=64 * 2**20)
+    ).items():
         print(f"{way}, {dtype}: predicted {predicted:,}, measured {measured:,}, {predicted / measured:.4f}")
         scratch = 4 * tile_scratch(dtype)  # of the wide convolutions that halve the image
         assert predicted == pytest.approx(measured, rel=0.02, abs=scratch), way

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slicemod.call import AttentionShape, CallSpec, scale_of
+from slicemod.call import CallSpec, scale_of
 from slicemod.kernels.crossover_table import CrossoverTable
-from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms
+from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms, row_bytes
 from slicemod.kernels.native.binding import NativeCall, NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.native.operators import native_attention
@@ -68,8 +68,8 @@ class NativeKernel(Kernel):
         rows, forward, backward = library.sizes(call.dtype, shape, call.threads)
         peak = forward
         if call.training:
-            kept = self.kept_bytes(shape, training=True)
-            peak = kept + max(forward, backward + kept // 2)  # the backward pass computes one more number for each row
+            row = row_bytes(shape)
+            peak = 2 * row + max(forward, backward + row)  # the backward pass computes one more number for each row
         if shape.dropout:
             peak += _SEED_BYTES
         if peak > free_bytes:
@@ -101,9 +101,9 @@ class NativeKernel(Kernel):
             return super().prepare(plan, inputs, more)
         return prepared_training(call)
 
-    def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
+    def kept_bytes(self, call: CallSpec, plan: SlicePlan) -> int:
         """Two float32 numbers for each row: a product near its largest, and the logarithm of its sum of weights."""
-        return 2 * 4 * shape.batch_heads * shape.queries if training else 0
+        return 2 * row_bytes(call.shape) if call.training else 0
 
 
 def _call(inputs: Inputs, more: Arguments, seed: Tensor | None) -> NativeCall:

@@ -60,11 +60,15 @@ class SlicedKernel(Kernel):
         slices = plan.items, plan.heads, plan.rows, plan.keys
         if is_transformed():
             return transformed_attention(query, key, value, mask, seed, *settings, *slices)
-        keep_weights = more.training and not plan.checkpoint and not plan.keys
         output: Tensor
-        output, _ = attention(query, key, value, mask, seed, *settings, keep_weights, *slices)
+        output, _ = attention(query, key, value, mask, seed, *settings, _keeps_weights(plan, more.training), *slices)
         return output
 
-    def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
-        """0, because the backward pass computes its slices again."""
-        return 0
+    def kept_bytes(self, call: CallSpec, plan: SlicePlan) -> int:
+        """The weights, if the backward pass does not compute its slices again."""
+        shape = replace(call.shape, upcast=plan.upcast)
+        return shape.scores_bytes if _keeps_weights(plan, call.training) else 0
+
+
+def _keeps_weights(plan: SlicePlan, training: bool) -> bool:
+    return training and not plan.checkpoint and not plan.keys

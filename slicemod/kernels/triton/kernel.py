@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slicemod.call import AttentionShape, CallSpec, scale_of
+from slicemod.call import CallSpec, scale_of
 from slicemod.kernels.crossover_table import CrossoverTable
-from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms
+from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms, row_bytes
 from slicemod.kernels.triton.operators import triton_attention
 from slicemod.kernels.triton.present import triton_obstacle
 from slicemod.plan import SlicePlan
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_FLOAT_BYTES, _SEED_BYTES = 4, 8
+_SEED_BYTES = 8
 
 
 class TritonKernel(Kernel):
@@ -58,7 +58,7 @@ class TritonKernel(Kernel):
         """One step. In training, two float32 numbers for each row: its log-sum-exp, and in the backward pass the
         product of the output with its gradient. With dropout, a seed."""
         shape = call.shape
-        peak = 2 * self.kept_bytes(shape, training=call.training) + (_SEED_BYTES if shape.dropout else 0)
+        peak = (2 * row_bytes(shape) if call.training else 0) + (_SEED_BYTES if shape.dropout else 0)
         if peak > free_bytes:
             return None
         return SlicePlan("query", 1, shape.queries, peak, self.name, terms.policy, shape.batch_heads, shape.queries)
@@ -72,7 +72,3 @@ class TritonKernel(Kernel):
             query, key, value, mask, seed, more.dropout_p, more.is_causal, scale_of(query, more.scale), more.training
         )
         return output
-
-    def kept_bytes(self, shape: AttentionShape, *, training: bool) -> int:
-        """The log-sum-exp of each row, in float32."""
-        return _FLOAT_BYTES * shape.batch_heads * shape.queries if training else 0
