@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that slicemod's engine uses, and what each is for.
+"""Every private name of PyTorch that slicemod uses, and what each is for.
 
 PyTorch may rename them in any release. If one is gone, importing this file says which one, and
 `tests/test_torch_internals.py` names all that are gone. This file is the only place to repair. The names are looked up

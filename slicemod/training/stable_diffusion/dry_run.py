@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from slicemod import SlicePlan, restore_attention
 from slicemod.call import CallSpec
@@ -30,6 +29,7 @@ from slicemod.planning.plan_report import attention_table
 from slicemod.planning.step_peaks import TRACED_STEPS, LayerPlan
 from slicemod.planning.unet_step import TracedStep, trace_training
 from slicemod.planning.unets import meta_inputs
+from slicemod.torch_internals import FakeTensorMode
 from slicemod.training.common.weight_average import WeightAverage
 from slicemod.training.stable_diffusion.aspect_buckets import Bucket
 from slicemod.training.stable_diffusion.captioned_folder import CaptionedFolder
@@ -96,13 +96,12 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
 def _trace(model: StableDiffusion, trainer: pl.Trainer, device: torch.device, batch: int, edge: int) -> TracedStep:
     """The step on latents of `edge` by `edge`, by a twin of the UNet whose tensors have no memory."""
     mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        unet: Any = deepcopy(model.unet)
+    with mode:
+        unet = _twin(model.unet, device)
     if model.attention is not None:
         restore_attention(unet)
     meta = meta_inputs(unet, torch.float32, batch, edge, model.context_tokens)
     with mode:
-        _move(unet, device)
 
         def on_device(tensor: Tensor) -> Tensor:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -129,14 +128,14 @@ def _trace(model: StableDiffusion, trainer: pl.Trainer, device: torch.device, ba
         return trace_training(unet, loss, device.type, [target], mode)
 
 
-def _move(module: nn.Module, device: torch.device) -> None:
-    """To another device, by new tensors: ``Module.to`` cannot exchange fake ones."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            moved = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
-            part.register_parameter(name, moved)
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, torch.empty_like(buffer, device=device))
+def _twin(module: nn.Module, device: torch.device) -> Any:
+    """A copy on the device, whose tensors are of the mode that is active."""
+    tensors: dict[int, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        tensors[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return deepcopy(module, tensors)
 
 
 def _answer(model: StableDiffusion, call: CallSpec) -> tuple[SlicePlan | None, AttentionCost]:
