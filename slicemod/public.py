@@ -1,14 +1,5 @@
 """The public names, which `slicemod` shows as its own."""
 
-from slicemod.adapters import (  # noqa: F401 - the hosts
-    attn_block,
-    compvis,
-    diffusers_host,
-    feed_forward,
-    lookalikes,
-    sd_scripts,
-    vae,
-)
 from slicemod.adapters.diffusers_backend import register_diffusers_backend
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.call import AttentionShape

@@ -65,15 +65,8 @@ class Host(Protocol):
 HOSTS: list[Host] = []
 _ANY_MODEL = "sliced_sdpa(...).install(model) slices what any model calls F.scaled_dot_product_attention for."
 _PLURALS = {"attention": "attention layers", "feed-forward": "feed-forwards", "VAE half": "VAE halves"}
-_HOST_MODULES = (
-    "attn_block",
-    "compvis",
-    "diffusers_host",
-    "feed_forward",
-    "lookalikes",
-    "sd_scripts",
-    "vae",
-)  # each registers its host
+# The files of `adapters/` that register a host; they are loaded when a model is first walked.
+HOST_MODULES = ("attn_block", "compvis", "diffusers_host", "feed_forward", "lookalikes", "sd_scripts", "vae")
 
 
 @dataclass(frozen=True)
@@ -356,7 +349,7 @@ def _layers(model: nn.Module, roles: Container[str] = _PLURALS) -> list[tuple[st
     """Path, parent, name and host of every layer of these roles below `model`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}. {_what_to_pass(model)}")
-    for name in _HOST_MODULES:
+    for name in HOST_MODULES:
         import_module(f"slicemod.adapters.{name}")
     found = []
     for path, parent in model.named_modules():
