@@ -37,9 +37,10 @@ def formula_of(dropout_p: float, is_causal: bool, scale: float) -> Formula:
 
 
 def gradients_by(backward: Callable[..., Sequence[Tensor]], formula: Callable[..., Formula]) -> Gradients:
-    """What autograd calls for an operator of query, key, value, mask, seed, its settings and what it shall keep.
+    """What autograd calls for an operator of query, key, value, mask and more.
 
-    The operator's context has saved query, key, value, mask and seed, then what it kept; its settings are `settings`.
+    The operator's context has saved query, key, value and mask, then what else the backward operator takes; its
+    settings are `settings`.
 
     Args:
         backward: the backward operator, of the gradient of the output, the saved tensors, the settings and which
@@ -56,6 +57,6 @@ def gradients_by(backward: Callable[..., Sequence[Tensor]], formula: Callable[..
         elif grad_output is not None:
             grads = backward(grad_output, *ctx.saved_tensors, *ctx.settings, list(needs))
         wanted = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-        return (*wanted, *[None] * (len(ctx.settings) + 2))
+        return (*wanted, *[None] * (len(ctx.needs_input_grad) - 4))
 
     return gradients

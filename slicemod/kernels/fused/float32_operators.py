@@ -6,14 +6,15 @@ are converted, so that no input exists twice as a whole.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slicemod.kernels.backward import fake_gradients, gradients_by
 from slicemod.kernels.outputs import empty_gradients, empty_heads
-from slicemod.kernels.second_order import Formula, differentiable_gradients
+from slicemod.kernels.second_order import Formula
 from slicemod.operator import operator
 from slicemod.torch_internals import cpu_flash_attention_backward, cpu_flash_attention_operator
 
@@ -89,8 +90,11 @@ def _float32_flash_backward(  # noqa: PLR0913 - PyTorch wants the schema of an o
     is_causal: bool,
     scale: float,
     heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = empty_gradients(query, key, value, None, (True, True, True, False))[:3]
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value that `needs` asks for. The mask gets none."""
+    need_query, need_key, need_value, _ = needs
+    gradients = empty_gradients(query, key, value, None, (need_query, need_key, need_value, False))
     for turn in _turns(query, heads):
         parts = cpu_flash_attention_backward(
             *(tensor[turn].float() for tensor in (grad_output, query, key, value, output)),
@@ -100,15 +104,14 @@ def _float32_flash_backward(  # noqa: PLR0913 - PyTorch wants the schema of an o
             attn_mask=_additive(mask, turn),
             scale=scale,
         )
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient[turn] = part
+        for gradient, part, needed in zip(gradients, parts, needs, strict=False):
+            if needed:
+                gradient[turn] = part
         del parts, part
     return gradients
 
 
-@_float32_flash_backward.register_fake
-def _(_grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(query, key, value, None, (True, True, True, False))[:3]
+_float32_flash_backward.register_fake(fake_gradients)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -119,18 +122,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients: Sequence[Tensor | None] = (None, None, None)
-    if grad_output is not None and torch.is_grad_enabled():  # backward(create_graph=True)
-        query, key, value, mask, *_ = ctx.saved_tensors
-        is_causal, scale, _ = ctx.settings
-        needs = (*ctx.needs_input_grad[:3], False)
-        formula = Formula(scale, is_causal)
-        gradients = differentiable_gradients(grad_output, (query, key, value, mask), formula, needs)[:3]
-    elif grad_output is not None:
-        gradients = _float32_flash_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
-    return (*needed, None, None, None, None, None)
+def _formula(is_causal: bool, scale: float, _heads: int) -> Formula:
+    return Formula(scale, is_causal)
 
 
-float32_flash.register_autograd(_gradients, setup_context=_save_for_backward)
+float32_flash.register_autograd(gradients_by(_float32_flash_backward, _formula), setup_context=_save_for_backward)
