@@ -244,6 +244,15 @@ class CallSpec:
         )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a user writes it.
+
+    >>> dtype_name(torch.float16)
+    'float16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def must_be_deterministic() -> bool:
     """`torch.use_deterministic_algorithms` asks for the same bits each time, and not only for a warning."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()

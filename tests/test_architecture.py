@@ -51,6 +51,7 @@ ORDER = (
     "public.py",
     "whole_file.py",
     "arguments.py",
+    "printing.py",
     "hidden_packages.py",
     "planning/",
     "__init__.py",

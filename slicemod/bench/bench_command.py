@@ -24,6 +24,7 @@ from slicemod.bench.tables import comparison_tables, growth_tables, left_out_lin
 from slicemod.bench.work import Work
 from slicemod.bench.workloads import find_works
 from slicemod.memory.budget import Budget
+from slicemod.printing import wide_console
 from slicemod.user_error import UserError
 
 QUICK_PEERS = ("sdpa", "sdpa-math", "full", "diffusers*", "ldm", "memory-*", "slicemod", "slicemod-exact")
@@ -35,7 +36,7 @@ QUICK_SECONDS = 100.0  # after which no comparison and no further round begins
 def run(arguments: Sequence[str]) -> int:
     """Measures and prints, or prints what was measured; `arguments[0]` is the command's name."""
     options = parser().parse_args(arguments[1:])
-    console = Console(width=max(Console().width, 110))
+    console = wide_console()
     if options.render:
         for path in (path for page in options.render for path in render(Path(page))):
             console.print(f"written to {path}", highlight=False)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +24,7 @@ from slicemod.kernels.crossover_table import Corner, CrossoverTable
 from slicemod.kernels.native.binding import NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.table_in_use import TABLE_VARIABLE, built_in_table, measured_file
+from slicemod.printing import print_json, wide_console
 from slicemod.user_error import UserError
 from slicemod.whole_file import replacing
 
@@ -93,7 +92,7 @@ def _reset(path: Path, *, as_json: bool) -> int:
     existed = path.exists()
     path.unlink(missing_ok=True)
     if as_json:
-        _print_json({"removed": str(path) if existed else None})
+        print_json({"removed": str(path) if existed else None})
     else:
         print(f"removed {path}; the built-in table serves" if existed else "the built-in table serves already")
     return 0
@@ -112,9 +111,9 @@ def _print(table: CrossoverTable, path: Path, findings: Sequence[Finding], optio
             }
             for finding in findings
         ]
-        _print_json({"path": str(path), "table": table.as_dict(), "measured": measured})
+        print_json({"path": str(path), "table": table.as_dict(), "measured": measured})
         return
-    console = Console(width=max(Console().width, 130))
+    console = wide_console(130)
     console.print(findings_table(table, findings))
     undecided = sum(not finding.is_decided for finding in findings)
     lines = [f"{undecided} of {len(findings)} measurements are undecided; the built-in table has decided those"]
@@ -156,8 +155,3 @@ def _corner_text(corner: Corner) -> str:
             break
         products, unit = round(products / 1000), larger
     return f"{corner.queries} x {corner.keys}, {products}{unit}"
-
-
-def _print_json(what: dict[str, Any]) -> None:
-    json.dump(what, sys.stdout, indent=2)
-    print()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slicemod.call import AttentionShape, CallSpec
+from slicemod.call import AttentionShape, CallSpec, dtype_name
 
 FORMAT = 1
 
@@ -107,7 +107,7 @@ class CrossoverTable:
 
     def is_faster(self, kernel: str, call: CallSpec) -> bool | None:
         """Whether a kernel is faster for a call than those below it; None if the table does not say."""
-        dtype, extra, size = str(call.dtype).removeprefix("torch."), extra_of(call.shape), size_of(call.shape)
+        dtype, extra, size = dtype_name(call.dtype), extra_of(call.shape), size_of(call.shape)
         width = max(call.shape.head_dim, call.shape.values)
         for calls, faster_from in self.rows:
             if calls[:4] == (kernel, dtype, call.training, extra) and width <= (calls.width or width):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from rich.console import Console
 
 from slicemod.kernels.native.build import build
 from slicemod.kernels.table_in_use import BUILT_IN, NO_TABLE, TableInUse, table_in_use
@@ -27,6 +23,7 @@ from slicemod.planning.kernels_report import (
 from slicemod.planning.memory_given import bytes_given, is_here
 from slicemod.planning.model_layers import layers_of
 from slicemod.planning.resolutions import check_resolutions
+from slicemod.printing import print_json, wide_console
 from slicemod.user_error import FieldError, UserError
 
 NOTHING_MEASURED = TableInUse(NO_TABLE, "nothing was measured")
@@ -70,8 +67,8 @@ def _run(options: Namespace) -> int:
             "budget": free,
             "table": table_as_json(table),
         }
-        return _print_json(about | {"kernels": [presence_as_json(kernel) for kernel in present], "models": told})
-    console = Console(width=max(Console().width, 110))
+        return print_json(about | {"kernels": [presence_as_json(kernel) for kernel in present], "models": told})
+    console = wide_console()
     where = device.type if is_here(device) else f"{device.type} (not here, planned for)"
     console.print(kernels_table(f"kernels on {where}, best first", present))
     reasons = Reasons()
@@ -92,7 +89,7 @@ def _build(*, as_json: bool) -> int:
     except RuntimeError as error:
         raise UserError(f"--build: {error}") from error
     if as_json:
-        return _print_json({"native": path})
+        return print_json({"native": path})
     print(f"the native kernel is in {path}")
     return 0
 
@@ -100,9 +97,3 @@ def _build(*, as_json: bool) -> int:
 def _default_device() -> torch.device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if found is None else found
-
-
-def _print_json(what: dict[str, Any]) -> int:
-    json.dump(what, sys.stdout, indent=2)
-    print()
-    return 0

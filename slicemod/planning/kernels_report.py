@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
+from slicemod.call import dtype_name
 from slicemod.kernels.table_in_use import TableInUse
 from slicemod.memory.sizes import size_text
 from slicemod.planning.kernel_choices import LayerChoice, Presence
@@ -28,15 +28,6 @@ class Reasons:
     def lines(self) -> Iterable[str]:
         """A line for each."""
         return (f"({number}) {reason}" for reason, number in self._numbers.items())
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As a user writes it.
-
-    >>> dtype_name(torch.float16)
-    'float16'
-    """
-    return str(dtype).removeprefix("torch.")
 
 
 def kernels_table(title: str, kernels: Iterable[Presence]) -> Table:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from slicemod.call import dtype_name
 from slicemod.config import SliceConfig
 from slicemod.planning.denoisers import find_denoiser
 from slicemod.planning.memory_given import bytes_given
@@ -27,6 +26,7 @@ from slicemod.planning.resolutions import check_resolutions
 from slicemod.planning.step_peaks import StepPlanner
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.unet_step import StepKind
+from slicemod.printing import print_json, wide_console
 from slicemod.user_error import FieldError, UserError
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -89,8 +89,8 @@ def _plan_whole(options: Namespace, kind: PictureKind, slicing: SliceConfig, mem
             plot_largest(planner, names, options.plot, title.partition(";")[0].capitalize())
     if options.json:
         found = {"resolutions": [whole_as_json(plan) for plan in plans], "largest_image": largest_as_json(largest)}
-        return _print_json(_about(options, step, memory) | found | {"left_out": list(model.left_out)})
-    console = _console()
+        return print_json(_about(options, step, memory) | found | {"left_out": list(model.left_out)})
+    console = wide_console()
     console.print(f"{title}\n", highlight=False)
     console.print(largest_table(planner, names, largest))
     console.print(parts_table(planner, plans))
@@ -116,8 +116,8 @@ def _plan_step(options: Namespace, kind: PictureKind, slicing: SliceConfig, memo
             plot_peaks(planner, options.plot, title)
     if options.json:
         found = {"resolutions": [as_json(plan) for plan in plans], "largest_resolution": limits}
-        return _print_json(_about(options, step, memory) | found)
-    console = _console()
+        return print_json(_about(options, step, memory) | found)
+    console = wide_console()
     console.print(f"{title}\n", highlight=False)
     layers_of = [(str(plan.pixels), plan.layers) for plan in plans]
     console.print(attention_table("attention layers, by slicemod", "pixels", layers_of))
@@ -136,29 +136,15 @@ def _title(options: Namespace, step: StepKind, source: StepSource, what: str = "
     video = f", {source.frames} frames" if source.frames > 1 else ""
     offload = f", offload {options.offload}" if options.offload != "none" else ""
     return (
-        f"{what}{options.model}, {task}, batch {step.batch}{video}, {_dtype_name(step)}, on {step.device_type} "
+        f"{what}{options.model}, {task}, batch {step.batch}{video}, {dtype_name(step.dtype)}, on {step.device_type} "
         f"(simulated){offload}; slicemod: policy {options.policy}, kernel {options.kernel}{layers}{feed_forward}"
     )
 
 
 def _about(options: Namespace, step: StepKind, memory: int) -> dict[str, Any]:
-    about = {"model": options.model, "part": options.part, "device": step.device_type, "dtype": _dtype_name(step)}
+    about = {"model": options.model, "part": options.part, "device": step.device_type, "dtype": dtype_name(step.dtype)}
     about |= {"batch": step.batch, "training": step.training, "offload": options.offload}
     return about | {"policy": options.policy, "kernel": options.kernel, "memory": memory}
-
-
-def _dtype_name(step: StepKind) -> str:
-    return str(step.dtype).removeprefix("torch.")
-
-
-def _console() -> Console:
-    return Console(width=max(Console().width, 110))
-
-
-def _print_json(printed: dict[str, Any]) -> int:
-    json.dump(printed, sys.stdout, indent=2)
-    print()
-    return 0
 
 
 def _check_picture(path: Path | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from slicemod.call import CallSpec
+from slicemod.call import CallSpec, dtype_name
 from slicemod.kernels.fused.cuda_bytes import CUDNN, EFFICIENT, FLASH, cudnn_is_known
 from slicemod.torch_internals import PYTORCH
 
@@ -36,7 +36,7 @@ def flash_refuses(call: CallSpec) -> str | None:
     """Why flash attention does not take the call."""
     shape, capability = call.shape, call.card.capability or _NEWEST
     if call.dtype not in _HALF:
-        return f"it has no {_name(call.dtype)}"
+        return f"it has no {dtype_name(call.dtype)}"
     if not (8, 0) <= capability <= _NEWEST:
         return f"it wants a compute capability from 8.0 to 12.1, {call.card.name} has {_dotted(capability)}"
     if shape.mask is not None:
@@ -56,7 +56,7 @@ def efficient_refuses(call: CallSpec) -> str | None:
     shape, capability = call.shape, call.card.capability or _NEWEST
     dtypes = (torch.float32, *_HALF) if capability >= (8, 0) else (torch.float32, torch.float16)
     if call.dtype not in dtypes:
-        return f"it has no {_name(call.dtype)} on {call.card.name}"
+        return f"it has no {dtype_name(call.dtype)} on {call.card.name}"
     if not (5, 0) <= capability <= _NEWEST:
         return f"it wants a compute capability from 5.0 to 12.1, {call.card.name} has {_dotted(capability)}"
     aligned = _alignment(call.dtype, capability)
@@ -73,10 +73,6 @@ def _alignment(dtype: torch.dtype, capability: tuple[int, int]) -> int:
     tensor_cores = capability >= (8, 0) or (half and capability >= (7, 0))
     least = 4 if capability >= (8, 0) else 1
     return max(least, 16 // dtype.itemsize) if tensor_cores else least
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from slicemod.call import AttentionShape, CallSpec
+from slicemod.call import AttentionShape, CallSpec, dtype_name
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.torch_internals import PYTORCH, metal_attention_operator
 
@@ -37,7 +37,7 @@ def metal_refuses(call: CallSpec) -> str | None:
     if shape.mask is not None:
         return "PyTorch's kernel for Metal gives NaN for a row that may look at no key"
     if call.dtype not in _DTYPES:
-        return f"PyTorch's kernel for Metal has no {str(call.dtype).removeprefix('torch.')}"
+        return f"PyTorch's kernel for Metal has no {dtype_name(call.dtype)}"
     if shape.values != shape.head_dim or shape.head_dim not in _WIDTHS:
         widths = ", ".join(map(str, _WIDTHS))
         return f"PyTorch's kernel for Metal wants widths of {widths}, got {shape.head_dim} and {shape.values}"

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 
+from slicemod.printing import wide_console
 from slicemod.training.common.lightning_cli import SlicemodCLI
 from slicemod.training.stable_diffusion.captioned_folder import CaptionedFolder
 from slicemod.training.stable_diffusion.dry_run import forecast, peak_table, plan_table
@@ -61,7 +61,7 @@ class StableDiffusionCLI(SlicemodCLI):
         if not self._is_dry_run:
             super().fit(**kwargs)
             return
-        console = Console(width=max(Console().width, 110))
+        console = wide_console()
         forecasts = forecast(self.model, self.datamodule, self.trainer)
         console.print(plan_table(forecasts))
         console.print(peak_table(forecasts))
