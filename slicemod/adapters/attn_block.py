@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -55,23 +55,34 @@ class MemoryAwareAttnBlock(nn.Module):
         Raises:
             NotEnoughMemoryError: no plan fits the budget.
         """
-        normed = self.norm(x)
-        query, key, value = (
-            rearrange(projected, "b c ... -> b 1 (...) c")
-            for projected in (self.q(normed), self.k(normed), self.v(normed))
-        )
-        del normed
-        output = attend(self, query, key, value, None, self.in_channels**-0.5)
-        del query, key, value
-        output = rearrange(output, "b 1 n c -> b c n")
-        output = output.view(*output.shape[:2], *x.shape[2:])
-        out: Tensor = x + self.proj_out(output)
-        return out
+        return attended_block(self, x, lambda q, k, v: attend(self, q, k, v, None, self.in_channels**-0.5))
 
     def extra_repr(self) -> str:
         """Sizes, slicing and the last plan, in the module's `repr`."""
         plan = "" if self.plan is None else f", plan: {self.plan}"
         return f"in_channels={self.in_channels}, {self.slicing}{plan}"
+
+
+def attended_block(block: Any, x: Tensor, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """`x + proj_out(attention(q(norm(x)), k(norm(x)), v(norm(x))))` of a block.
+
+    Args:
+        block: has these parts.
+        x: `(B, C, ...)`.
+        attention: of query, key and value of all pixels, `(B, 1, N, C)`.
+    """
+    normed = block.norm(x)
+    query, key, value = (
+        rearrange(projected, "b c ... -> b 1 (...) c")
+        for projected in (block.q(normed), block.k(normed), block.v(normed))
+    )
+    del normed
+    output = attention(query, key, value)
+    del query, key, value
+    output = rearrange(output, "b 1 n c -> b c n")
+    output = output.view(*output.shape[:2], *x.shape[2:])
+    out: Tensor = x + block.proj_out(output)
+    return out
 
 
 class AttnBlockHost(ReplacingHost):

@@ -8,6 +8,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor
 
+from slicemod.adapters.attn_block import attended_block
 from slicemod.attention import apply_key_mask
 from slicemod.functional import sliced_attention
 from slicemod.integrations.webui.settings import slicing
@@ -57,14 +58,7 @@ def attn_block_forward(self: Any, x: Tensor, **_unused: Any) -> Tensor:
     Raises:
         NotEnoughMemoryError: no plan fits the budget.
     """
-    normed = self.norm(x)
-    query, key, value = (
-        rearrange(projected, "b c h w -> b 1 (h w) c") for projected in (self.q(normed), self.k(normed), self.v(normed))
-    )
-    del normed
-    output = rearrange(_attend(query, key, value, None, None), "b 1 (h w) c -> b c h w", h=x.shape[2])
-    out: Tensor = x + self.proj_out(output)
-    return out
+    return attended_block(self, x, lambda query, key, value: _attend(query, key, value, None, None))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
