@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -15,9 +15,6 @@ from slicemod.kernels.kernel import Kernel, Terms
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.memory.budget import Budget
 from slicemod.plan import NotEnoughMemoryError
-
-if TYPE_CHECKING:  # a PyTorch built without distributed has no such class
-    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class SliceConfig:
     def _names(cls) -> list[str]:
         return [each.name for each in fields(cls) if each.init]
 
-    def resolved(self, device: torch.device | str, group: ProcessGroup | None = None) -> SliceConfig:
+    def resolved(self, device: torch.device | str) -> SliceConfig:
         """The same config with the budget in bytes, as it is now, so that every later call plans with the same number.
 
         Under `torch.distributed` this is the smallest budget of all ranks, so that the plans of all ranks agree. Then
@@ -140,7 +137,6 @@ class SliceConfig:
 
         Args:
             device: where the attention will run. Its free memory is read if the budget is a share of it.
-            group: the ranks that have to agree; all ranks when left out.
 
         Raises:
             NotEnoughMemoryError: a rank has no free memory.
@@ -152,7 +148,7 @@ class SliceConfig:
         available = self.parsed_budget.bytes_on(device)
         if distributed.is_available() and distributed.is_initialized():
             smallest = torch.tensor(available, device=device)
-            distributed.all_reduce(smallest, distributed.ReduceOp.MIN, group)
+            distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
             available = int(smallest)
         if available < 1:
             raise NotEnoughMemoryError(

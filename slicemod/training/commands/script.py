@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from slicemod import NotEnoughMemoryError
-from slicemod.training.common.interruption import TrainingInterruptedError
+from slicemod.training.common.stop_signals import TrainingInterruptedError
 from slicemod.user_error import UserError
 
 

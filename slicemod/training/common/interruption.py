@@ -12,8 +12,6 @@ import lightning.pytorch as pl
 
 from slicemod.training.common.stop_signals import SIGNALS, TrainingInterruptedError
 
-__all__ = ["StopBetweenSteps", "TrainingInterruptedError"]
-
 
 class StopBetweenSteps(pl.Callback):
     """Turns the first of these signals into a ``TrainingInterruptedError`` at the end of the running step.

@@ -88,9 +88,9 @@ def read_metric(log: str | os.PathLike[str], name: str) -> list[tuple[int, float
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
 
 
-def _smoothed(values: list[float], decay: float = 0.85) -> list[float]:
+def _smoothed(values: list[float]) -> list[float]:
     smooth, mean = [], values[0]
     for value in values:
-        mean = decay * mean + (1 - decay) * value
+        mean = 0.85 * mean + 0.15 * value
         smooth.append(mean)
     return smooth

@@ -19,6 +19,8 @@ from slicemod.training.common.interruption import StopBetweenSteps
 from slicemod.training.digits.digit_images import DigitBatch, DigitsDataModule
 from slicemod.user_error import UserError
 
+ENCODED_AT_ONCE, DECODED_AT_ONCE = 128, 64  # images
+
 
 @dataclass(frozen=True)
 class AutoencoderTraining:
@@ -139,13 +141,15 @@ def load_autoencoder(autoencoder: AutoencoderKL, path: str | os.PathLike[str]) -
 
 
 @torch.no_grad()
-def encode_all(autoencoder: AutoencoderKL, images: Tensor, batch_size: int = 128) -> Tensor:
+def encode_all(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     """Posterior means of all images, unscaled: (N, 1, S, S) to (N, c, S/f, S/f)."""
-    return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in torch.split(images, batch_size)])
+    return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in torch.split(images, ENCODED_AT_ONCE)])
 
 
 @torch.no_grad()
-def decode_all(autoencoder: AutoencoderKL, latents: Tensor, batch_size: int = 64) -> Tensor:
+def decode_all(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images in [-1, 1] of all unscaled latents: (N, c, h, w) to (N, 1, f*h, f*w)."""
-    images = torch.cat([cast(Tensor, autoencoder.decode(part).sample) for part in torch.split(latents, batch_size)])
+    images = torch.cat(
+        [cast(Tensor, autoencoder.decode(part).sample) for part in torch.split(latents, DECODED_AT_ONCE)]
+    )
     return images.clamp(-1, 1)
