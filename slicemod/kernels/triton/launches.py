@@ -16,7 +16,7 @@ from slicemod.kernels.triton.device.mask_gradient import mask_gradient_kernel
 from slicemod.kernels.triton.device.query_gradient import query_gradient_kernel
 from slicemod.kernels.triton.device.row_products import row_products_kernel
 from slicemod.kernels.triton.records import Factors, MaskSums, Matrix, Settings, Sizes
-from slicemod.kernels.triton.tile_sizes import Card, Pass, Tiles, chunks_of, tiles_of
+from slicemod.kernels.triton.tile_sizes import Architecture, Pass, Tiles, chunks_of, tiles_of
 from slicemod.rounding import ceil_div
 
 _MOST_BYTES_AT_ONCE = 16  # that a thread of a GPU reads
@@ -61,9 +61,9 @@ class Call(NamedTuple):
         """Channels of value."""
         return self.value.shape[3]
 
-    def tiles(self, which: Pass, card: Card) -> Tiles:
-        """The tiles of a pass on this card."""
-        return tiles_of(which, card, self.query.element_size(), max(self.head_dim, self.value_dim))
+    def tiles(self, which: Pass, architecture: Architecture) -> Tiles:
+        """The tiles of a pass on this architecture."""
+        return tiles_of(which, architecture, self.query.element_size(), max(self.head_dim, self.value_dim))
 
     def row_blocks(self, tiles: Tiles) -> int:
         """Blocks of rows in all heads."""
@@ -138,9 +138,9 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
             launch.kernel[launch.grid](*launch.arguments, **launch.options)
 
 
-def forward_launch(call: Call, output: Tensor, sums: Tensor | None, card: Card) -> Launch:
+def forward_launch(call: Call, output: Tensor, sums: Tensor | None, architecture: Architecture) -> Launch:
     """Writes the output `(B, H, N, Dv)`, and the log-sum-exp of each row into `sums`, `(B, H, N)` float32."""
-    tiles = call.tiles("forward", card)
+    tiles = call.tiles("forward", architecture)
     unit = _unit(call.query, call.key, call.value, output)
     settings = call.settings(tiles, unit, call.value_dim)
     query, key, value, out = (_matrix(tensor, unit) for tensor in (call.query, call.key, call.value, output))
@@ -165,7 +165,7 @@ class BackwardCall(NamedTuple):
     gradients: Sequence[Tensor | None]
 
 
-def backward_launches(call: Call, given: BackwardCall, card: Card) -> Iterator[Launch]:
+def backward_launches(call: Call, given: BackwardCall, architecture: Architecture) -> Iterator[Launch]:
     """Writes the gradients."""
     query_gradient, key_gradient, value_gradient, mask_gradient = given.gradients
     tensors = [call.query, call.key, call.value, given.grad_output, given.output, *given.gradients[:3]]
@@ -174,7 +174,7 @@ def backward_launches(call: Call, given: BackwardCall, card: Card) -> Iterator[L
     grad, products = _matrix(given.grad_output, unit), torch.empty_like(given.sums)
     known = *matrices, call.mask_matrix, grad, given.sums, products, call.seed
     rest = call.factors, call.sizes
-    tiles = call.tiles("query", card)
+    tiles = call.tiles("query", architecture)
     if query_gradient is not None or key_gradient is not None or mask_gradient is not None:
         settings = call.settings(tiles, unit, call.value_dim)
         rows = _matrix(given.output, unit), grad, products, call.sizes, settings
@@ -187,7 +187,7 @@ def backward_launches(call: Call, given: BackwardCall, card: Card) -> Iterator[L
         mask_gradient.zero_()
     elif mask_gradient is not None:
         yield _mask_launch(call, known, mask_gradient, tiles, unit)
-    tiles = call.tiles("keys", card)
+    tiles = call.tiles("keys", architecture)
     if key_gradient is not None or value_gradient is not None:
         widths = 0 if key_gradient is None else call.head_dim, 0 if value_gradient is None else call.value_dim
         settings = call.settings(tiles, unit, max(widths))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slicemod.kernels.backward import fake_gradients, formula_of, gradients_by, save_for_backward
 from slicemod.kernels.outputs import empty_gradients, empty_heads
-from slicemod.kernels.triton.present import card_of
+from slicemod.kernels.triton.present import architecture_of
 from slicemod.operator import operator
 
 
@@ -35,7 +35,7 @@ def triton_attention(  # noqa: PLR0913 - PyTorch wants the schema of an operator
 
     output, sums = _results(query, value, keep)
     call = Call(query, key, value, mask, seed, dropout_p, is_causal, scale).readable()
-    run([forward_launch(call, output, sums if keep else None, card_of(query.device))], query.device)
+    run([forward_launch(call, output, sums if keep else None, architecture_of(query.device))], query.device)
     return output, sums
 
 
@@ -71,7 +71,7 @@ def _triton_attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of a
     wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
     call = Call(query, key, value, mask, seed, dropout_p, is_causal, scale).readable()
     given = BackwardCall(readable(grad_output), output, sums, wanted)
-    run(backward_launches(call, given, card_of(query.device)), query.device)
+    run(backward_launches(call, given, architecture_of(query.device)), query.device)
     return gradients
 
 

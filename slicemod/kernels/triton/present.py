@@ -33,8 +33,8 @@ def triton_obstacle(device: torch.device) -> str | None:
         return None
     if not _is_installed():
         return "the package triton is not installed"
-    card = card_of(device)
-    return (None if card is None else card_obstacle(card)) or _compiler_obstacle()
+    architecture = architecture_of(device)
+    return (None if architecture is None else architecture_obstacle(architecture)) or _compiler_obstacle()
 
 
 @cache
@@ -43,7 +43,7 @@ def _is_installed() -> bool:
 
 
 @cache
-def card_of(device: torch.device) -> str | None:
+def architecture_of(device: torch.device) -> str | None:
     """What the device's compilers call it: "sm_90", "gfx942". None for a CPU, where Triton interprets."""
     if device.type == "cpu":
         return None
@@ -53,13 +53,15 @@ def card_of(device: torch.device) -> str | None:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def card_obstacle(card: str) -> str | None:
-    """Why it does not run on this card."""
-    if card.startswith("gfx"):
-        return None if card.startswith(_MATRIX_CORES) else f"it is for AMD's CDNA from MI200 on, and this GPU is {card}"
-    if int(card.removeprefix("sm_")) >= _LEAST_CAPABILITY:
+def architecture_obstacle(architecture: str) -> str | None:
+    """Why it does not run on this architecture."""
+    if architecture.startswith("gfx"):
+        if architecture.startswith(_MATRIX_CORES):
+            return None
+        return f"it is for AMD's CDNA from MI200 on, and this GPU is {architecture}"
+    if int(architecture.removeprefix("sm_")) >= _LEAST_CAPABILITY:
         return None
-    return f"it is for NVIDIA's GPUs from Ampere (sm_80) on, and this one is {card}"
+    return f"it is for NVIDIA's GPUs from Ampere (sm_80) on, and this one is {architecture}"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""How large the tiles are that one program computes at a time, by card and head size."""
+"""How large the tiles are that one program computes at a time, by architecture and head size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from slicemod.rounding import ceil_div
 
-Card = str | None  # "sm_90", "gfx942"; None where Triton interprets on the CPU
+Architecture = str | None  # "sm_90", "gfx942"; None where Triton interprets on the CPU
 Pass = Literal["forward", "query", "keys"]
 
 _LEAST = 16  # columns of the smallest product of a tensor core
@@ -33,10 +33,10 @@ class Tiles(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """The tiles of one kernel for the cards whose names begin like this, up to this head size."""
+    """The tiles of one kernel for the architectures whose names begin like this, up to this head size."""
 
     which: Pass
-    cards: tuple[str, ...]
+    architectures: tuple[str, ...]
     widest: int
     tiles: Tiles
 
@@ -80,17 +80,19 @@ _FLOAT = (  # NVIDIA's tensor cores would round it, so products are unrolled, an
 _INTERPRETED = Tiles(64, 64, 64, 128, 4, 2)  # its time is the number of operations, whatever their size
 
 
-def tiles_of(which: Pass, card: Card, itemsize: int, width: int) -> Tiles:
+def tiles_of(which: Pass, architecture: Architecture, itemsize: int, width: int) -> Tiles:
     """The tiles of a pass, for elements of `itemsize` bytes and heads of up to `width` channels.
 
     >>> tiles_of("forward", "sm_86", 2, 40).rows
     128
     """
-    if card is None:
+    if architecture is None:
         return _INTERPRETED
     lines = _HALF if itemsize == 2 else _FLOAT
     return next(
-        line.tiles for line in lines if line.which == which and width <= line.widest and card.startswith(line.cards)
+        line.tiles
+        for line in lines
+        if line.which == which and width <= line.widest and architecture.startswith(line.architectures)
     )
 
 

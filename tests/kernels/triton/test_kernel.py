@@ -18,7 +18,7 @@ from slicemod.functional import sliced_attention
 from slicemod.kernels.kernel import Terms
 from slicemod.kernels.table_in_use import NO_TABLE
 from slicemod.kernels.triton.kernel import TritonKernel
-from slicemod.kernels.triton.present import card_obstacle, interpreted, triton_obstacle
+from slicemod.kernels.triton.present import architecture_obstacle, interpreted, triton_obstacle
 from tests.kernels.triton.versions import too_old
 from tests.oracle import layer_inputs
 
@@ -30,7 +30,7 @@ KERNEL = TritonKernel(device_obstacle=lambda device: None)
 
 @pytest.mark.parametrize("card", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950"])
 def test_it_runs_on_cards_that_multiply_half_precision_by_triton(card: str) -> None:
-    assert card_obstacle(card) is None
+    assert architecture_obstacle(card) is None
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_it_runs_on_cards_that_multiply_half_precision_by_triton(card: str) -> N
     [("sm_75", "from Ampere (sm_80) on"), ("sm_70", "sm_70"), ("gfx1100", "CDNA"), ("gfx908", "MI200")],
 )
 def test_other_cards_are_refused_by_name(card: str, reason: str) -> None:
-    assert reason in str(card_obstacle(card))
+    assert reason in str(architecture_obstacle(card))
 
 
 @pytest.mark.skipif(interpreted(), reason="Triton interprets here")
