@@ -21,7 +21,9 @@ from slicemod.call import (
 from slicemod.card import card_of
 from slicemod.kernels.kernel import Arguments, Inputs
 from slicemod.plan import SlicePlan
-from slicemod.watched import PlainValues, constant_in_graph, is_transformed
+from slicemod.watched import PlainValues, constant_in_graph, is_transformed, plain_values
+
+_PLAN_FIELDS = SlicePlan.__match_args__
 
 
 def describe(inputs: Inputs, arguments: Arguments, layout: PlainValues) -> PlainValues:
@@ -64,22 +66,27 @@ def call_spec(
 
 
 def check_plan(plan: SlicePlan, described: PlainValues) -> None:
-    """Checks that the kernel of a plan that the user passed can run the call that `describe` described.
+    """Checks that the call that `describe` described can follow a plan that the user passed, within the plan's bytes.
 
     Raises:
         ValueError: it cannot.
     """
-    obstacle = _obstacle(plan.kernel, *described)
-    if obstacle is not None:
+    misfit = _misfit(plain_values(plan, _PLAN_FIELDS), *described)
+    if misfit is not None:
         raise ValueError(
-            f'plan: expected one made for this call; got one of kernel="{plan.kernel}", and {obstacle}. Leave plan '
-            "out, or make one for this call."
+            f"plan: expected one made for this call; got one of {misfit}. Leave plan out, or make one for this call."
         )
 
 
 @constant_in_graph
-def _obstacle(kernel: str, *described: Any) -> str | None:
-    return kernels.kernel_named(kernel).obstacle(call_spec(*described))
+def _misfit(fields: PlainValues, *described: Any) -> str | None:
+    plan, call = SlicePlan(*fields), call_spec(*described)
+    kernel = kernels.kernel_named(plan.kernel)
+    if (obstacle := kernel.obstacle(call)) is not None:
+        return f'kernel="{plan.kernel}", and {obstacle}'
+    if kernel.holds(plan, call):
+        return None
+    return f"{plan.peak_bytes:,} bytes, and {call.shape}{', with gradients,' if call.training else ''} take more by it"
 
 
 def follow(plan: SlicePlan, inputs: Inputs, arguments: Arguments) -> Tensor:

@@ -51,7 +51,9 @@ def sliced_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_a
         scale: factor of the scores; `1 / sqrt(D)` when left out.
         enable_gqa: key and value may have fewer heads than query. Their number has to divide `H`.
         slicing: a `SliceConfig`, or a dict of its fields.
-        plan: follow this plan, which was made for these sizes, instead of making one. Not together with `slicing`.
+        plan: follow this plan instead of making one. Not together with `slicing`. It may be the plan of another call,
+            such as a larger one, if this call takes no more than its `peak_bytes` by it. Whether gradients are needed,
+            the mask, `is_causal` and dropout count too.
 
     Under autocast, query, key, value and a floating-point mask are cast to the autocast dtype, as by SDPA. The sliced
     kernel computes half precision in float32 tiles on CPU and CUDA, and on other devices with `SliceConfig.upcast`.
@@ -62,8 +64,8 @@ def sliced_attention(  # noqa: PLR0913 - the signature of F.scaled_dot_product_a
 
     Raises:
         NotEnoughMemoryError: no plan fits the budget.
-        ValueError: sizes, dtypes, devices or settings do not go together, or the kernel that `slicing` names cannot run
-            the call.
+        ValueError: sizes, dtypes, devices or settings do not go together, the kernel that `slicing` names cannot run
+            the call, or by `plan` it would take more bytes than the plan says.
         NotImplementedError: an input carries a tangent of forward-mode differentiation.
 
     >>> query, key, value = torch.randn(3, 2, 5, 7, 4).unbind()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from slicemod import MemoryAwareCrossAttention, NotEnoughMemoryError, SlicePlan,
 from slicemod.call import AttentionShape, CallSpec, MaskShape
 from slicemod.choose import answers, choose, plan_slices, plans_of
 from slicemod.config import SliceConfig
-from slicemod.functional import planned_attention
+from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms
+from tests.measured_peak import measured_peak
+from tests.oracle import assert_as_exact_as_sdpa, layer_inputs
 
 CPU = torch.device("cpu")
 CALL = CallSpec(AttentionShape(2, 3, 61, 53, 11, 4), torch.float32, CPU)
@@ -132,3 +135,49 @@ def test_a_given_plan_that_does_not_suit_a_call_is_refused() -> None:
     plan = plan_slices(AttentionShape(1, 2, 67, 67, 11, 4), 2**20, kernel="fused", device_type="cpu")
     with pytest.raises(ValueError, match='plan: expected one made for this call; got one of kernel="fused", and'):
         planned_attention(query, query, query, dropout_p=0.3, plan=plan)
+
+
+def planned(tokens: int, kernel: str, *, training: bool = False) -> SlicePlan:
+    """The plan of 2 heads of self-attention, in bfloat16 for the kernel that is for half precision."""
+    shape = AttentionShape(1, 2, tokens, tokens, 11, 2 if kernel == "fused-float32" else 4)
+    return plan_slices(shape, 2**22, kernel=kernel, device_type="cpu", training=training)
+
+
+KERNELS = ["native", "fused-float32", "fused", "math"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_given_plan_that_does_not_hold_for_a_larger_call_is_refused(kernel: str) -> None:
+    query = torch.randn(1, 2, 2003, 11, dtype=torch.float16 if kernel == "fused-float32" else torch.float32)
+    plan = planned(61, kernel, training=True)
+    needing = query.clone().requires_grad_()
+    words = (
+        f"plan: .* got one of {plan.peak_bytes:,} bytes, and 1 x 2 heads, 2003 queries .*, with gradients, take more"
+    )
+    with pytest.raises(ValueError, match=words):
+        planned_attention(needing, query, query, plan=plan)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_given_plan_of_a_larger_call_is_followed_within_its_bytes(kernel: str, training: bool) -> None:
+    inputs = layer_inputs(torch.float16 if kernel == "fused-float32" else torch.float32, batch=1, heads=2, width=11)
+    plan = planned(2003, kernel, training=training)
+    assert measured_peak(inputs, partial(sliced_attention, plan=plan), training=training) <= plan.peak_bytes
+    assert planned_attention(inputs.query, inputs.key, inputs.value, plan=plan)[1] is plan
+    assert_as_exact_as_sdpa(partial(sliced_attention, plan=planned(2003, kernel, training=True)), inputs)
+
+
+@pytest.mark.parametrize("more", [{"is_causal": True}, {"dropout_p": 0.3}, {"attn_mask": torch.ones(67, 67).bool()}])
+def test_a_given_plan_is_refused_for_what_it_did_not_count(more: dict[str, Any]) -> None:
+    query, plan = torch.randn(1, 2, 67, 11), planned(67, "math")
+    assert planned_attention(query, query, query, plan=plan)[1] is plan
+    with pytest.raises(ValueError, match=r"take more by it\. Leave plan out, or make one for this call"):
+        planned_attention(query, query, query, plan=plan, **more)
+
+
+def test_a_given_plan_that_does_not_hold_is_refused_by_the_compiler_too() -> None:
+    query, plan = torch.randn(1, 2, 67, 11), planned(61, "math")
+    compiled = torch.compile(partial(sliced_attention, plan=plan), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="take more by it"):
+        compiled(query, query, query)

@@ -39,6 +39,7 @@ BLOCKS = {  # batch x heads, rows, keys
     "key chunks": (1, 17, 7),
     "key chunks of heads": (4, 61, 23),
 }
+AMPLE = 2**62  # bytes
 WAYS = [*SLICINGS, *BLOCKS]
 
 
@@ -52,7 +53,7 @@ def by(way: str, dtype: torch.dtype = torch.float32) -> Attention:
         return sliced(SLICINGS[way])
     heads, rows, keys = BLOCKS[way]
     upcast = dtype.itemsize < 4
-    return sliced(plan=SlicePlan("heads", 1, heads, 0, "math", "test", heads, rows, upcast=upcast, keys=keys))
+    return sliced(plan=SlicePlan("heads", 1, heads, AMPLE, "math", "test", heads, rows, upcast=upcast, keys=keys))
 
 
 three_slices = by("uneven slices")
@@ -99,7 +100,7 @@ def test_causal_attention_is_as_exact_as_sdpa(
 @pytest.mark.parametrize(("heads", "rows"), [(1, 61), (2, 61), (3, 23), (4, 61), (5, 1), (6, 60), (12, 7)])
 @pytest.mark.parametrize("key_heads", [None, 1, 2, 3])
 def test_any_block_of_heads_and_rows_gives_the_same(key_heads: int | None, heads: int, rows: int) -> None:
-    plan = SlicePlan("heads", 1, heads, 0, "math", "test", heads, rows)
+    plan = SlicePlan("heads", 1, heads, AMPLE, "math", "test", heads, rows)
     inputs = layer_inputs(heads=6, key_heads=key_heads, mask=torch.randn(6, 61, 53).requires_grad_())
     assert_as_exact_as_sdpa(sliced(plan=plan), inputs)
 
@@ -259,7 +260,7 @@ def calls(draw: st.DrawFn) -> tuple[Inputs, SlicePlan]:
         mask.requires_grad_(kind == "gradient")
     slice_heads, rows = draw(st.integers(1, batch * heads)), draw(st.integers(1, queries))
     half, chunk = dtype.itemsize < 4, draw(st.integers(0, keys))
-    plan = SlicePlan("heads", 1, 1, 0, "math", "test", slice_heads, rows, draw(st.booleans()), half, keys=chunk)
+    plan = SlicePlan("heads", 1, 1, AMPLE, "math", "test", slice_heads, rows, draw(st.booleans()), half, keys=chunk)
     return Inputs(query, key, value, mask, options), plan
 
 
@@ -394,7 +395,7 @@ def test_second_gradients_are_those_of_finite_differences(masked: bool) -> None:
 
 def test_the_plan_that_is_given_is_followed() -> None:
     inputs = layer_inputs()
-    plan = SlicePlan("query", 9, 7, 0, "math", "test", 6, 7)
+    plan = SlicePlan("query", 9, 7, AMPLE, "math", "test", 6, 7)
     output, followed = planned_attention(inputs.query, inputs.key, inputs.value, plan=plan)
     assert followed is plan
     assert torch.equal(output, inputs.run(sliced({"steps": 9, "kernel": "math"})))

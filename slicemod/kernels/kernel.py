@@ -91,8 +91,16 @@ class Kernel(ABC):
         """
 
     def pays_off(self, call: CallSpec, table: CrossoverTable) -> bool:
-        """Whether no kernel further down the list is known to be faster for this call, by what `table` has measured."""
+        """Whether `auto` should take it for this call, rather than a kernel further down the list.
+
+        Each kernel decides by what `table` has measured, and what to do where nothing was. Here it always pays off.
+        """
         return True
+
+    def holds(self, plan: SlicePlan, call: CallSpec) -> bool:
+        """Whether a call that has no obstacle takes no more than `plan.peak_bytes` if it follows this plan of another
+        call. Here for kernels without slices to choose, whose plan of the call would be the same."""
+        return self.plan(call, plan.peak_bytes, Terms()) is not None
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
         """A function that does what `attend` does, for later calls with these sizes, strides, dtypes and arguments.

@@ -77,7 +77,7 @@ def test_one_row_of_one_head_is_where_it_gives_up(monkeypatch: pytest.MonkeyPatc
 
 def test_chunks_of_keys_are_halved_last(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(1, 1, 2, 7), torch.randn(1, 1, 53, 7)
-    plan = SlicePlan("query", 2, 2, 0, "math", "test", 1, 2, keys=31)
+    plan = SlicePlan("query", 2, 2, 2**20, "math", "test", 1, 2, keys=31)
     asked = _fails_above(60, monkeypatch)
     with pytest.warns(SmallerSlicesWarning, match="2 rows by 1 heads by 31 keys and goes on with 1 rows by 1 heads"):
         found = sliced_attention(query, key, key, plan=plan)

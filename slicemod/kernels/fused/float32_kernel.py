@@ -101,6 +101,11 @@ class Float32FlashKernel(Kernel):
             upcast=True,
         )
 
+    def holds(self, plan: SlicePlan, call: CallSpec) -> bool:
+        """Whether turns of as many heads fit."""
+        turns = Float32FlashBytes(call.shape, min(plan.heads, call.shape.heads), call.threads)
+        return turns.peak(training=call.training) <= plan.peak_bytes
+
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """One operator, forward and backward."""
         query, key, value, mask = inputs

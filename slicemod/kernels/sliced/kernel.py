@@ -52,6 +52,13 @@ class SlicedKernel(Kernel):
         side = largest_square(shape, fits)
         raise not_enough(f"the plan {plan}", plan.peak_bytes, free_bytes, shape, side, f"{advice}, raise the budget")
 
+    def holds(self, plan: SlicePlan, call: CallSpec) -> bool:
+        """Whether the tiles of its slices fit."""
+        shape = replace(call.shape, upcast=plan.upcast)
+        checkpoint = not _keeps_weights(plan, call.training)
+        given = Conditions(plan.peak_bytes, call.device.type, call.training, checkpoint)
+        return given.peak(given.tiles(shape, plan.heads, plan.rows, plan.items, plan.keys)) <= plan.peak_bytes
+
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """One operator, forward and backward, whatever the number of slices."""
         query, key, value, mask = inputs

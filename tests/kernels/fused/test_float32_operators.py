@@ -20,11 +20,12 @@ from slicemod.reference import reference_attention
 from tests.measured_peak import measured_peak
 from tests.oracle import Attention, assert_as_exact_as_sdpa, layer_inputs
 
+AMPLE = 2**62  # bytes
 HALVES = [torch.bfloat16, torch.float16]
 
 
 def by(heads: int) -> Attention:
-    plan = SlicePlan("heads", 1, heads, 0, "fused-float32", "test", heads, 61, upcast=True)
+    plan = SlicePlan("heads", 1, heads, AMPLE, "fused-float32", "test", heads, 61, upcast=True)
     return functools.partial(sliced_attention, plan=plan)
 
 

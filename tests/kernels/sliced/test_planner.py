@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from slicemod.functional import sliced_attention
 from slicemod.kernels.fused.cpu_bytes import cpu_flash_peak
 from slicemod.kernels.fused.kernel import fused_peak
 from slicemod.kernels.sliced.exact import CPU_CACHED_SCORES, WIDE_SCORES
+from slicemod.kernels.sliced.kernel import SlicedKernel
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.kernels.sliced.slices import Conditions, Slices
 from slicemod.kernels.sliced.tiles import Tiles, heads_at_once
@@ -219,6 +221,20 @@ def test_the_slices_of_every_plan_cover_all_rows_and_heads(
     chunks = ceil_div(shape.keys, plan.keys) if plan.keys else 1
     assert plan.steps == ceil_div(shape.batch_heads, plan.heads) * ceil_div(shape.queries, plan.rows) * chunks >= 1
     assert plan.slice_size == (plan.rows if plan.axis == "query" else plan.heads)
+
+
+@given(shapes(), budgets, st.sampled_from(list(POLICIES)), devices, st.booleans(), st.booleans())
+def test_a_plan_holds_for_its_own_call_to_the_byte(
+    shape: AttentionShape, free_bytes: int, policy: str, device_type: str, training: bool, checkpoint: bool
+) -> None:
+    settings: dict[str, Any] = {"policy": policy, "training": training, "checkpoint": checkpoint}
+    try:
+        plan = plan_slices(shape, free_bytes, device_type=device_type, **settings)
+    except NotEnoughMemoryError:
+        return
+    call = CallSpec.planned(shape, device_type, training=training)
+    assert SlicedKernel().holds(plan, call)
+    assert not SlicedKernel().holds(replace(plan, peak_bytes=plan.peak_bytes - 1), call)
 
 
 @given(shapes(), budgets, devices, st.booleans(), st.booleans())

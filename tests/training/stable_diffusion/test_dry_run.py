@@ -67,7 +67,6 @@ def test_a_dry_run_tells_the_plans_that_training_takes_and_trains_nothing(
     [
         ("sd15_full.yaml", "32-true", False, True, 1),
         pytest.param("sd15_full.yaml", "32-true", False, "layer", 1, marks=pytest.mark.slow),
-        pytest.param("sd15_full.yaml", "32-true", False, False, 1, marks=pytest.mark.slow),
         pytest.param("sd15_full.yaml", "bf16-mixed", True, True, 2, marks=pytest.mark.slow),
         pytest.param("sd21_v.yaml", "bf16-mixed", False, True, 1, marks=pytest.mark.slow),
         pytest.param("sd15_lora.yaml", "bf16-mixed", False, True, 1, marks=(NEEDS_PEFT, pytest.mark.slow)),
