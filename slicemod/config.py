@@ -27,8 +27,8 @@ class SliceConfig:
             1 is one byte; 1.0 is all the free memory.
         policy: who chooses the slices of the sliced kernel: "exact", or one of the rules of AUTOMATIC1111's webui,
             "heuristic", "doggettx", "invokeai" or "mps".
-        kernel: "auto" for the first of `slicemod.kernels.KERNELS` that is certain to run, is not known to be slower,
-            and fits the budget. Or the name of one ("native", "fused-float32", "fused", "triton", "math"), which then
+        kernel: "auto" for the first of `slicemod.kernels.KERNELS` that is certain to run, pays off, and fits the
+            budget. Or the name of one ("native", "fused-float32", "fused", "triton", "math"), which then
             raises if it cannot run a call.
         steps: fixes the number of slices along the queries. Only the sliced kernel ("math") can do this.
         checkpoint: what the backward pass computes again. True: the slices of the sliced kernel. "layer": also the
