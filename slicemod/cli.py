@@ -38,7 +38,7 @@ COMMANDS = {
     "sample": Command(f"{TRAINING}.sample_command", "draw images from a checkpoint", f"{TRAINING}.sample_options"),
     "export": Command(
         f"{TRAINING}.export_command",
-        "write a checkpoint in diffusers' folder layout",
+        "write a checkpoint as a folder of diffusers', as one file of CompVis' layout, or its LoRA alone",
         f"{TRAINING}.export_options",
     ),
     "plan": Command(

