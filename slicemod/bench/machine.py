@@ -53,7 +53,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "versions": {
             "python": platform.python_version(),
-            "slicemod": slicemod.__version__ + _commit(Path(slicemod.__file__).parent),
+            "slicemod": slicemod.__version__ + commit_of(Path(slicemod.__file__).parent),
             "torch": torch.__version__,  # with its build, which the installed package's version lacks
         }
         | _installed(),
@@ -83,7 +83,7 @@ def _kernels_by() -> str | None:
     return f"{BUILT_IN} table" if source == BUILT_IN else f"table measured {table.measured}"
 
 
-def _commit(package: Path) -> str:
+def commit_of(package: Path) -> str:
     """The words after the version: `at` a commit, and + if the package was changed since; none where git lacks it."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -197,7 +197,7 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def _readable(low: float, high: float, *, room: float) -> list[float]:
     """Ticks at round numbers, as many as leave `room` for their labels, a share of the axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    even = ([step / parts for step in range(parts, 10 * parts)] for parts in (10, 5, 2))
+    even = ([step / parts for step in range(parts, 10 * parts)] for parts in (10, 5, 4, 2))
     ticks: list[float] = []
     for steps in (*even, _STEPS, (1, 2, 5), (1, 3), (1,)):
         ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]

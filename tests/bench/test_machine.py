@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import slicemod
-from slicemod.bench.machine import _commit, describe_machine, processor_name
+from slicemod.bench.machine import commit_of, describe_machine, processor_name
 from slicemod.kernels.table_in_use import BUILT_IN, NO_TABLE, using_table
 
 XEON = "processor : 0\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R) Processor\n\nprocessor : 1\n"
@@ -63,11 +63,11 @@ def test_a_checkout_names_its_commit_and_whether_the_package_was_changed(tmp_pat
         return ran.stdout.strip()
 
     git("init", "-q")
-    assert _commit(package) == ""  # as where a package lies in an environment inside of somebody's checkout
+    assert commit_of(package) == ""  # as where a package lies in an environment inside of somebody's checkout
     git("add", ".")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "--short=10", "HEAD")
     (tmp_path / "results.json").write_text("")
-    assert _commit(package) == f" at {commit}"
+    assert commit_of(package) == f" at {commit}"
     module.write_text("changed")
-    assert _commit(package) == f" at {commit}+"
+    assert commit_of(package) == f" at {commit}+"
