@@ -32,7 +32,8 @@ class SlicePlan:
     Attributes:
         axis: what is sliced: "query" rows, or batch x "heads".
         steps: the number of slices.
-        slice_size: query rows, or batch x heads, of a slice. The last slice may be smaller.
+        slice_size: query rows, or batch x heads, of a slice. A slice has the heads of whole batch items, or some of one
+            item. The last slice, of all rows or of an item's heads, may be smaller.
         peak_bytes: the most bytes that the attention holds beyond its inputs, its output and its input gradients.
         kernel: the name of the kernel that runs the call, one of `slicemod.kernels.KERNELS`.
         policy: the policy that decided; "pinned" if the user gave the number of steps.

@@ -91,7 +91,7 @@ class Float32FlashKernel(Kernel):
             heads //= 2
         return SlicePlan(
             axis="heads",
-            steps=ceil_div(shape.batch_heads, heads),
+            steps=shape.batch * ceil_div(shape.heads, heads),
             slice_size=heads,
             peak_bytes=peak,
             kernel=self.name,

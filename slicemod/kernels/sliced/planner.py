@@ -9,7 +9,7 @@ from slicemod.call import AttentionShape
 from slicemod.kernels.sliced import webui_policies
 from slicemod.kernels.sliced.exact import exact, most_that_fits
 from slicemod.kernels.sliced.slices import Conditions, Slices, balanced_rows
-from slicemod.kernels.sliced.tiles import items_at_once
+from slicemod.kernels.sliced.tiles import heads_of_slice, items_at_once
 from slicemod.plan import SlicePlan, not_enough
 
 POLICIES: dict[str, Callable[[AttentionShape, Conditions], Slices]] = {
@@ -47,7 +47,7 @@ def _plan(
     steps: int | None,
 ) -> SlicePlan:
     chosen = decide(shape, given) if steps is None else balanced_rows(shape, steps)
-    axis, heads, rows, keys = chosen
+    axis, heads, rows, keys = chosen._replace(heads=heads_of_slice(shape, chosen.heads))
     items = items_at_once(shape, heads, rows)
     tiles = given.tiles(shape, heads, rows, items, keys)
     if items > 1:
@@ -60,7 +60,7 @@ def _plan(
     return SlicePlan(
         axis=axis,
         steps=chosen.steps(shape),
-        slice_size=chosen.rows if axis == "query" else chosen.heads,
+        slice_size=chosen.rows if axis == "query" else heads_of_slice(shape, chosen.heads),
         peak_bytes=given.peak(tiles),
         kernel="math",
         policy=policy if steps is None else "pinned",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from slicemod.call import AttentionShape
 from slicemod.kernels.sliced.products import products_of
-from slicemod.kernels.sliced.tiles import Tiles
+from slicemod.kernels.sliced.tiles import Tiles, head_slices
 from slicemod.plan import BUFFER_CAPS, Axis
 from slicemod.rounding import ceil_div
 
@@ -16,7 +16,7 @@ class Slices(NamedTuple):
 
     Attributes:
         axis: what is sliced, "query" or "heads".
-        heads: batch x heads of a slice.
+        heads: the most batch x heads of a slice; it has those of whole batch items, or some of one item.
         rows: query rows of a slice.
         keys: keys of a chunk; 0 for all keys at once.
     """
@@ -29,8 +29,7 @@ class Slices(NamedTuple):
     def steps(self, shape: AttentionShape) -> int:
         """How many slices the call has."""
         chunks = ceil_div(shape.keys, self.keys) if self.keys else 1
-        heads, rows = max(1, self.heads), max(1, self.rows)
-        return max(1, ceil_div(shape.batch_heads, heads) * ceil_div(shape.queries, rows) * chunks)
+        return max(1, head_slices(shape, self.heads) * ceil_div(shape.queries, max(1, self.rows)) * chunks)
 
 
 class Conditions(NamedTuple):

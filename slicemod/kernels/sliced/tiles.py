@@ -36,6 +36,23 @@ def heads_at_once(shape: AttentionShape, heads: int) -> int:
     return most if most <= shape.group else most - most % shape.group
 
 
+def heads_of_slice(shape: AttentionShape, heads: int) -> int:
+    """The heads that a slice of at most `heads` of the `B*H` heads has: whole batch items, or a part of one item."""
+    return heads_at_once(shape, heads) if heads < shape.heads else heads - heads % max(1, shape.heads)
+
+
+def head_slices(shape: AttentionShape, heads: int) -> int:
+    """In how many slices of at most `heads` heads, as `heads_of_slice` has them, the `B*H` heads are computed."""
+    if heads >= shape.batch_heads:
+        return 1
+    if heads >= shape.heads:
+        return ceil_div(shape.batch, heads // shape.heads)
+    at_once = heads_at_once(shape, heads)
+    if at_once > shape.group:
+        return shape.batch * ceil_div(shape.heads, at_once)
+    return shape.batch * shape.heads // shape.group * ceil_div(shape.group, at_once)
+
+
 def items_at_once(shape: AttentionShape, heads: int, rows: int) -> int:
     """How many batch items one turn of the loop should compute together, if the memory allows it.
 

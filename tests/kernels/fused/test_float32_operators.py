@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from slicemod.call import AttentionShape, CallSpec, attention_shape, attention_s
 from slicemod.functional import sliced_attention
 from slicemod.kernels.fused import float32_kernel
 from slicemod.kernels.fused.float32_kernel import Float32FlashBytes, Float32FlashKernel
+from slicemod.kernels.fused.float32_operators import _turns
 from slicemod.kernels.kernel import Terms
 from slicemod.kernels.table_in_use import NO_TABLE
 from slicemod.plan import SlicePlan
@@ -138,3 +140,12 @@ def test_the_operators_are_registered_as_pytorch_wants_them(mask: str) -> None:
     grad = torch.randn_like(kept[0])
     needs = [True, True, True, False]
     torch.library.opcheck(torch.ops.slicemod.float32_flash_backward, (grad, *plain, *kept, False, 0.3, 2, needs))
+
+
+@pytest.mark.parametrize(("heads", "tokens", "steps"), [(7, 509, 6), (5, 1021, 6), (5, 61, 3)])
+def test_its_plan_counts_the_turns_within_each_batch_item(heads: int, tokens: int, steps: int) -> None:
+    call = replace(CallSpec.planned(AttentionShape(3, heads, tokens, tokens, 40, 2), "cpu"), threads=1)
+    plan = Float32FlashKernel().plan(call, 2**40, Terms())
+    assert plan is not None
+    query = torch.empty(3, heads, tokens, 40, device="meta")
+    assert plan.steps == steps == len(list(_turns(query, plan.heads)))

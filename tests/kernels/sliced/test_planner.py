@@ -21,6 +21,7 @@ from slicemod.kernels.fused.cpu_bytes import cpu_flash_peak
 from slicemod.kernels.fused.kernel import fused_peak
 from slicemod.kernels.sliced.exact import CPU_CACHED_SCORES, WIDE_SCORES
 from slicemod.kernels.sliced.kernel import SlicedKernel
+from slicemod.kernels.sliced.loop import SlicedCall, TurnLoop
 from slicemod.kernels.sliced.planner import POLICIES
 from slicemod.kernels.sliced.slices import Conditions, Slices
 from slicemod.kernels.sliced.tiles import Tiles, heads_at_once
@@ -216,11 +217,41 @@ def test_the_slices_of_every_plan_cover_all_rows_and_heads(
     assert 1 <= plan.rows <= shape.queries
     heads, rows = (shape.batch_heads, plan.slice_size) if plan.axis == "query" else (plan.slice_size, shape.queries)
     if device_type in BUFFER_CAPS and policy != "exact" and (plan.heads < heads or plan.rows < rows):
-        assert plan.steps == ceil_div(shape.batch_heads, heads) * ceil_div(shape.queries, rows)
+        assert plan.steps <= turns(shape, plan)
         return  # turns of the loop are smaller than the policy's slices
-    chunks = ceil_div(shape.keys, plan.keys) if plan.keys else 1
-    assert plan.steps == ceil_div(shape.batch_heads, plan.heads) * ceil_div(shape.queries, plan.rows) * chunks >= 1
     assert plan.slice_size == (plan.rows if plan.axis == "query" else plan.heads)
+    if plan.heads < shape.heads or shape.batch == 1:
+        assert plan.steps == turns(shape, plan)
+        return
+    items = plan.heads // shape.heads  # whole ones, which the loop may compute one after the other
+    assert plan.heads == items * shape.heads
+    chunks = ceil_div(shape.keys, plan.keys) if plan.keys else 1
+    assert plan.steps == ceil_div(shape.batch, items) * ceil_div(shape.queries, plan.rows) * chunks
+
+
+def turns(shape: AttentionShape, plan: SlicePlan) -> int:
+    """How many turns the loop takes for the plan, with a chunk of keys as one."""
+    query = torch.empty(shape.batch, shape.heads, shape.queries, shape.head_dim, device="meta")
+    key = torch.empty(shape.batch, shape.heads // shape.group, shape.keys, shape.head_dim, device="meta")
+    call = SlicedCall(0.0, False, 1.0, False, plan.heads, plan.rows, None, plan.items, plan.keys)
+    of_keys = TurnLoop(query, key, key, None, call).key_turns()
+    return sum(len(turns) for _, _, turns in of_keys) * (ceil_div(shape.keys, plan.keys) if plan.keys else 1)
+
+
+def test_a_slice_stays_within_a_batch_item_and_is_counted_so() -> None:
+    shape = AttentionShape(2, 8, 577, 577, 40, 4)
+    plan = plan_slices(shape, GIB, device_type="cpu")
+    assert (plan.axis, plan.slice_size, plan.steps) == ("heads", 6, 4)  # 6 and 2 heads of either item
+    assert plan.steps == turns(shape, plan)
+
+
+def test_invokeais_slices_of_more_than_an_item_are_whole_items() -> None:
+    shape = AttentionShape(3, 8, 1024, 1024, 40, 4)  # 96 MiB, in 4 slices of 24 // 4 heads; then in 2
+    some = plan_slices(shape, GIB, policy="invokeai", device_type="cpu")
+    whole = plan_slices(shape, int(3.3 * 48 * 2**20) + 1, policy="invokeai", device_type="cuda")
+    assert (some.axis, some.slice_size, some.steps) == ("heads", 6, 6)
+    assert (whole.axis, whole.slice_size, whole.steps) == ("heads", 8, 3)  # of 12, which are no whole items
+    assert [turns(shape, plan) for plan in (some, whole)] == [6, 3]
 
 
 @given(shapes(), budgets, st.sampled_from(list(POLICIES)), devices, st.booleans(), st.booleans())
@@ -241,9 +272,9 @@ def test_a_plan_holds_for_its_own_call_to_the_byte(
 def test_an_exact_plan_fits_its_budget(
     shape: AttentionShape, free_bytes: int, device_type: str, training: bool, checkpoint: bool
 ) -> None:
+    given = Conditions(free_bytes, device_type, training, checkpoint)
     least = min(
-        Tiles.of_slice(shape, 1, 1, keys=keys).peak(training=training, checkpoint=checkpoint)
-        for keys in ((0,) if training and not checkpoint else (0, 1))
+        given.peak(given.tiles(shape, 1, 1, keys=keys)) for keys in ((0,) if training and not checkpoint else (0, 1))
     )
     settings: dict[str, Any] = {"policy": "exact", "training": training, "checkpoint": checkpoint}
     if free_bytes < least:
