@@ -14,6 +14,7 @@ from slicemod.planning.class_defaults import diffusers_class, whole_config
 from slicemod.planning.kept_in_float32 import in_dtype
 from slicemod.planning.resolutions import HIGHEST_RESOLUTION
 from slicemod.planning.step_source import StepInputs
+from slicemod.planning.whole_latents import halved_to_one
 from slicemod.user_error import UserError
 
 Config = Mapping[str, Any]
@@ -66,7 +67,7 @@ class AutoencoderSource(NamedTuple):
     @property
     def latent_pixels(self) -> int:
         """The edge, in pixels of the image, of the square that one latent pixel stands for."""
-        return int(2 ** (self.kind.levels(whole_config(self.class_name, self.config)) - 1))
+        return halved_to_one(self.kind.levels(whole_config(self.class_name, self.config)))
 
     @property
     def resolution_step(self) -> int:

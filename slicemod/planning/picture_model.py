@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from slicemod.planning.autoencoders import AutoencoderSource, autoencoder_of_config
-from slicemod.planning.denoisers import CONFIG, config_of, find_denoiser, read_config
+from slicemod.planning.config_json import CONFIG, read_config
+from slicemod.planning.denoisers import config_of, find_denoiser
 from slicemod.planning.prompt_encoders import KNOWN, KnownEncoder, PromptEncoderSource, encoder_of_config
 from slicemod.planning.step_source import StepSource
 from slicemod.planning.transformers import NAMED_TRANSFORMERS, TransformerSource

@@ -15,6 +15,7 @@ from slicemod.planning.class_defaults import diffusers_class, whole_config
 from slicemod.planning.kept_in_float32 import in_dtype
 from slicemod.planning.resolutions import HIGHEST_RESOLUTION
 from slicemod.planning.step_source import StepInputs
+from slicemod.planning.whole_latents import LATENT_PIXELS
 from slicemod.user_error import FieldError, UserError
 
 Config = Mapping[str, Any]
@@ -175,7 +176,7 @@ class TransformerSource(NamedTuple):
 
     class_name: str
     config: Mapping[str, Any]
-    latent_pixels: int = 8
+    latent_pixels: int = LATENT_PIXELS
     frames: int = 1
 
     @property

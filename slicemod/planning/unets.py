@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,9 @@ import yaml
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from slicemod.planning.config_json import CONFIG, latent_pixels_of, read_config
 from slicemod.planning.resolutions import HIGHEST_RESOLUTION
+from slicemod.planning.whole_latents import LATENT_PIXELS, pixels_per_latent, resolution_step
 from slicemod.user_error import UserError
 
 # Where the published unet/config.json of each model differs from UNet2DConditionModel's defaults.
@@ -49,8 +50,6 @@ NAMED_UNETS: dict[str, dict[str, Any]] = {
     },
 }
 CLIP_TOKENS = 77
-_LEVELS_OF_SD = 4  # of Stable Diffusion's autoencoders
-_DEFAULT_LEVELS = (320, 640, 1280, 1280)  # UNet2DConditionModel's own block_out_channels
 
 
 class UnetSource(NamedTuple):
@@ -69,8 +68,7 @@ class UnetSource(NamedTuple):
     @property
     def resolution_step(self) -> int:
         """The edge of an image has to be a multiple of this, so that autoencoder and UNet can halve it."""
-        levels = len(self.config.get("block_out_channels", _DEFAULT_LEVELS))
-        return int(self.latent_pixels * 2 ** (levels - 1))
+        return resolution_step(self.latent_pixels, self.config)
 
     @property
     def frames(self) -> int:
@@ -126,10 +124,10 @@ def find_unet(source: str) -> UnetSource:
         UserError: there is no such model.
     """
     if source in NAMED_UNETS:
-        return UnetSource(NAMED_UNETS[source], _pixels_per_latent(_LEVELS_OF_SD), CLIP_TOKENS)
+        return UnetSource(NAMED_UNETS[source], LATENT_PIXELS, CLIP_TOKENS)
     path = Path(source)
     for folder in (path, path / "unet"):
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file():
             return _unet_of_folder(folder)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return _unet_of_yaml(path)
@@ -140,33 +138,21 @@ def find_unet(source: str) -> UnetSource:
 
 
 def _unet_of_folder(folder: Path) -> UnetSource:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder / CONFIG)
     kind = config.get("_class_name", UNet2DConditionModel.__name__)
     if kind != UNet2DConditionModel.__name__:
         raise UserError(
             f"{folder}: expected the config.json of a UNet2DConditionModel; got one of {kind}. Name the folder of a "
             "pipeline or its unet folder."
         )
-    autoencoder = folder.parent / "vae" / "config.json"
-    levels = (
-        len(json.loads(autoencoder.read_text(encoding="utf-8")).get("block_out_channels", range(_LEVELS_OF_SD)))
-        if autoencoder.is_file()
-        else _LEVELS_OF_SD
-    )
-    return UnetSource(
-        {key: value for key, value in config.items() if key[0] != "_"}, _pixels_per_latent(levels), CLIP_TOKENS
-    )
-
-
-def _pixels_per_latent(levels: int) -> int:
-    """The edge in pixels that one latent stands for. AutoencoderKL halves the edge between two of its blocks."""
-    return int(2 ** (levels - 1))
+    own = {key: value for key, value in config.items() if key[0] != "_"}
+    return UnetSource(own, latent_pixels_of(folder.parent), CLIP_TOKENS)
 
 
 def _unet_of_yaml(path: Path) -> UnetSource:
     unet, autoencoder = _models_of_yaml(path)
     # A class label is one token.
-    return UnetSource(unet, _pixels_per_latent(len(autoencoder["block_out_channels"])), 1)
+    return UnetSource(unet, pixels_per_latent(autoencoder), 1)
 
 
 def autoencoder_of_yaml(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,35 @@ def test_a_folder_of_another_model_is_an_error_that_names_its_class(tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(UserError, match=r"expected the config\.json of a UNet2DConditionModel; got one of Flux"):
         find_unet(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "expected JSON, as diffusers writes it"),
+        ("[]", "expected the JSON of a dict; got a list"),
+        ('{"block_out_channels": 4}', "expected a list with an entry for each level in block_out_channels; got 4"),
+        ("[" * 100_000, "expected JSON, as diffusers writes it"),
+    ],
+)
+def test_a_broken_config_of_the_unet_or_the_autoencoder_is_named(tmp_path: Path, content: str, said: str) -> None:
+    unet, vae = tmp_path / "unet" / "config.json", tmp_path / "vae" / "config.json"
+    for file in (unet, vae):
+        file.parent.mkdir()
+    unet.write_text(json.dumps(CONFIG))
+    vae.write_text(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(vae))}: {said}"):
+        find_unet(str(tmp_path))
+    if "block_out_channels" not in content:
+        unet.write_text(content)
+        with pytest.raises(UserError, match=f"{re.escape(str(unet))}: {said}"):
+            find_unet(str(tmp_path))
+
+
+def test_an_autoencoder_without_levels_in_a_yaml_has_those_of_its_class(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(json.dumps({"model": {name: {"init_args": {}} for name in ("unet", "autoencoder")}}))
+    assert find_unet(str(file)).latent_pixels == 1
 
 
 def test_arguments_that_build_no_unet_are_an_error() -> None:

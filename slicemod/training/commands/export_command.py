@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slicemod import restore_attention
 from slicemod.call import dtype_name
+from slicemod.planning.config_json import read_config
 from slicemod.training.commands.export_options import parser
 from slicemod.training.common.checkpoints import read_checkpoint, read_safetensors, write_safetensors
 from slicemod.training.common.whole_folder import whole_folder
@@ -169,7 +170,7 @@ def _copy_part(source: Path, out: Path, dtype: torch.dtype) -> None:
         write_safetensors(out / "model.safetensors", _cast(tensors, dtype), metadata)
     config = out / "config.json"
     if config.exists():  # a text encoder's, which tells the dtype
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = read_config(source / "config.json")
         named = {key: dtype_name(dtype) for key in ("dtype", "torch_dtype") if key in settings}
         config.write_text(json.dumps(settings | named, indent=2) + "\n", encoding="utf-8")
 

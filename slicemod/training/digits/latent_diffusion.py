@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from slicemod import SliceConfig, SwapReport, swap_attention
+from slicemod.planning.whole_latents import pixels_per_latent
 from slicemod.training.common.agreed_budget import agree_on_budget
 from slicemod.training.common.checkpoints import CheckpointError, load_strictly, read_checkpoint
 from slicemod.training.common.mean_over_images import MeanOverImages
@@ -116,7 +117,7 @@ class LatentDiffusion(pl.LightningModule):
     @property
     def pixels_per_latent(self) -> int:
         """Edge of the square of pixels that one latent stands for."""
-        return cast(int, 2 ** (len(self.autoencoder.config.block_out_channels) - 1))
+        return pixels_per_latent(self.autoencoder.config)
 
     @property
     def trained_resolution(self) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
+from slicemod.planning.whole_latents import resolution_step
 from slicemod.training.common.denoiser import Conditioning, Denoiser
 from slicemod.training.digits.latent_diffusion import LatentDiffusion
 from slicemod.user_error import UserError
@@ -97,7 +98,7 @@ def _require_valid(model: LatentDiffusion, labels: Tensor, resolution: int, how:
             f"The class must be a whole number from 0 to {highest}, got {', '.join(map(str, wrong)) or 'none'}:"
             " choose one of the digits that the model was trained on."
         )
-    unit = model.pixels_per_latent * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    unit = resolution_step(model.pixels_per_latent, model.unet.config)
     if resolution < model.trained_resolution or resolution % unit:
         raise UserError(
             f"The resolution must be at least {model.trained_resolution} pixels, the trained one, and a multiple of"

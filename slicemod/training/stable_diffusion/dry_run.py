@@ -29,11 +29,11 @@ from slicemod.planning.plan_report import attention_table
 from slicemod.planning.step_peaks import TRACED_STEPS, LayerPlan
 from slicemod.planning.unet_step import TracedStep, trace_training
 from slicemod.planning.unets import meta_inputs
+from slicemod.planning.whole_latents import pixels_per_latent, resolution_step
 from slicemod.torch_internals import FakeTensorMode
 from slicemod.training.common.weight_average import WeightAverage
 from slicemod.training.stable_diffusion.aspect_buckets import Bucket
 from slicemod.training.stable_diffusion.captioned_folder import CaptionedFolder
-from slicemod.training.stable_diffusion.frozen_stages import pixels_per_latent, resolution_step
 from slicemod.training.stable_diffusion.lightning_module import StableDiffusion
 
 
@@ -70,8 +70,8 @@ def forecast(model: StableDiffusion, data: CaptionedFolder, trainer: pl.Trainer)
         ObstacleError: the kernel that the settings name cannot run the attention.
     """
     device = trainer.strategy.root_device
-    autoencoder = model.pretrained.autoencoder_config()
-    unit, step = pixels_per_latent(autoencoder), resolution_step(autoencoder, model.unet.config)
+    unit = pixels_per_latent(model.pretrained.autoencoder_config())
+    step = resolution_step(unit, model.unet.config)
     low, high = (steps * step for steps in TRACED_STEPS)
     first, second = (_trace(model, trainer, device, data.batch_size, edge // unit) for edge in (low, high))
     state = optimizer_bytes(model.unet, model.make_optimizer)

@@ -106,13 +106,3 @@ class FrozenStages:
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Embeds captions."""
         return self.text_encoders.encode(captions)
-
-
-def pixels_per_latent(autoencoder_config: Any) -> int:
-    """Edge of the square of pixels that one latent stands for."""
-    return int(2 ** (len(autoencoder_config["block_out_channels"]) - 1))
-
-
-def resolution_step(autoencoder_config: Any, unet_config: Any) -> int:
-    """Edges in pixels that autoencoder and UNet halve down to whole numbers are multiples of this."""
-    return pixels_per_latent(autoencoder_config) * int(2 ** (len(unet_config["block_out_channels"]) - 1))

@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 
 from slicemod import SliceConfig, SwapReport, swap_attention
 from slicemod.planning.unets import CLIP_TOKENS
+from slicemod.planning.whole_latents import pixels_per_latent
 from slicemod.training.common.agreed_budget import agree_on_budget
 from slicemod.training.common.checkpoints import CheckpointError, read_checkpoint, require_matching
 from slicemod.training.common.denoiser import Conditioning
@@ -32,7 +33,7 @@ from slicemod.training.common.trained_weights import LoraSettings, Trained, choo
 from slicemod.training.stable_diffusion.captioned_folder import CaptionedFolder, LatentBatch
 from slicemod.training.stable_diffusion.content_hash import module_digest
 from slicemod.training.stable_diffusion.denoising_objective import Objective
-from slicemod.training.stable_diffusion.frozen_stages import FrozenStages, pixels_per_latent
+from slicemod.training.stable_diffusion.frozen_stages import FrozenStages
 from slicemod.training.stable_diffusion.fully_sharded import shard
 from slicemod.training.stable_diffusion.nonfinite import NonFiniteError
 from slicemod.training.stable_diffusion.pretrained import Pretrained

@@ -11,8 +11,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from slicemod.planning.whole_latents import pixels_per_latent, resolution_step
 from slicemod.training.common.denoiser import Denoiser
-from slicemod.training.stable_diffusion.frozen_stages import pixels_per_latent, resolution_step
 from slicemod.training.stable_diffusion.lightning_module import StableDiffusion
 from slicemod.training.stable_diffusion.text_encoders import TextEmbeddings
 from slicemod.user_error import UserError
@@ -48,7 +48,7 @@ def require_size(model: StableDiffusion, height: int, width: int) -> None:
     Raises:
         UserError: autoencoder and UNet cannot halve it down to whole latents.
     """
-    step = resolution_step(model.pretrained.autoencoder_config(), model.unet.config)
+    step = resolution_step(pixels_per_latent(model.pretrained.autoencoder_config()), model.unet.config)
     if min(height, width) < step or height % step or width % step:
         raise UserError(
             f"The image size must be multiples of {step} pixels, which autoencoder and UNet halve down to whole"

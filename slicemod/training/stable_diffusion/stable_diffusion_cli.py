@@ -9,11 +9,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 
+from slicemod.planning.whole_latents import pixels_per_latent, resolution_step
 from slicemod.printing import wide_console
 from slicemod.training.common.lightning_cli import SlicemodCLI
 from slicemod.training.stable_diffusion.captioned_folder import CaptionedFolder
 from slicemod.training.stable_diffusion.dry_run import forecast, peak_table, plan_table
-from slicemod.training.stable_diffusion.frozen_stages import resolution_step
 from slicemod.training.stable_diffusion.fully_sharded import FullySharded
 from slicemod.training.stable_diffusion.lightning_module import StableDiffusion
 from slicemod.user_error import UserError
@@ -83,7 +83,8 @@ class StableDiffusionCLI(SlicemodCLI):
         return [*super().folders(), self.datamodule.cache.folder]
 
     def _require_matching_sizes(self) -> None:
-        step = resolution_step(self.model.pretrained.autoencoder_config(), self.model.unet.config)
+        unit = pixels_per_latent(self.model.pretrained.autoencoder_config())
+        step = resolution_step(unit, self.model.unet.config)
         if self.datamodule.bucket_step % step:
             raise UserError(
                 f"data.bucket_step must be a multiple of {step} pixels, which autoencoder and UNet halve down to whole"

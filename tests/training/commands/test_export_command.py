@@ -317,12 +317,13 @@ def test_a_source_that_has_gone_is_named_with_the_option_that_says_where_it_is(
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("kind", ["*.safetensors", "config.json"])
 def test_a_file_of_the_source_that_is_cut_short_is_named_and_nothing_is_written(
-    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = whole_model(tmp_path / "sd15", "sd15")
     checkpoint = write_checkpoint(tmp_path / "run.ckpt", source, trained="attention")
-    (file,) = (source / part).glob("*.safetensors")
+    (file,) = (source / part).glob(kind)
     file.write_bytes(file.read_bytes()[:-7])
     assert main(["export", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]) == BAD_INPUT
     assert str(file) in capsys.readouterr().err
