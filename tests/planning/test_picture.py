@@ -355,8 +355,9 @@ def test_values_that_are_not_known_are_named(kind: dict[str, Any], named: str) -
     ],
 )
 def test_a_functions_errors_name_its_own_arguments(given: dict[str, Any], named: str) -> None:
+    call: dict[str, Any] = {"model": "sd15", "resolution": 512} | given
     with pytest.raises(UserError, match=named):
-        plan_picture(**{"model": "sd15", "resolution": 512} | given)
+        plan_picture(**call)
 
 
 def test_a_kernel_is_asked_of_the_unet_and_not_of_the_vae(pipeline: Path) -> None:
