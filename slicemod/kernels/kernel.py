@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slicemod.call import AttentionShape, CallSpec
 from slicemod.kernels.crossover_table import CrossoverTable
-from slicemod.plan import SlicePlan
+from slicemod.plan import NotEnoughMemoryError, SlicePlan
 
 
 class Terms(NamedTuple):
@@ -100,7 +100,10 @@ class Kernel(ABC):
     def holds(self, plan: SlicePlan, call: CallSpec) -> bool:
         """Whether a call that has no obstacle takes no more than `plan.peak_bytes` if it follows this plan of another
         call. Here for kernels without slices to choose, whose plan of the call would be the same."""
-        return self.plan(call, plan.peak_bytes, Terms()) is not None
+        try:
+            return self.plan(call, plan.peak_bytes, Terms()) is not None
+        except NotEnoughMemoryError:
+            return False
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
         """A function that does what `attend` does, for later calls with these sizes, strides, dtypes and arguments.

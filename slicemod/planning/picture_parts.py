@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from slicemod.config import SliceConfig
+from slicemod.plan import ObstacleError
 from slicemod.planning.memory_timeline import StepPeak
 from slicemod.planning.picture_kind import PictureKind
 from slicemod.planning.picture_model import PictureModel
@@ -99,8 +100,11 @@ class TracedPart:
         return self.within(pixels, memory).fits(way, pixels)
 
     def whole_peak(self, way: Way, pixels: int) -> int:
-        """Of the step and its inputs, where memory does not matter."""
-        return self.peaks(pixels, _AMPLE)[way].total
+        """Of the step and its inputs, where memory does not matter; more than there is if it cannot run."""
+        try:
+            return self.peaks(pixels, _AMPLE)[way].total
+        except ObstacleError:
+            return _AMPLE
 
 
 def parts_of(

@@ -18,7 +18,7 @@ from slicemod.choose import choose
 from slicemod.config import SliceConfig
 from slicemod.feed_forward.plan import FeedForwardShape, plan_feed_forward
 from slicemod.kernels.fused.running import BACKENDS
-from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, SlicePlan
+from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, ObstacleError, SlicePlan
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.autoencoders import AutoencoderSource
 from slicemod.planning.layer_calls import LayerCall
@@ -73,7 +73,7 @@ class StepPlanner:
         kind: what the step is.
         memory: bytes for the whole step, weights included.
         slicing: policy and kernel of slicemod's attention. Its budget is replaced by what the rest of the step leaves.
-            If the model has a call that this kernel cannot run, `plan`, `largest` and `fits` raise an ObstacleError.
+            `plan` raises an ObstacleError if the model has a call that this kernel cannot run.
         progress: is told what is being done if that takes seconds.
         swapped: slicemod's way is `swap_attention(feed_forward=True)` or `swap_vae`, which compute layers in parts in
             inference. Otherwise it is the attention alone, and what `slicing` says of the layers in training.
@@ -168,7 +168,10 @@ class StepPlanner:
 
     def fits(self, way: Way, pixels: int) -> bool:
         """Whether the step fits the memory, and no tensor of full attention is larger than the device allows."""
-        plan = self.plan(pixels)
+        try:
+            plan = self.plan(pixels)
+        except ObstacleError:  # such as for a single key, which the smallest images have
+            return False
         sizes = [layer.shape.scores_bytes for layer in plan.layers] if way == "full attention" else []
         scores = max(sizes, default=0)
         if scores > BUFFER_CAPS.get(self.kind.device_type, scores):

@@ -10,6 +10,8 @@ import torch
 from slicemod import NotEnoughMemoryError, SliceConfig, SlicePlan
 from slicemod.call import CallSpec
 from slicemod.choose import choose
+from slicemod.kernels.native.build import native_library
+from slicemod.plan import ObstacleError
 from slicemod.planning.step_peaks import StepPlanner, Way
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import UnetSource, find_unet
@@ -134,3 +136,11 @@ def test_a_unet_without_attention_has_the_same_peak_for_every_way() -> None:
     assert plan.layers == ()
     assert set(plan.peaks) == {"full attention", "fused", "slicemod"}
     assert len(set(plan.peaks.values())) == 1
+
+
+@pytest.mark.skipif(native_library() is None, reason="needs the native library")
+def test_an_image_that_a_kernel_cannot_run_does_not_fit_and_is_refused_if_it_is_asked_for() -> None:
+    planner = _planner(StepKind(torch.float32, 1, "cpu", training=True), 2**20, kernel="native")
+    assert planner.largest("slicemod") == 0  # which tries images so small that a layer has one key
+    with pytest.raises(ObstacleError, match="one key"):
+        planner.plan(planner.resolution_step)
