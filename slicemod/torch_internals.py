@@ -109,6 +109,10 @@ has_bfloat16_vectors: Callable[[], bool] = private("torch.cpu._is_avx512_bf16_su
 # oneDNN's product of a linear layer and an activation, or a multiplication by a tensor. `torch.compile` uses them too.
 fused_linear: Any = private("torch.ops.mkldnn._linear_pointwise.default") if has_onednn else None
 fused_linear_times: Any = private("torch.ops.mkldnn._linear_pointwise.binary") if has_onednn else None
+
+# oneDNN's layout of the weight of a convolution, and the convolution by it. `torch.compile` uses them too.
+pack_convolution: Any = private("torch.ops.mkldnn._reorder_convolution_weight.default") if has_onednn else None
+packed_convolution: Any = private("torch.ops.mkldnn._convolution_pointwise.default") if has_onednn else None
 has_avx512: Callable[[], bool] = private("torch.cpu._is_avx512_supported")
 
 # Does this CPU have AVX2, which oneDNN's backward pass of float32 convolutions needs?

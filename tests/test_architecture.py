@@ -46,6 +46,7 @@ ORDER = (
     "attention.py",
     "feed_forward/",
     "vae/",
+    "packed_convolutions.py",
     "swap.py",
     "adapters/",
     "public.py",
