@@ -57,7 +57,7 @@ def test_the_default_is_exact_on_free_memory_with_recomputed_slices() -> None:
         ("budget", "a lot", '"512MiB"'),
         ("budget", 0, '"512MiB"'),
         ("budget", 1.5, "a fraction"),
-        ("policy", "greedy", "heuristic, doggettx, invokeai, mps, exact"),
+        ("policy", "greedy", "exact, heuristic, doggettx, invokeai, mps"),
         ("kernel", "flash", "auto, native, fused-float32, fused, triton, math"),
         ("steps", 0, "1 or more, or None"),
         ("steps", -3, "1 or more, or None"),

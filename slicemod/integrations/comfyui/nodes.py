@@ -35,7 +35,7 @@ class SlicedAttention:
                     "tooltip": "What the attention may allocate beyond its inputs and output: auto for all that is "
                     "free, a size such as 512MiB or 2GiB, or a share of what is free such as 0.25.",
                 }),
-                "policy": (["exact", *sorted(set(POLICIES) - {"exact"})], {
+                "policy": (list(POLICIES), {
                     "default": "exact",
                     "tooltip": "Who chooses the slices where the kernel is math: exact, or a rule of web UIs.",
                 }),

@@ -42,7 +42,7 @@ def add_settings() -> None:
         "slicemod: who chooses the slices",
         "exact, or a rule of other optimizations",
         gradio.Dropdown,
-        {"choices": ["exact", *sorted(set(POLICIES) - {"exact"})]},
+        {"choices": list(POLICIES)},
         onchange=slicing,
     )
 

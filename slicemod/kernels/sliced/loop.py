@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slicemod.call import attention_shape, attention_sizes
 from slicemod.kernels.outputs import empty_gradients, empty_heads
-from slicemod.kernels.sliced.products import Products, products_of
+from slicemod.kernels.sliced.products import PLAIN, Products
 from slicemod.kernels.sliced.tiles import Tiles
 from slicemod.kernels.sliced.workspace import Workspace
 from slicemod.torch_internals import softmax_backward_into
@@ -37,7 +37,7 @@ class SlicedCall:
         seed: the seed of the dropout's random numbers, the same for both passes; None without dropout.
         items: batch items that are computed together.
         keys: keys of a chunk; 0 for all at once.
-        products: how the device multiplies; found by the type of the query's device if it is None.
+        products: how the device multiplies.
     """
 
     dropout_p: float
@@ -49,7 +49,7 @@ class SlicedCall:
     seed: Tensor | None
     items: int = 1
     keys: int = 0
-    products: Products | None = None
+    products: Products = PLAIN
 
 
 class Turn(NamedTuple):
@@ -80,9 +80,8 @@ class TurnLoop:
         shape = attention_shape(sizes)
         if shape.mask is not None:
             shape = replace(shape, mask=replace(shape.mask, has_grad=mask_grad))
-        products = call.products or products_of(query.device.type, query.element_size(), query.shape[3])
-        self.tiles = Tiles.of_slice(shape, call.heads, call.rows, call.items, call.keys, products)
-        self.products = products
+        self.tiles = Tiles.of_slice(shape, call.heads, call.rows, call.items, call.keys, call.products)
+        self.products = call.products
         self.shape = self.tiles.shape
         self.dtype = torch.float32 if self.tiles.converts else query.dtype
         self.all_keys = slice(0, self.shape.keys)

@@ -16,6 +16,7 @@ from slicemod.kernels.retry import with_smaller_slices
 from slicemod.kernels.second_order import Formula
 from slicemod.kernels.sliced.chunks import chunked_backward, chunked_forward
 from slicemod.kernels.sliced.loop import SlicedCall, kept_shape, math_backward, math_forward
+from slicemod.kernels.sliced.products import products_of
 from slicemod.operator import operator
 
 
@@ -47,7 +48,8 @@ def attention(  # noqa: PLR0913 - PyTorch wants the schema of an operator flat
             return chunked_forward(query, key, value, mask, call)
         return math_forward(query, key, value, mask, call, keep_weights=keep_weights)
 
-    call = SlicedCall(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    products = products_of(query.device.type, query.element_size(), query.shape[3])
+    call = SlicedCall(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys, products)
     return with_smaller_slices(run, call, query.shape[2], query.device)
 
 
@@ -86,7 +88,8 @@ def attention_backward(  # noqa: PLR0913 - PyTorch wants the schema of an operat
             return chunked_backward(grad_output, query, key, value, mask, call, wanted)
         return math_backward(grad_output, query, key, value, mask, kept, call, wanted)
 
-    call = SlicedCall(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys)
+    products = products_of(query.device.type, query.element_size(), query.shape[3])
+    call = SlicedCall(dropout_p, is_causal, scale, upcast, heads, rows, seed, items, keys, products)
     return with_smaller_slices(run, call, query.shape[2], query.device)
 
 

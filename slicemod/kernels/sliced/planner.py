@@ -13,11 +13,11 @@ from slicemod.kernels.sliced.tiles import heads_of_slice, items_at_once
 from slicemod.plan import SlicePlan, not_enough
 
 POLICIES: dict[str, Callable[[AttentionShape, Conditions], Slices]] = {
+    "exact": exact,
     "heuristic": webui_policies.heuristic,
     "doggettx": webui_policies.doggettx,
     "invokeai": webui_policies.invokeai,
     "mps": webui_policies.mps,
-    "exact": exact,
 }
 
 

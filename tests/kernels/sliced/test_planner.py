@@ -498,7 +498,7 @@ def test_a_fused_kernel_on_a_gpu_keeps_row_statistics_and_never_scores() -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "greedy"}, "policy: expected one of heuristic, doggettx, .*; got 'greedy'"),
+        ({"policy": "greedy"}, "policy: expected one of exact, heuristic, .*; got 'greedy'"),
         ({"kernel": "auto"}, "kernel: expected one of native, .*, math; got 'auto'"),
         ({"steps": 0}, "steps: expected .* 1 or more.*; got 0"),
         ({"steps": 2.5}, "steps: expected a whole number .*; got 2.5"),
