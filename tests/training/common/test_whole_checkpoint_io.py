@@ -1,4 +1,4 @@
-"""`last.ckpt` is there whole at every moment, and the checkpoint before it is kept."""
+"""`last.ckpt` keeps its name until the next one is whole, and the checkpoint before it is kept."""
 
 from __future__ import annotations
 
