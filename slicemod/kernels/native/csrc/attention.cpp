@@ -85,6 +85,7 @@ void backward(const Call &call, void *grad_output, const Inputs &inputs, const R
         enum Stage { Deltas, Differentiate, Sums, MaskGradient } stage;
         void begin() const { Mode::begin(); }
         void end() const { Mode::end(); }
+        bool mask_at_once() const { return kernel.writes_mask_gradient() && !gradients.only_mask(); }
 
         float *grad_query_buffer(Index which) const {
             return reinterpret_cast<float *>(memory + kernel.spaces() * kernel.thread_bytes() +
@@ -106,7 +107,8 @@ void backward(const Call &call, void *grad_output, const Inputs &inputs, const R
             const Mask mask = mask_of(call, inputs.mask, call.mask, call.sizes.keys, b, h);
             return {matrix(inputs.query, call.query, b, h, call.sizes.head_dim), grad(b, h),
                     mask, keys_before_padding(mask, call.sizes.keys), dropout_of(call, inputs.seed, head),
-                    kept_of(results.row_sums, call.sizes, head), delta + head * call.sizes.queries};
+                    kept_of(results.row_sums, call.sizes, head), delta + head * call.sizes.queries,
+                    mask_of(call, mask_at_once() ? gradients.mask : nullptr, call.grad_mask, call.sizes.keys, b, h)};
         }
         void settle(Index b, Index h, const float *sums, Index parts) const {
             const Matrix<Element> to = matrix(gradients.query, call.grad_query, b, h, call.sizes.head_dim);
@@ -158,7 +160,7 @@ void backward(const Call &call, void *grad_output, const Inputs &inputs, const R
     run(Body::Deltas, heads);
     if (!gradients.only_mask()) run(Body::Differentiate, kernel.units());
     if (kernel.parts > 1 && gradients.query) run(Body::Sums, heads);
-    if (gradients.mask) run(Body::MaskGradient, kernel.mask_units().count());
+    if (gradients.mask && !body.mask_at_once()) run(Body::MaskGradient, kernel.mask_units().count());
 }
 
 enum Modes { kFloat = 0, kBfloat = 1, kTiled = 2 };

@@ -6,7 +6,8 @@
 // With dropout, P^T in dV, and dP^T, are multiplied by the factors of the forward pass: 0, or 1 / (1 - p).
 //
 // The gradient of a mask is the sum of dS over everything that the mask is broadcast along. If it is wanted, dS is
-// computed once more for it, because then one thread can sum all that belongs to one number, in a fixed order.
+// computed once more for it, because then one thread can sum all that belongs to one number, in a fixed order. A mask
+// with a number for each score has dS itself as its gradient. In float32 it is written where it is computed.
 
 #pragma once
 
@@ -28,6 +29,7 @@ struct QueryHead {
     Dropout dropout;
     RowSums kept;
     const float *delta;
+    Mask grad_mask;  // where its gradient is written while it is computed; otherwise without data
 };
 
 template <class Mode>
@@ -253,6 +255,11 @@ struct Backward {
                                     space.grad_score_lanes, round_up(sizes.head_dim, Mode::m_step), width,
                                     some_keys / per_lane,
                                     leaves_out() || key_block > begin, 0, key_lanes});
+                    if (head.grad_mask.data)
+                        write_transposed(head.grad_mask, start, rows, from, count, [&](Index i, Index j) {
+                            return reinterpret_cast<float *>(
+                                panel(space.grad_score_lanes, key_lanes, width, i, j));
+                        });
                     add = true;
                 }
             }
@@ -267,6 +274,30 @@ struct Backward {
     }
 
     // ---- the gradient of the mask
+
+    // Whether the gradients of all heads are written by `differentiate`, as each score has its own number of the mask.
+    bool writes_mask_gradient() const {
+        const Strides &own = call.grad_mask;
+        return Mode::per_lane == 1 && !call.causal && own.row && own.column && (own.batch || sizes.batch == 1) &&
+               (own.head || sizes.heads == 1);
+    }
+
+    // Writes numbers of `rows` queries from number `query` on, and `count` keys from number `key` on. `at(i, j)` is
+    // where those of key i and kWidth queries from j on are, counted from the first ones.
+    template <class At>
+    static void write_transposed(const Mask &mask, Index query, Index rows, Index key, Index count, const At &at) {
+        mask.visit_numbers([&](const auto &to) {
+            for (Index i = 0; i < count; i += kWidth)
+                for (Index j = 0; j < rows; j += kWidth) {
+                    Lanes some[kWidth];
+                    for (Index k = 0; k < kWidth; k++)
+                        some[k] = i + k < count ? as_lanes(load(at(i + k, j))) : no_lanes();
+                    transpose(some);
+                    for (Index k = 0; k < std::min(kWidth, rows - j); k++)
+                        to.set(query + j + k, key + i, as_floats(some[k]));
+                }
+        });
+    }
 
     // A unit sums the numbers of one block of keys and one block of queries, or of all queries if these share the mask.
     // Batch items and heads that share a number of the mask belong to one unit too. A mask that all keys share has the
@@ -306,17 +337,8 @@ struct Backward {
                 for (Index j = 0; j < queries; j += kWidth) sum = sum + load(space.grad_mask + i * queries + j);
                 space.grad_mask[i * queries] = sum_of(sum);
             }
-        mask_of(call, data, own, sizes.keys, item, head).visit_numbers([&](const auto &to) {
-            for (Index i = 0; i < count; i += kWidth)
-                for (Index j = 0; j < rows; j += kWidth) {
-                    Lanes some[kWidth];
-                    for (Index k = 0; k < kWidth; k++)
-                        some[k] = i + k < count ? as_lanes(load(space.grad_mask + (i + k) * queries + j)) : no_lanes();
-                    transpose(some);
-                    for (Index k = 0; k < std::min(kWidth, rows - j); k++)
-                        to.set(start + j + k, from + i, as_floats(some[k]));
-                }
-        });
+        write_transposed(mask_of(call, data, own, sizes.keys, item, head), start, rows, from, count,
+                         [&](Index i, Index j) { return space.grad_mask + i * queries + j; });
     }
 
     // Adds dS^T of a block of keys, which is packed, and a block of queries of one head.
