@@ -134,6 +134,22 @@ inline void mask_store_16(void *to, __mmask16 some, const __m256i &from) {
 inline Ints mask_move(const Ints &others, __mmask16 some, const Ints &from) {
     return words([&](int i) { return word(some >> i & 1 ? from : others, i); });
 }
+inline __m128i maskz_load_bytes(__mmask16 some, const void *from) {
+    std::uint8_t to[16];
+    for (int i = 0; i < 16; i++) to[i] = some >> i & 1 ? static_cast<const std::uint8_t *>(from)[i] : 0;
+    return bits<__m128i>(to);
+}
+inline __mmask16 no_bits_of_bytes(const __m128i &a, const __m128i &b) {
+    std::uint8_t both[16];
+    std::memcpy(both, &a, 16);
+    __mmask16 some = 0;
+    for (int i = 0; i < 16; i++)
+        some |= static_cast<__mmask16>((both[i] & reinterpret_cast<const std::uint8_t *>(&b)[i]) == 0) << i;
+    return some;
+}
+inline Ints maskz_all_words(__mmask16 some, int value) {
+    return words([&](int i) { return some >> i & 1 ? static_cast<std::uint32_t>(value) : 0u; });
+}
 inline Ints add_words(const Ints &a, const Ints &b) { return words([&](int i) { return word(a, i) + word(b, i); }); }
 inline Ints shift_left(const Ints &of, int by) { return words([&](int i) { return word(of, i) << by; }); }
 inline Ints shift_right(const Ints &of, int by) { return words([&](int i) { return word(of, i) >> by; }); }
@@ -229,6 +245,9 @@ inline void tile_dot(int c, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
+#define _mm_maskz_loadu_epi8 emulated::maskz_load_bytes
+#define _mm_testn_epi8_mask emulated::no_bits_of_bytes
+#define _mm512_maskz_set1_epi32 emulated::maskz_all_words
 #define _mm256_mask_storeu_epi16 emulated::mask_store_16
 #define _mm256_maskz_loadu_epi16 emulated::maskz_load_16
 #define _mm256_dpbf16_ps emulated::half_dot

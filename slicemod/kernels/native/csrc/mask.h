@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
 #include "call.h"
 #include "matrix.h"
@@ -13,17 +12,7 @@ namespace {
 // A mask of bool: false hides a key from a query, as minus infinity does in a mask of numbers.
 struct Bool {
     using Type = std::uint8_t;
-    static Vector load(const Type *from, Index count) {
-        typedef Type Bytes __attribute__((vector_size(kWidth)));
-        Bytes some = {};
-        if (count >= kWidth) {
-            std::memcpy(&some, from, kWidth);
-        } else {
-            for (Index i = 0; i < count; i++) some[i] = from[i];
-        }
-        const Words seen = __builtin_convertvector(some, Words);
-        return as_floats((Lanes)((Words)(seen == 0) & 0xff800000u));
-    }
+    static Vector load(const Type *from, Index count) { return load_bool(from, count); }
 };
 
 // The mask of one head, or its gradient: rows are queries, columns are keys. Without a mask, `data` is null.

@@ -4,6 +4,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "sizes.h"
 
 #define HAS_BF16 0
@@ -98,6 +100,15 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
     const Lanes high = _mm256_srli_epi32(as_lanes(_mm256_blendv_ps(as_floats(rounded), as_floats(quiet), nan)), 16);
     const __m128i low_half = _mm256_castsi256_si128(high), high_half = _mm256_extracti128_si256(high, 1);
     store_halves(to, count, _mm_packus_epi32(low_half, high_half));
+}
+
+// ---- bool: 0 for true; minus infinity for false, and beyond the first `count` elements
+
+inline Vector load_bool(const std::uint8_t *from, Index count) {
+    std::uint64_t some = 0;
+    count >= 8 ? std::memcpy(&some, from, 8) : std::memcpy(&some, from, std::max<Index>(count, 0));
+    const Lanes seen = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(some)));
+    return as_floats(_mm256_and_si256(_mm256_cmpeq_epi32(seen, no_lanes()), all(Lane{0xff800000})));
 }
 
 // ---- 2^x

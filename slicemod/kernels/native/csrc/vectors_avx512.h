@@ -91,6 +91,13 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
     _mm256_mask_storeu_epi16(to, first(count), to_bfloat(values));
 }
 
+// ---- bool: 0 for true; minus infinity for false, and beyond the first `count` elements
+
+inline Vector load_bool(const std::uint8_t *from, Index count) {
+    const __m128i some = _mm_maskz_loadu_epi8(first(count), from);
+    return as_floats(_mm512_maskz_set1_epi32(_mm_testn_epi8_mask(some, some), static_cast<int>(0xff800000)));
+}
+
 // ---- 2^x
 
 inline Vector exp2_of_fraction(Vector f);  // in vectors.h

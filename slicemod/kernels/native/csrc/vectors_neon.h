@@ -4,6 +4,8 @@
 
 #include <arm_neon.h>
 
+#include <cstring>
+
 #include "sizes.h"
 
 #define HAS_BF16 0
@@ -75,6 +77,15 @@ inline void store_bfloat16(std::uint16_t *to, Index count, Vector values) {
     const Lanes bits = as_lanes(values), rounded = bits + ((bits >> 16) & 1) + 0x7fff, quiet = bits | 0x400000;
     const Lanes number = vceqq_f32(values, values);  // not so for NaN
     store_halves(to, count, vshrn_n_u32(vbslq_u32(number, rounded, quiet), 16));
+}
+
+// ---- bool: 0 for true; minus infinity for false, and beyond the first `count` elements
+
+inline Vector load_bool(const std::uint8_t *from, Index count) {
+    std::uint32_t some = 0;
+    count >= 4 ? std::memcpy(&some, from, 4) : std::memcpy(&some, from, std::max<Index>(count, 0));
+    const Lanes seen = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(some))));
+    return as_floats(vandq_u32(vceqq_u32(seen, no_lanes()), all(Lane{0xff800000})));
 }
 
 // ---- 2^x
