@@ -63,7 +63,7 @@ benchmark-layers: $(VENV)/installed
 benchmark-peers: $(VENV)/installed
 	$(BENCH) --largest 1 --dtype float32 bfloat16 --rounds 5 --peers sdpa full diffusers-sliced 'memory-*' slicemod slicemod-exact
 benchmark-unet: $(VENV)/installed
-	$(BENCH) --work sd15-unet --dtype float32 bfloat16 --mode inference --rounds 3 --peers sdpa diffusers-sliced slicemod
+	$(BENCH) --work sd15-unet --dtype float32 bfloat16 --mode inference --rounds 3 --peers sdpa diffusers-sliced slicemod slicemod-whole
 benchmark-growth: $(VENV)/installed
 	$(BENCH) --growth --dtype float32 bfloat16 --rounds 3 --peers sdpa slicemod
 benchmark-calls: $(VENV)/installed

@@ -22,7 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.config import SliceConfig
 from slicemod.functional import sliced_attention
+from slicemod.half_precision import cpu_products
 from slicemod.kernels.sliced.planner import POLICIES
+from slicemod.packed_convolutions import pack_convolutions
 from slicemod.reference import reference_attention
 from slicemod.rounding import ceil_div
 from slicemod.swap import swap_attention
@@ -175,6 +177,19 @@ class Slicemod(Peer):
     def alone(self) -> nn.Module | None:
         """`sliced_attention` with these settings."""
         return _Alone(partial(sliced_attention, slicing=self.slicing))
+
+
+class SlicemodWhole(Slicemod):
+    """Ours, of a UNet more than the attention. For inference."""
+
+    def in_unet(self, unet: Any) -> nn.Module:
+        """Feed-forwards in slices too, and packed convolutions on a CPU that multiplies bfloat16."""
+        swap_attention(unet, self.slicing, feed_forward=True)
+        weights = [module.weight for module in unet.modules() if isinstance(module, nn.Conv2d)]
+        if any(weight.is_cpu and weight.dtype == torch.bfloat16 for weight in weights) and cpu_products(torch.bfloat16):
+            pack_convolutions(unet)
+        whole: nn.Module = unet
+        return whole
 
 
 class _LayerWith(nn.Module):
@@ -336,6 +351,7 @@ def all_peers(budget: str) -> tuple[Peer, ...]:
     """
     cuda = ("cuda",)
     ours = [Slicemod(OURS, SliceConfig(budget, "exact")), Slicemod("slicemod-fused", SliceConfig(kernel="fused"))]
+    ours.append(SlicemodWhole("slicemod-whole", SliceConfig(budget, "exact")))
     ours.append(Slicemod("slicemod-triton", SliceConfig(kernel="triton"), devices=cuda))
     ours += [
         Slicemod(f"slicemod-{policy}", SliceConfig(budget if policy == "exact" else "auto", policy, "math"))

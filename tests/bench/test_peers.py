@@ -10,6 +10,9 @@ import torch
 from slicemod.bench import peers as peers_module
 from slicemod.bench.peers import SDPA, Peer, all_peers, find_peers
 from slicemod.bench.work import Exact, Work
+from slicemod.feed_forward.layer import SlicedFeedForward
+from slicemod.half_precision import cpu_products
+from slicemod.packed_convolutions import PackedConv2d
 from slicemod.user_error import UserError
 from tests.bench.tiny import CALL, every_work
 
@@ -54,11 +57,21 @@ def test_a_whole_unet_gives_the_same_with_every_peer(tmp_path: Path) -> None:
             torch.testing.assert_close(module(*inputs).sample, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_the_whole_of_a_unet_in_bfloat16_has_packed_convolutions(tmp_path: Path) -> None:
+    work = every_work(tmp_path)[2]
+    (whole,) = find_peers(["slicemod-whole"], "1MiB")[1:]
+    module = work.computed_by(whole, work.build().to(torch.bfloat16))
+    assert module is not None
+    packed = any(isinstance(part, PackedConv2d) for part in module.modules())
+    assert packed == (cpu_products(torch.bfloat16) is not None)
+    assert any(isinstance(part, SlicedFeedForward) for part in module.modules())
+
+
 def test_all_the_kernels_and_policies_of_ours_are_there() -> None:
     ours = {
         peer.name.removeprefix("slicemod").removeprefix("-") for peer in all_peers("1MiB") if "slicemod" in peer.name
     }
-    assert ours == {"", "fused", "triton", "heuristic", "doggettx", "invokeai", "mps", "exact"}
+    assert ours == {"", "whole", "fused", "triton", "heuristic", "doggettx", "invokeai", "mps", "exact"}
 
 
 def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
