@@ -15,13 +15,14 @@ convolution by weights that were changed elsewhere.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slicemod.call import needs_grad
+from slicemod.call import dtype_name, needs_grad
 from slicemod.half_precision import cpu_products
 from slicemod.layers.plain_module import runs_alone
 from slicemod.torch_internals import has_onednn, is_any_autocast_enabled, pack_convolution, packed_convolution
@@ -45,31 +46,34 @@ class PackedConv2d(nn.Conv2d):
         Raises:
             RuntimeError: a gradient is needed, or a graph is traced by `torch.compile`.
         """
-        if torch.compiler.is_compiling() or needs_grad(input, self._plain, self.bias):
+        weight = self.weight
+        if torch.compiler.is_compiling() or needs_grad(input, weight, self.bias):
             raise RuntimeError(
                 "packed convolutions: expected inference (torch.no_grad()) without torch.compile; got "
                 f"{'a traced graph' if torch.compiler.is_compiling() else 'a call that needs gradients'}. Call undo() "
                 "of what pack_convolutions returned first."
             )
-        weight = self.weight
-        if is_watched(input) or is_any_autocast_enabled() or input.dtype != weight.dtype or self._is_changed():
+        if is_watched(input) or is_any_autocast_enabled() or input.dtype != weight.dtype or self._is_changed(input):
             output: Tensor = self._conv_forward(input, weight.to_dense(), self.bias)
             return output
         sizes = self.padding, self.stride, self.dilation, self.groups
         return packed_convolution(input, weight, self.bias, *sizes, "none", [], None)  # type: ignore[no-any-return]
 
-    def _is_changed(self) -> bool:
-        """Others changed how it is computed, as programs do whose pictures can be tiled."""
-        return self.padding_mode != "zeros" or "_conv_forward" in vars(self)
+    def _is_changed(self, image: Tensor) -> bool:
+        """The image has no batch, or others changed what is computed, as programs do whose pictures can be tiled."""
+        return image.dim() != 4 or self.padding_mode != "zeros" or "_conv_forward" in vars(self)
 
+    @torch.inference_mode(False)  # otherwise the parameter could not be trained afterwards
     def unpack(self) -> None:
         """Become a plain convolution again, with the very same parameter."""
-        weight: nn.Parameter = vars(self).pop("_plain")
-        packed: Tensor = self.weight
-        strides = vars(self).pop("_strides")
-        weight.data = torch.empty_strided(packed.shape, strides, dtype=packed.dtype).copy_(packed.to_dense())
-        self.weight = weight
+        packed, weight = self.weight, self._plain
+        weight.data = torch.empty_strided(packed.shape, self._strides, dtype=packed.dtype, device="cpu").copy_(
+            packed.to_dense()
+        )
+        self.weight = weight.requires_grad_(packed.requires_grad)
         self.__class__ = nn.Conv2d  # type: ignore[assignment]
+        for name in ("_plain", "_strides"):
+            vars(self).pop(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         self.unpack()
@@ -85,14 +89,9 @@ class PackedConv2d(nn.Conv2d):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name not in ("_plain", "_strides")}
-        weight = nn.Parameter(self.weight.to_dense(), requires_grad=self._plain.requires_grad)
-        return _plain_again, (state | {"_parameters": state["_parameters"] | {"weight": weight}},)
-
-
-def _plain_again(state: dict[str, Any]) -> nn.Conv2d:
-    conv = nn.Conv2d.__new__(nn.Conv2d)
-    conv.__setstate__(state)  # type: ignore[no-untyped-call]
-    return conv
+        weight = nn.Parameter(self.weight.to_dense(), requires_grad=self.weight.requires_grad)
+        state["_parameters"] = state["_parameters"] | {"weight": weight}
+        return object.__new__, (nn.Conv2d,), state
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,13 @@ class PackedConvolutions:
         names: the paths of the packed convolutions.
         skipped: path and reason of each convolution that stays as it is.
         weight_bytes: bytes of the packed weights. Channels that are no multiple of 16 are padded to one, beyond this.
-        model: the model.
+        convolutions: the packed convolutions.
     """
 
     names: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     weight_bytes: int
-    model: nn.Module = field(repr=False, compare=False)
+    convolutions: tuple[nn.Conv2d, ...] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         reasons = Counter(reason for _, reason in self.skipped)
@@ -118,10 +117,7 @@ class PackedConvolutions:
 
     def undo(self) -> None:
         """Make the convolutions plain again, but for those that are so already. Their weights keep every bit."""
-        for name in self.names:
-            conv = self.model.get_submodule(name)
-            if isinstance(conv, PackedConv2d):
-                conv.unpack()
+        _unpack(self.convolutions)
 
     def __enter__(self) -> PackedConvolutions:
         return self
@@ -158,25 +154,31 @@ def pack_convolutions(model: nn.Module) -> PackedConvolutions:
             f"{type(model).__name__} after swap_vae. Pass the UNet, or restore_attention(model) first."
         )
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    uses = Counter(id(conv.weight) for _, conv in found)
-    names, skipped, size = [], [], 0
-    for name, conv in found:
-        reason = "another module has the same weight" if uses[id(conv.weight)] > 1 else _obstacle(conv)
-        if reason is not None:
-            skipped.append((name, reason))
-            continue
-        _pack(conv)
-        names.append(name)
-        size += conv.weight.nbytes
-    if not names:
+    uses = Counter(id(given) for module in model.modules() for given in module.parameters(recurse=False))
+    packed: dict[str, nn.Conv2d] = {}
+    skipped = []
+    try:
+        for name, conv in found:
+            reason = "another module has the same weight" if uses[id(conv.weight)] > 1 else _obstacle(conv)
+            if reason is None:
+                _pack(conv)
+                packed[name] = conv
+            else:
+                skipped.append((name, reason))
+    except BaseException:
+        _unpack(packed.values())
+        raise
+    if not packed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise ValueError(
             f"model: expected convolutions that this CPU multiplies; {reasons or 'found none'} in "
             f"{type(model).__name__}. Pass a UNet in bfloat16 on the CPU."
         )
-    return PackedConvolutions(tuple(names), tuple(skipped), size, model)
+    size = sum(conv.weight.nbytes for conv in packed.values())
+    return PackedConvolutions(tuple(packed), tuple(skipped), size, tuple(packed.values()))
 
 
+@torch.inference_mode(False)  # otherwise what it makes could not be trained afterwards
 def _pack(conv: nn.Conv2d) -> None:
     """Make a plain convolution a packed one in place."""
     weight = conv.weight
@@ -184,8 +186,15 @@ def _pack(conv: nn.Conv2d) -> None:
     packed = pack_convolution(weight.detach(), *sizes, [1, conv.in_channels, _PIXELS, _PIXELS])
     vars(conv).update(_plain=weight, _strides=weight.stride())
     weight.data = weight.new_empty(0)
-    conv.weight = nn.Parameter(packed, requires_grad=False)
+    conv.weight = nn.Parameter(packed, requires_grad=weight.requires_grad)
     conv.__class__ = PackedConv2d
+
+
+def _unpack(convolutions: Iterable[nn.Conv2d]) -> None:
+    """Make those plain that are packed still."""
+    for conv in convolutions:
+        if isinstance(conv, PackedConv2d):
+            conv.unpack()
 
 
 def _obstacle(conv: nn.Conv2d) -> str | None:
@@ -206,7 +215,7 @@ def _obstacle(conv: nn.Conv2d) -> str | None:
     if not any(weight.is_contiguous(memory_format=order) for order in (torch.contiguous_format, torch.channels_last)):
         return "its weight is a view of another tensor"
     if weight.dtype != torch.bfloat16:
-        return f"it computes in {weight.dtype}, and it was measured to be as exact and faster in bfloat16 alone"
+        return f"it computes in {dtype_name(weight.dtype)}; packed weights are as exact and faster in bfloat16 alone"
     if cpu_products(weight.dtype) is None:
         return "this CPU does not multiply bfloat16"
     return None

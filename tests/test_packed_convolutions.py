@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from slicemod import pack_convolutions, restore_attention, swap_attention, swap_vae
+from slicemod import packed_convolutions as module
 from slicemod.bench.memory import peak_memory
 from slicemod.half_precision import cpu_products
 from slicemod.packed_convolutions import PackedConv2d
-from slicemod.torch_internals import has_onednn
+from slicemod.torch_internals import has_onednn, pack_convolution
 
 pytestmark = pytest.mark.skipif(
     not has_onednn or cpu_products(torch.bfloat16) is None, reason="oneDNN does not multiply bfloat16 on this CPU"
@@ -173,7 +174,7 @@ def test_converting_a_model_makes_it_plain() -> None:
 def test_weights_that_are_written_to_are_an_error() -> None:
     conv = convolution()
     pack_convolutions(nn.Sequential(conv))
-    with pytest.raises(RuntimeError):  # as adapters are merged
+    with pytest.raises(RuntimeError, match="expects MKL-DNN tensor"):  # as adapters are merged
         conv.weight.data += torch.ones(53, 37, 3, 3, dtype=torch.bfloat16)
 
 
@@ -240,7 +241,7 @@ def test_what_cannot_be_packed_is_named_with_the_reason() -> None:
         "reflect": "its border is not a number of zeros",
         "same": "its border is not a number of zeros",
         "view": "its weight is a view of another tensor",
-        "float32": "it computes in torch.float32, and it was measured to be as exact and faster in bfloat16 alone",
+        "float32": "it computes in float32; packed weights are as exact and faster in bfloat16 alone",
     }
     with pytest.raises(ValueError, match="plain: it is packed"):
         pack_convolutions(nn.ModuleDict({"plain": model["plain"]}))
@@ -248,6 +249,84 @@ def test_what_cannot_be_packed_is_named_with_the_reason() -> None:
         pack_convolutions(nn.Linear(2, 3))
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module; got str"):
         pack_convolutions("unet")  # type: ignore[arg-type]
+
+
+def test_a_parameter_packed_and_unpacked_in_inference_mode_can_be_trained() -> None:
+    conv, x = convolution().requires_grad_(), image(1, 37, 7, 5)
+    with torch.inference_mode(), pack_convolutions(nn.Sequential(conv)):
+        conv(x)
+    assert not conv.weight.is_inference()
+    conv(x).sum().backward()
+    assert conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_whether_weights_are_trained_can_be_said_while_they_are_packed(wanted: bool) -> None:
+    model, x = nn.Sequential(convolution(bias=False)).requires_grad_(not wanted), image(1, 37, 7, 5)
+    packed = pack_convolutions(model)
+    model.requires_grad_(wanted)
+    if wanted:
+        with pytest.raises(RuntimeError, match="needs gradients"):
+            model(x)
+    else:
+        model(x)
+    assert copy.deepcopy(model)[0].weight.requires_grad == wanted
+    packed.undo()
+    assert model[0].weight.requires_grad == wanted
+
+
+def test_undoing_finds_convolutions_that_were_moved_and_is_not_stopped_by_others() -> None:
+    model = nn.Sequential(convolution(), convolution(channels=53), convolution(channels=53))
+    before = bits(model)
+    packed = pack_convolutions(model)
+    first, removed = model[0], model[1]
+    model[0] = nn.Sequential(first)  # as an adapter wraps it
+    del model[1]
+    with torch.device("meta"):
+        packed.undo()
+    assert type(first) is type(removed) is type(model[1]) is nn.Conv2d
+    model = nn.Sequential(first, removed, model[1])
+    assert_same_bits(bits(model), before)
+
+
+def test_a_copy_refers_to_itself_where_the_original_does() -> None:
+    conv = convolution()
+    pack_convolutions(nn.Sequential(conv))
+    vars(conv)["owner"] = [conv]
+    other = copy.deepcopy(conv)
+    assert vars(other)["owner"][0] is other
+
+
+def test_an_image_without_a_batch_is_taken() -> None:
+    conv, x = convolution(), image(37, 13, 11)
+    with torch.no_grad():
+        wanted = conv(x)
+        with pack_convolutions(nn.Sequential(conv)):
+            assert torch.equal(conv(x), wanted)
+
+
+def test_a_weight_that_another_module_has_stays_plain() -> None:
+    conv, other = convolution(), nn.ConvTranspose2d(53, 37, 3)
+    other.weight = conv.weight
+    with pytest.raises(ValueError, match="0: another module has the same weight"):
+        pack_convolutions(nn.Sequential(conv, other))
+
+
+def test_if_packing_fails_nothing_stays_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(convolution(), convolution(channels=53))
+    before, calls = bits(model), []
+
+    def fails_at_last(weight: Tensor, *sizes: Any) -> Tensor:
+        calls.append(weight)
+        if len(calls) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return pack_convolution(weight, *sizes)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(module, "pack_convolution", fails_at_last)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        pack_convolutions(model)
+    assert [type(part) for part in model] == [nn.Conv2d] * 2
+    assert_same_bits(bits(model), before)
 
 
 def test_a_vae_has_strips_or_packed_convolutions() -> None:

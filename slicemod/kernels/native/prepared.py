@@ -1,17 +1,20 @@
 """Native attention of calls that are known: everything but the addresses of the tensors is prepared.
 
 The operators describe a call to the library each time, which takes as long as the attention of some dozens of tokens.
-What is prepared here must be called only if nothing watches the operators, and while PyTorch has as many threads as it
-had. A call that the library cannot read, or that runs out of memory, goes to the operators.
+What is prepared here must be called only if nothing watches the operators. A call that the library cannot read, or that
+runs out of memory, goes to the operators. So does a backward pass whose tensors are not as they were saved: what packs
+saved tensors, such as `save_on_cpu`, may give them back with other strides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from slicemod.kernels.kernel import Run
 from slicemod.kernels.native.binding import NativeCall, Prepared
@@ -63,9 +66,10 @@ class _KnownTraining:
         library, threads = required_library(), torch.get_num_threads()
         output, row_sums = empty_heads(call.query, call.value.shape[3]), empty_row_sums(call.query, keep=True)
         self._sizes, self._strides, self._row_sums = output.shape, output.stride(), row_sums.shape
-        self._forward = required_library().prepared_forward(call, output, row_sums, threads)
+        self._forward = library.prepared_forward(call, output, row_sums, threads)
         gradients = [empty_heads(tensor, tensor.shape[3]) for tensor in (call.query, call.key, call.value)]
         self._gradients = [(gradient.shape, gradient.stride()) for gradient in gradients]
+        self._saved = call.query, call.key, call.value, call.mask, None, output, row_sums
 
         @lru_cache(_GRADIENT_LAYOUTS)
         def backward(strides: tuple[int, ...], needs: tuple[bool, ...]) -> Prepared:
@@ -86,19 +90,18 @@ class _KnownTraining:
         return native_attention(query, key, value, mask, *settings)  # type: ignore[no-any-return]
 
     def backward(
-        self, grad_output: Tensor, saved: tuple[Tensor | None, ...], row_sums: Tensor, needs: tuple[bool, ...]
+        self, grad_output: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...]
     ) -> list[Tensor | None] | None:
-        """The gradients of query, key and value that are needed. None if the operator has to compute them.
-
-        `saved` are the call's inputs and its output.
-        """
+        """The gradients of query, key and value that are needed. None if the operator has to compute them."""
+        if not all(map(_is_like, saved, self._saved)):
+            return None
         gradients = [
             grad_output.new_empty_strided(*layout) if needed else None
             for layout, needed in zip(self._gradients, needs, strict=True)
         ]
-        delta = row_sums.new_empty(row_sums.shape[1:])
+        delta = grad_output.new_empty(self._row_sums[1:], dtype=torch.float32)
         run = self._backward(grad_output.stride(), needs)
-        return gradients if _ran(run, grad_output, *saved, row_sums, *gradients, None, delta) else None
+        return gradients if _ran(run, grad_output, *saved, *gradients, None, delta) else None
 
 
 class _Training(torch.autograd.Function):
@@ -118,11 +121,23 @@ class _Training(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         if grad_output is not None and not torch.is_grad_enabled() and not is_watched(grad_output):
-            *saved, row_sums = ctx.saved_tensors
-            gradients = ctx.known.backward(grad_output, saved, row_sums, ctx.needs_input_grad[:3])
+            gradients = ctx.known.backward(grad_output, ctx.saved_tensors, ctx.needs_input_grad[:3])
             if gradients is not None:
                 return (*gradients, None, None)
         return (*native_gradients(ctx, grad_output, None)[:4], None)
+
+
+def _is_like(tensor: Tensor | None, like: Tensor | None) -> bool:
+    """Whether a tensor on the CPU has the sizes, strides and dtype of another; None is like None."""
+    if tensor is None or like is None:
+        return tensor is like
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and tensor.is_cpu
+        and tensor.dtype == like.dtype
+        and tensor.shape == like.shape
+        and tensor.stride() == like.stride()
+    )
 
 
 def _ran(run: Prepared, *tensors: Tensor | None) -> bool:

@@ -299,7 +299,6 @@ inline void tile_dot(int c, int a, int b) {
 #define _mm512_unpacklo_epi64(a, b) emulated::unpack(a, b, 2, false)
 #define __m256bh __m256i
 #define __m512bh __m512i
-#define __m256bh __m256i
 
 #define _tile_dpbf16ps emulated::tile_dot
 #define _tile_loadconfig(shapes) static_cast<void>(shapes)

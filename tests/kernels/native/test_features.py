@@ -108,6 +108,16 @@ def test_padding_at_the_end_of_a_text_is_left_out(dtype: torch.dtype, visible: i
     assert_as_exact_as_sdpa(by_native, inputs)
 
 
+def test_the_gradient_of_a_mask_that_is_expanded_along_the_queries_is_zero_at_padding(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(dtype, queries=61, keys=1201)
+    padding = torch.zeros(1, 1, 1, 1201).index_fill(3, torch.arange(101, 1201), -math.inf)
+    row = torch.randn(1, 1, 1, 1201)
+    inputs.mask = (row + padding).to(dtype).expand(2, 3, 61, 1201).requires_grad_()
+    assert_as_exact_as_sdpa(by_native, inputs, ulps=2)
+    found = results(by_native, inputs.leaves(), layer_like(2, 3, 61, 11, dtype))["mask"]
+    assert float(found[..., 101:].abs().max()) == 0
+
+
 def test_a_text_of_padding_alone_gives_zeros(dtype: torch.dtype) -> None:
     inputs = layer_inputs(dtype, mask=torch.zeros(2, 1, 1, 53, dtype=torch.bool))
     for result in results(by_native, inputs.leaves(), layer_like(2, 3, 61, 11, dtype)).values():

@@ -7,7 +7,7 @@
 //
 // The gradient of a mask is the sum of dS over everything that the mask is broadcast along. If it is wanted, dS is
 // computed once more for it, because then one thread can sum all that belongs to one number, in a fixed order. A mask
-// with a number for each score has dS itself as its gradient. In float32 it is written where it is computed.
+// with a number for each score has dS itself as its gradient. Where that is in float32, it is written at once.
 
 #pragma once
 
@@ -278,7 +278,7 @@ struct Backward {
     // Whether the gradients of all heads are written by `differentiate`, as each score has its own number of the mask.
     bool writes_mask_gradient() const {
         const Strides &own = call.grad_mask;
-        return Mode::per_lane == 1 && !call.causal && own.row && own.column && (own.batch || sizes.batch == 1) &&
+        return Mode::per_lane == 1 && !leaves_out() && own.row && own.column && (own.batch || sizes.batch == 1) &&
                (own.head || sizes.heads == 1);
     }
 
