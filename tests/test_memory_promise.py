@@ -239,7 +239,7 @@ def layer_peak(layer: Callable[[Tensor], Tensor], x: Tensor, *, training: bool) 
     return peak_memory(call)
 
 
-@pytest.mark.parametrize("steps", [2, 16])
+@pytest.mark.parametrize("steps", [2, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_the_compiled_peak_is_at_most_a_tenth_above_the_eager_one(training: bool, steps: int) -> None:
     torch._dynamo.reset()
@@ -319,7 +319,7 @@ if training:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS is enforced on Linux only")
 @pytest.mark.parametrize("budget", [1, pytest.param(16, marks=pytest.mark.slow)], ids=["key chunks", "rows"])
-@pytest.mark.parametrize("what", ["inference", "training"])
+@pytest.mark.parametrize("what", [pytest.param("inference", marks=pytest.mark.slow), "training"])
 def test_sliced_attention_finishes_where_full_attention_runs_out_of_memory(what: str, budget: int) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, what, str(budget)], capture_output=True, text=True, check=False

@@ -63,7 +63,7 @@ def test_gradient_checkpointing_of_diffusers_recomputes_sliced(name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["wan", "ltx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "qwen-image", "sd3"))]
+    "name", ["ltx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "flux", "qwen-image", "sd3"))]
 )
 def test_a_compiled_transformer_computes_the_same_in_one_graph(name: str) -> None:
     torch._dynamo.reset()

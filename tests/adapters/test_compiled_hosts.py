@@ -111,7 +111,9 @@ def test_the_default_compiler_gives_the_same(make: Any) -> None:
     assert_same(results(torch.compile(model, fullgraph=True), given), expected)
 
 
-@pytest.mark.parametrize("make", [diffusers_block, ldm_block], ids=["diffusers", "LDM"])
+@pytest.mark.parametrize(
+    "make", [diffusers_block, pytest.param(ldm_block, marks=pytest.mark.slow)], ids=["diffusers", "LDM"]
+)
 def test_a_model_that_is_compiled_already_can_be_swapped_changed_and_restored(make: Any) -> None:
     model = with_random_weights(nn.Sequential(make()))
     ours, x = compiled(model), torch.randn(2, 61, 32)

@@ -338,7 +338,9 @@ def test_the_peak_in_activations_of_full_size(call: Any, before: float, after: f
     assert 0.9 * plan.peak_bytes <= peak <= plan.peak_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("pixels", [256, pytest.param(512, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "layout", [torch.contiguous_format, pytest.param(torch.channels_last, marks=pytest.mark.slow)], ids=str

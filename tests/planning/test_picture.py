@@ -56,7 +56,7 @@ def _measured(source: StepSource, model: Any, kind: StepKind, pixels: int) -> in
 
 
 @pytest.mark.parametrize("encodes", [False, True], ids=["decoding", "encoding"])
-@pytest.mark.parametrize("pixels", [256, 512])
+@pytest.mark.parametrize("pixels", [256, pytest.param(512, marks=pytest.mark.slow)])
 def test_the_predicted_peak_of_an_autoencoder_is_the_measured_one(pixels: int, encodes: bool) -> None:
     source, model = AutoencoderSource("AutoencoderKL", KL, encodes=encodes), AutoencoderKL(**KL)
     predicted, measured = _predicted(source, FLOAT32, pixels), _measured(source, model, FLOAT32, pixels)

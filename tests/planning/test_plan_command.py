@@ -146,7 +146,9 @@ def test_a_transformer_is_planned_as_its_pipeline_runs_it(capsys: pytest.Capture
         (["flux-dev", "--train", "--checkpoint-layers"], "--checkpoint-layers: expected a UNet"),
         (["sd15", "--kernel", "native"], '--kernel: expected a call that it computes, .*on cuda. Take kernel="auto"'),
         (["sd15", "--kernel", "native", "--part", "unet"], "--kernel: .*it runs on CPUs"),
-        (["sd15", "--kernel", "triton", "--device", "cpu"], "--kernel: .*it runs on GPUs"),
+        pytest.param(
+            ["sd15", "--kernel", "triton", "--device", "cpu"], "--kernel: .*it runs on GPUs", marks=pytest.mark.slow
+        ),
         (["sd15", "--uncached"], "--uncached: expected to be changed together with train"),
         (["sd15", "--train", "--offload", "model"], "--offload: expected none with train"),
         (["sd15", "--frames", "5"], "--frames: expected 1, since a UNet makes images"),

@@ -39,7 +39,7 @@ def _planner(kind: StepKind = INFERENCE, memory: int = 2**30, **slicing: str) ->
     ("model", "kind", "pixels"),
     [
         ("sd15", INFERENCE, 1536),
-        ("sd15", StepKind(torch.float32, 2, "cpu", training=True), 768),
+        pytest.param("sd15", StepKind(torch.float32, 2, "cpu", training=True), 768, marks=pytest.mark.slow),
         pytest.param("sdxl", StepKind(torch.bfloat16, 1, "cpu"), 4096, marks=pytest.mark.slow),
         ("configs/digits.yaml", StepKind(torch.float32, 3, "mps", training=True, checkpoint_blocks=True), 328),
     ],

@@ -87,7 +87,7 @@ def _predicted_and_measured(
         (SMALL, StepKind(torch.float32, 1, "cpu"), 256),
         (WIDE, StepKind(torch.float32, 1, "cpu"), 128),
         (WIDE, StepKind(torch.bfloat16, 2, "cpu"), 64),
-        (SMALL, StepKind(torch.float32, 2, "cpu", training=True), 128),
+        pytest.param(SMALL, StepKind(torch.float32, 2, "cpu", training=True), 128, marks=pytest.mark.slow),
         pytest.param(SMALL, StepKind(torch.bfloat16, 1, "cpu", training=True), 192, marks=pytest.mark.slow),
         pytest.param(
             SMALL,

@@ -293,7 +293,7 @@ def test_an_optimizer_that_holds_no_numbers_is_refused(config: str, one_step: Pa
         fit(["fit", "--config", config, "--ckpt_path", str(last)])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_while_latents_are_cached_says_that_they_are_kept(
     signum: signal.Signals,
     config: str,
