@@ -102,7 +102,9 @@ def test_a_diffusers_layer_in_parts_is_that_of_its_own_processor(keys: int | Non
         torch.testing.assert_close(ours(x, context), theirs(x, context))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_a_layer_of_sd15_takes_three_quarters_of_what_it_takes_on_sdpa(dtype: torch.dtype) -> None:
     ours = MemoryAwareCrossAttention(320, heads=8, dim_head=40).to(dtype)
     x = torch.randn(1, 4096, 320).to(dtype)

@@ -40,7 +40,7 @@ FEW = [*((lanes, torch.float32, FLOAT_MODE) for lanes in (8, 16)), (16, torch.bf
 
 @pytest.fixture(scope="module")
 def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], NativeLibrary]:
-    """The kernel by floats of a vector: for a processor with AVX2 alone, for one of x86-64 that has all, and for Arm."""
+    """The kernel by floats of a vector: for x86-64 with AVX2 alone, for x86-64 with all that there is, and for Arm."""
     compiler, folder = compiler_found(), tmp_path_factory.mktemp("native")
     assert compiler is not None
 
