@@ -54,7 +54,7 @@ class PackedConv2d(nn.Conv2d):
                 "of what pack_convolutions returned first."
             )
         if is_watched(input) or is_any_autocast_enabled() or input.dtype != weight.dtype or self._is_changed(input):
-            output: Tensor = self._conv_forward(input, weight.to_dense(), self.bias)
+            output: Tensor = self._conv_forward(input, self._numbers(), self.bias)
             return output
         sizes = self.padding, self.stride, self.dilation, self.groups
         return packed_convolution(input, weight, self.bias, *sizes, "none", [], None)  # type: ignore[no-any-return]
@@ -67,13 +67,16 @@ class PackedConv2d(nn.Conv2d):
     def unpack(self) -> None:
         """Become a plain convolution again, with the very same parameter."""
         packed, weight = self.weight, self._plain
-        weight.data = torch.empty_strided(packed.shape, self._strides, dtype=packed.dtype, device="cpu").copy_(
-            packed.to_dense()
-        )
+        numbers = torch.empty_strided(packed.shape, self._strides, dtype=packed.dtype, device="cpu")
+        weight.data = numbers.copy_(self._numbers())
         self.weight = weight.requires_grad_(packed.requires_grad)
         self.__class__ = nn.Conv2d  # type: ignore[assignment]
         for name in ("_plain", "_strides"):
             vars(self).pop(name)
+
+    def _numbers(self) -> Tensor:
+        """The weight as a plain tensor."""
+        return self.weight.detach().to_dense()
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         self.unpack()
@@ -81,7 +84,7 @@ class PackedConv2d(nn.Conv2d):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight.to_dense()
+        destination[f"{prefix}weight"] = self._numbers()
 
     def _load_from_state_dict(self, *given: Any, **more: Any) -> None:
         self.unpack()
@@ -89,7 +92,7 @@ class PackedConv2d(nn.Conv2d):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name not in ("_plain", "_strides")}
-        weight = nn.Parameter(self.weight.to_dense(), requires_grad=self.weight.requires_grad)
+        weight = nn.Parameter(self._numbers(), requires_grad=self.weight.requires_grad)
         state["_parameters"] = state["_parameters"] | {"weight": weight}
         return object.__new__, (nn.Conv2d,), state
 

@@ -138,10 +138,11 @@ def test_a_call_of_a_small_image_takes_no_memory_for_weights() -> None:
 
 
 def test_state_dicts_copies_and_pickles_hold_plain_weights() -> None:
-    model = nn.Sequential(convolution(), nn.GroupNorm(1, 53))
+    model = nn.Sequential(convolution(), nn.GroupNorm(1, 53)).requires_grad_()
     before = bits(model)
     pack_convolutions(model)
     assert_same_bits(bits(model), before)
+    assert not any(tensor.requires_grad for tensor in model.state_dict().values())
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
