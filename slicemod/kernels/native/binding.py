@@ -167,8 +167,7 @@ class NativeLibrary:
             ValueError: the library does not compute these sizes, dtypes or scale.
         """
         call = call.readable()
-        described = _call_of(call, threads, output=output)
-        self._run("forward", call.query.dtype, described, *call.inputs, output, row_sums)
+        _done(self.prepared_forward(call, output, row_sums, threads)(*call.inputs, output, row_sums))
 
     def prepared_forward(self, call: NativeCall, output: Tensor, row_sums: Tensor | None, threads: int) -> Prepared:
         """A function that does `forward`, for tensors with the sizes, strides and dtypes of these.
@@ -204,12 +203,11 @@ class NativeLibrary:
         call = call.readable()
         grad_output, output = _readable("grad_output", grad_output), _readable("output", output)
         row_sums = _readable("row_sums", row_sums).contiguous()
-        described = _backward_of(grad_output, call, output, row_sums, gradients, threads)
+        run = self.prepared_backward(grad_output, call, output, row_sums, gradients, threads)
         delta = row_sums.new_empty(row_sums.shape[1:])  # of each row: the sum of output times gradient
         if (grad_mask := gradients[3]) is not None and grad_mask.shape[3] == 1:
             grad_mask.zero_()  # what all keys of a row share changes no weight
-        tensors = grad_output, *call.inputs, output, row_sums, *gradients, delta
-        self._run("backward", call.query.dtype, described, *tensors)
+        _done(run(grad_output, *call.inputs, output, row_sums, *gradients, delta))
 
     def prepared_backward(
         self,
@@ -220,12 +218,13 @@ class NativeLibrary:
         gradients: Sequence[Tensor | None],
         threads: int,
     ) -> Prepared:
-        """A function that does `backward` without the gradient of a mask, for tensors like these.
+        """A function that does `backward` for tensors like these. It leaves alone the gradient of what all keys share.
 
         These may be on the device "meta", and are not kept alive. The function takes `grad_output`, the call's inputs,
         `output`, `row_sums`, the four gradients, and a `(B, H, N)` in float32 to compute in.
         """
-        described = _backward_of(grad_output, call, output, row_sums, gradients, threads)
+        named = dict(zip(("grad_query", "grad_key", "grad_value", "grad_mask"), gradients, strict=True))
+        described = _call_of(call, threads, output=output, grad_output=grad_output, **named, row_sums=row_sums)
         return self._prepared("backward", call.query.dtype, described)
 
     def _prepared(self, name: str, dtype: torch.dtype, call: _Call) -> Prepared:
@@ -242,12 +241,6 @@ class NativeLibrary:
 
         return run
 
-    def _run(self, name: str, dtype: torch.dtype, call: _Call, *tensors: Tensor | None) -> None:
-        setting = self._setting(dtype, call)
-        workspace = self.workspace(self._count(f"{name}_bytes", setting))
-        addresses = (None if tensor is None else tensor.data_ptr() for tensor in (*tensors, workspace))
-        _check_done(setting, self._functions[name](*setting, *addresses))
-
     def _setting(self, dtype: torch.dtype, call: _Call) -> _Setting:
         return _Setting(self.modes[dtype], _ELEMENTS[dtype], ctypes.byref(call))
 
@@ -256,6 +249,14 @@ class NativeLibrary:
         count = int(self._functions[name](*setting))
         _check_done(setting, count >= 0)
         return count
+
+
+def _done(done: bool) -> None:
+    if not done:
+        raise ValueError(
+            "native attention: expected results with plain memory of their own; got one that the library cannot write. "
+            "Call sliced_attention, which makes them."
+        )
 
 
 def _check_done(setting: _Setting, done: int) -> None:
@@ -312,18 +313,6 @@ def _call_of(call: NativeCall, threads: int, **results: Tensor | None) -> _Call:
     if call.dropout_p > 0 and (call.seed is None or call.seed.dtype != torch.int64 or call.seed.numel() != 1):
         raise ValueError(f"seed: expected one int64, as dropout_p is {call.dropout_p}; got {call.seed}. Draw one.")
     return _described_call(call.scale, threads, call.dropout_p, call.is_causal, *tensors)
-
-
-def _backward_of(
-    grad_output: Tensor,
-    call: NativeCall,
-    output: Tensor,
-    row_sums: Tensor,
-    gradients: Sequence[Tensor | None],
-    threads: int,
-) -> _Call:
-    named = dict(zip(("grad_query", "grad_key", "grad_value", "grad_mask"), gradients, strict=True))
-    return _call_of(call, threads, output=output, grad_output=grad_output, **named, row_sums=row_sums)
 
 
 @lru_cache(maxsize=4096)  # a UNet makes the same calls in each step, and the library does not change a `_Call`

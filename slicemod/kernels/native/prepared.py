@@ -62,7 +62,7 @@ class _KnownTraining:
     """Both passes of a known call, which is given with tensors that have no memory."""
 
     def __init__(self, call: NativeCall) -> None:
-        self.call = call
+        self.settings = 0.0, call.is_causal, call.scale
         library, threads = required_library(), torch.get_num_threads()
         output, row_sums = empty_heads(call.query, call.value.shape[3]), empty_row_sums(call.query, keep=True)
         self._sizes, self._strides, self._row_sums = output.shape, output.stride(), row_sums.shape
@@ -86,8 +86,7 @@ class _KnownTraining:
         if _ran(self._forward, query, key, value, mask, None, output, row_sums):
             return output, row_sums
         del output, row_sums
-        settings = None, 0.0, self.call.is_causal, self.call.scale, True
-        return native_attention(query, key, value, mask, *settings)  # type: ignore[no-any-return]
+        return native_attention(query, key, value, mask, None, *self.settings, True)  # type: ignore[no-any-return]
 
     def backward(
         self, grad_output: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...]
@@ -113,7 +112,7 @@ class _Training(torch.autograd.Function):
         # The operator saves the same, in this order. A checkpoint compares what two runs of a call save.
         ctx.save_for_backward(query, key, value, mask, None, output, row_sums)
         ctx.known = known
-        ctx.settings = 0.0, known.call.is_causal, known.call.scale
+        ctx.settings = known.settings
         ctx.set_materialize_grads(False)
         return output
 
