@@ -55,8 +55,8 @@ docs: $(VENV)/installed
 
 # Measures what README and docs show, for some twenty minutes on an idle machine, and shows it there. Each line is a
 # target of its own as well, such as `make benchmark-unet figures`. They are of the built-in table, as without a
-# `slicemod tune` on this machine.
-BENCH = SLICEMOD_TABLE=built-in $(BIN)/slicemod bench --json docs/benchmarks/$(@:benchmark-%=%).json
+# `slicemod tune` on this machine. `MACHINE=-avx2` keeps the figures of another machine beside the ones there are.
+BENCH = SLICEMOD_TABLE=built-in $(BIN)/slicemod bench --json docs/benchmarks/$(@:benchmark-%=%)$(MACHINE).json
 benchmarks: benchmark-layers benchmark-peers benchmark-unet benchmark-growth benchmark-calls benchmark-compiled figures
 benchmark-layers: $(VENV)/installed
 	$(BENCH) --largest 8 --dtype float32 bfloat16 float16 --rounds 5 --peers sdpa slicemod

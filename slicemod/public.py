@@ -8,7 +8,7 @@ from slicemod.config import SliceConfig
 from slicemod.explained import explain
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.memory.free_memory import free_memory
-from slicemod.packed_convolutions import PackedConvolutions, pack_convolutions
+from slicemod.on_cpu.prepare import PreparedForCpu, prepare_for_cpu
 from slicemod.plan import NotEnoughMemoryError, SlicePlan
 from slicemod.sdpa_mode import sliced_sdpa
 from slicemod.sdpa_report import SdpaReport
@@ -19,14 +19,14 @@ __all__ = [
     "AttentionShape",
     "MemoryAwareCrossAttention",
     "NotEnoughMemoryError",
-    "PackedConvolutions",
+    "PreparedForCpu",
     "SdpaReport",
     "SliceConfig",
     "SlicePlan",
     "SwapReport",
     "explain",
     "free_memory",
-    "pack_convolutions",
+    "prepare_for_cpu",
     "plan_slices",
     "planned_attention",
     "register_diffusers_backend",

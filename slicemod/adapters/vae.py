@@ -13,7 +13,7 @@ from slicemod.adapters.own_code import altered
 from slicemod.adapters.replacement import ReplacingHost
 from slicemod.config import SliceConfig
 from slicemod.layers.plain_module import runs_alone
-from slicemod.packed_convolutions import PackedConv2d
+from slicemod.on_cpu.prepared import Prepared
 from slicemod.swap import HOSTS
 from slicemod.vae.half import StripwiseHalf
 from slicemod.vae.layers import Activation, Convolution, Downsample, Layer, Resnet, Upsample, Whole, silu
@@ -44,8 +44,8 @@ class VaeHost(ReplacingHost):
         """That the module has a part that computes something else than is known; None if it has none."""
         if not any(hasattr(module, part) for part in ("mid", "mid_block")):
             return "it has no middle block"
-        if any(isinstance(part, PackedConv2d) for part in module.modules()):
-            return "its convolutions are packed, which strips of rows are not planned for"
+        if any(isinstance(part, Prepared) for part in module.modules()):
+            return "it is prepared for the CPU, which strips of rows are not planned for"
         composed = (part for part in module.modules() if part is not module and _is_composed(part))
         for part in composed:
             changed = altered(part, forward_methods(type(part)))

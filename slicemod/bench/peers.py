@@ -22,9 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slicemod.attention import MemoryAwareCrossAttention
 from slicemod.config import SliceConfig
 from slicemod.functional import sliced_attention
-from slicemod.half_precision import cpu_products
 from slicemod.kernels.sliced.planner import POLICIES
-from slicemod.packed_convolutions import pack_convolutions
+from slicemod.on_cpu.prepare import prepare_for_cpu
 from slicemod.reference import reference_attention
 from slicemod.rounding import ceil_div
 from slicemod.swap import swap_attention
@@ -183,11 +182,10 @@ class SlicemodWhole(Slicemod):
     """Ours, of a UNet more than the attention. For inference."""
 
     def in_unet(self, unet: Any) -> nn.Module:
-        """Feed-forwards in slices too, and packed convolutions on a CPU that multiplies bfloat16."""
+        """Feed-forwards in slices too, and all that `prepare_for_cpu` does on a CPU."""
         swap_attention(unet, self.slicing, feed_forward=True)
-        weights = [module.weight for module in unet.modules() if isinstance(module, nn.Conv2d)]
-        if any(weight.is_cpu and weight.dtype == torch.bfloat16 for weight in weights) and cpu_products(torch.bfloat16):
-            pack_convolutions(unet)
+        if all(weight.is_cpu for weight in unet.parameters()):
+            prepare_for_cpu(unet)
         whole: nn.Module = unet
         return whole
 

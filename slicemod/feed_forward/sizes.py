@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from slicemod.feed_forward.plan import FeedForwardShape
+from slicemod.on_cpu.widened import WidenedLinear
 
 # By the name of the activation's class: how many tensors as wide as its result exist at once in inference, and while
 # gradients are computed. Measured by `peak_memory`; tests/feed_forward/test_plan.py compares.
@@ -24,6 +25,7 @@ class FeedForwardSizes(NamedTuple):
         held: how many tensors of `inner` channels exist at once in inference.
         held_in_training: the same while gradients are computed.
         weight: elements of the larger weight.
+        scratch: bytes that a projection itself takes in inference.
     """
 
     channels: int
@@ -32,6 +34,7 @@ class FeedForwardSizes(NamedTuple):
     held: float
     held_in_training: float
     weight: int
+    scratch: int = 0
 
     def shape(
         self,
@@ -54,6 +57,7 @@ class FeedForwardSizes(NamedTuple):
         held = self.held_in_training if training else self.held
         copies = 3 if itemsize == 2 else 2  # half precision is summed in float32
         fixed = copies * self.weight * itemsize if training and trains_weights else 0
+        fixed += 0 if training else self.scratch
         return FeedForwardShape(
             tokens, self.channels, self.inner, self.out, itemsize, held, fixed, training, checkpoint
         )
@@ -68,10 +72,15 @@ def sizes_of(net: Any) -> FeedForwardSizes:
     first = first_projection(activation)
     held, in_training = _HELD.get(type(activation).__name__, _HELD_BY_OTHERS)
     wide = first.out_features / last.in_features
-    if type(first) is not nn.Linear:
+    if type(first) not in (nn.Linear, WidenedLinear):
         held, in_training = max(held, 3 * wide), max(in_training, 4 * wide)
     weight = max(first.in_features * first.out_features, last.in_features * last.out_features)
-    return FeedForwardSizes(first.in_features, last.in_features, last.out_features, held, in_training, weight)
+    scratch = max(_scratch(first), _scratch(last))
+    return FeedForwardSizes(first.in_features, last.in_features, last.out_features, held, in_training, weight, scratch)
+
+
+def _scratch(projection: Any) -> int:
+    return projection.scratch_bytes() if isinstance(projection, WidenedLinear) else 0
 
 
 def first_projection(activation: nn.Module) -> Any:

@@ -11,8 +11,7 @@ from slicemod.bench import peers as peers_module
 from slicemod.bench.peers import SDPA, Peer, all_peers, find_peers
 from slicemod.bench.work import Exact, Work
 from slicemod.feed_forward.layer import SlicedFeedForward
-from slicemod.half_precision import cpu_products
-from slicemod.packed_convolutions import PackedConv2d
+from slicemod.on_cpu.prepared import Prepared
 from slicemod.user_error import UserError
 from tests.bench.tiny import CALL, every_work
 
@@ -57,13 +56,12 @@ def test_a_whole_unet_gives_the_same_with_every_peer(tmp_path: Path) -> None:
             torch.testing.assert_close(module(*inputs).sample, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_whole_of_a_unet_in_bfloat16_has_packed_convolutions(tmp_path: Path) -> None:
+def test_the_whole_of_a_unet_is_prepared_for_the_cpu(tmp_path: Path) -> None:
     work = every_work(tmp_path)[2]
     (whole,) = find_peers(["slicemod-whole"], "1MiB")[1:]
     module = work.computed_by(whole, work.build().to(torch.bfloat16))
     assert module is not None
-    packed = any(isinstance(part, PackedConv2d) for part in module.modules())
-    assert packed == (cpu_products(torch.bfloat16) is not None)
+    assert any(isinstance(part, Prepared) for part in module.modules())
     assert any(isinstance(part, SlicedFeedForward) for part in module.modules())
 
 

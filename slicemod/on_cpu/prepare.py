@@ -1,0 +1,164 @@
+"""`prepare_for_cpu`: the convolutions and linear layers of a model as this CPU computes them fastest, for inference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from slicemod.call import dtype_name
+from slicemod.half_precision import cpu_products
+from slicemod.layers.plain_module import runs_alone
+from slicemod.on_cpu.packed import PackedConv2d
+from slicemod.on_cpu.prepared import Prepared
+from slicemod.on_cpu.unfolded import UnfoldedConv2d
+from slicemod.on_cpu.widened import WidenedConv2d, WidenedLinear
+from slicemod.torch_internals import has_onednn
+from slicemod.vae.half import StripwiseHalf
+
+
+@dataclass(frozen=True)
+class PreparedForCpu:
+    """What `prepare_for_cpu` did. As a context manager it undoes it at the end.
+
+    Attributes:
+        ways: path of each module that was prepared, and how it computes now.
+        skipped: path and reason of each convolution and linear layer that stays as it is. A linear layer that PyTorch
+            computes at full speed is not among them.
+        modules: the prepared modules.
+    """
+
+    ways: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+    modules: tuple[nn.Module, ...] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        lines = [f"prepared {len(self.ways)} modules for this CPU"]
+        lines += [f"  {count}: {way}" for way, count in Counter(way for _, way in self.ways).items()]
+        lines += [f"  skipped {count}: {reason}" for reason, count in Counter(why for _, why in self.skipped).items()]
+        return "\n".join(lines)
+
+    def undo(self) -> None:
+        """Make the modules plain again, but for those that are so already. Their weights keep every bit."""
+        _make_plain(self.modules)
+
+    def __enter__(self) -> PreparedForCpu:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.undo()
+
+
+def prepare_for_cpu(model: nn.Module) -> PreparedForCpu:
+    """Have a model's convolutions and linear layers compute as this CPU does fastest, for inference.
+
+    - float32: a convolution whose image is much smaller than its weight multiplies the unfolded image.
+    - bfloat16 that the CPU multiplies: weights of convolutions are packed, that is, kept as oneDNN multiplies by them.
+    - half precision that it does not multiply: convolutions and linear layers compute in float32, some channels at a
+      time.
+
+    The weights take no more memory than before, and each call less than a plain convolution's, or 8 MiB for a linear
+    layer. Results differ by rounding.
+
+    State dicts, copies and pickles hold plain modules. `model.to(...)` makes modules plain again, and so does loading a
+    state dict where weights are packed. Calls that need gradients and graphs of `torch.compile` compute as before;
+    where weights are packed they raise an error until `undo()`.
+
+    Args:
+        model: a UNet, a transformer or another model whose weights are on the CPU. It is changed in place.
+
+    Returns:
+        What was prepared and how, and what was skipped and why. Its `undo()`, or the end of a `with` statement, undoes
+        it.
+
+    Raises:
+        TypeError: the model is not a module.
+        ValueError: it has nothing that can be prepared.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}. Pass the UNet itself.")
+    if any(isinstance(module, StripwiseHalf) for module in model.modules()):
+        raise ValueError(
+            f"model: expected one without a VAE that computes in strips, as strips multiply by plain weights; got "
+            f"{type(model).__name__} after swap_vae. Pass the UNet, or restore_attention(model) first."
+        )
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    uses = Counter(id(given) for module in model.modules() for given in module.parameters(recurse=False))
+    ways, skipped, prepared = [], [], []
+    try:
+        for name, module in found:
+            chosen = _chosen(module, shared=uses[id(module.weight)] > 1)
+            if isinstance(chosen, str):
+                skipped.append((name, chosen))
+            elif chosen is not None:
+                module.__class__ = chosen  # type: ignore[assignment]
+                prepared.append(module)
+                module.prepare()  # type: ignore[operator]
+                ways.append((name, chosen.way))
+    except BaseException:
+        _make_plain(prepared)
+        raise
+    if not prepared:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
+        raise ValueError(
+            f"model: expected convolutions, or linear layers in half precision that this CPU does not multiply; "
+            f"{reasons or 'found none'} in {type(model).__name__}. Pass a UNet whose weights are on the CPU."
+        )
+    return PreparedForCpu(tuple(ways), tuple(skipped), tuple(prepared))
+
+
+def _make_plain(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, Prepared):
+            module.make_plain()
+
+
+def _chosen(module: nn.Conv2d | nn.Linear, *, shared: bool) -> type[Prepared] | str | None:
+    """The class that a module is to become, or the reason why none; None if it is fastest as it is."""
+    weight = module.weight
+    is_half = weight.dtype in (torch.bfloat16, torch.float16)
+    multiplied = not is_half or cpu_products(weight.dtype) is not None
+    if isinstance(module, nn.Linear) and multiplied:
+        return None
+    obstacle = _obstacle(module, shared)
+    if obstacle is not None:
+        return obstacle
+    if isinstance(module, nn.Linear):
+        return WidenedLinear
+    if not multiplied:
+        return WidenedConv2d
+    if weight.dtype == torch.float32:
+        return UnfoldedConv2d
+    return PackedConv2d if weight.dtype == torch.bfloat16 else f"it computes in {dtype_name(weight.dtype)}"
+
+
+def _obstacle(module: nn.Conv2d | nn.Linear, shared: bool) -> str | None:
+    """Why a module cannot be prepared; None if it can."""
+    weight = module.weight
+    if isinstance(module, Prepared):
+        return "it is prepared"
+    if shared:
+        return "another module has the same weight"
+    if type(module) not in (nn.Conv2d, nn.Linear) or "forward" in vars(module) or not runs_alone(module):
+        return "it is more than a convolution or a linear layer"
+    if not has_onednn or not torch.backends.mkldnn.enabled:
+        return "PyTorch has no oneDNN here"
+    if not weight.is_cpu or type(weight) is not nn.Parameter or weight.is_inference():
+        return f"its weight is on {weight.device}, or of another class than nn.Parameter"
+    return _obstacle_of_convolution(module) if isinstance(module, nn.Conv2d) else None
+
+
+def _obstacle_of_convolution(conv: nn.Conv2d) -> str | None:
+    if conv.groups != 1:
+        return "it has groups"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return "its border is not a number of zeros"
+    orders = [torch.contiguous_format]
+    if conv.weight.dtype != torch.float32:  # in which the weight multiplies as it is
+        orders.append(torch.channels_last)
+    if not any(conv.weight.is_contiguous(memory_format=order) for order in orders):
+        return "its weight is in channels_last, or a view of another tensor"
+    return None

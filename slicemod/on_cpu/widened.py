@@ -1,0 +1,90 @@
+"""Convolutions and linear layers in half precision on a CPU that does not multiply it: computed in float32.
+
+PyTorch's own product of half precision takes eight times as long there as that of float32, and its convolution some
+hundred times. Here the weights of some output channels at a time are widened, so that the copy stays small.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slicemod.on_cpu.prepared import Prepared, is_only_inference, is_other_convolution
+from slicemod.on_cpu.unfolded import Window, is_small, multiply
+from slicemod.rounding import ceil_div
+
+# Bytes of a weight that are widened at a time: for a convolution, for that of a small image, and for a linear layer;
+# and of the latter's input how many rows. Less would take longer. Measured on an AMD EPYC (Zen 3) of two cores.
+_CONVOLUTION, _SMALL_CONVOLUTION, _PRODUCT = 2**23, 2**24, 2**21
+_ROWS = 256
+
+
+class WidenedConv2d(Prepared, nn.Conv2d):
+    """A convolution in half precision that is computed in float32."""
+
+    plain, way = nn.Conv2d, "in float32"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+        """`(B, O, h, w)` of `(B, C, H, W)`."""
+        if is_other_convolution(self, input) or not is_only_inference(self, input):
+            return super().forward(input)
+        window = Window.of(self)
+        rows, columns = window.output(input)
+        output = input.new_empty(len(input), self.out_channels, rows, columns)
+        for item, image in zip(output, torch.split(input, 1), strict=True):
+            wide = image.float()
+            patches = window.unfolded(wide) if is_small(self.weight, rows * columns) else None
+            for channels in _chunks(self.weight, _CONVOLUTION if patches is None else _SMALL_CONVOLUTION):
+                self._compute(channels, wide, patches, item[channels])
+        return output
+
+    def _compute(self, channels: slice, image: Tensor, patches: Tensor | None, output: Tensor) -> None:
+        """Write some channels `(o, h, w)` of the output for an image `(1, C, H, W)` in float32."""
+        weight, bias = _widened(self, channels)
+        if patches is None:
+            output.copy_(F.conv2d(image, weight, bias, self.stride, self.padding, self.dilation)[0])
+        else:
+            found = patches.new_empty(len(weight), patches.shape[1])
+            multiply(weight.flatten(1), patches, bias, into=found)
+            output.copy_(found.view_as(output))
+
+
+class WidenedLinear(Prepared, nn.Linear):
+    """A linear layer in half precision that is computed in float32."""
+
+    plain, way = nn.Linear, "in float32"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+        """`(..., O)` of `(..., C)`."""
+        if not is_only_inference(self, input):
+            return super().forward(input)
+        given = input.reshape(-1, self.in_features)  # (T, C)
+        output = input.new_empty(len(given), self.out_features)
+        for channels in _chunks(self.weight, _PRODUCT):
+            self._compute(channels, given, output[:, channels])
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def _compute(self, channels: slice, given: Tensor, output: Tensor) -> None:
+        """Write some channels `(T, o)` of the output."""
+        weight, bias = _widened(self, channels)
+        for rows, into in zip(torch.split(given, _ROWS), torch.split(output, _ROWS), strict=True):
+            into.copy_(F.linear(rows.float(), weight, bias))
+
+    def scratch_bytes(self) -> int:
+        """Bytes that a call for any number of tokens takes beyond its result, at most."""
+        channels = int(_chunks(self.weight, _PRODUCT)[0].stop)
+        return 4 * (channels * self.in_features + _ROWS * (self.in_features + channels) + channels)
+
+
+def _widened(module: nn.Conv2d | nn.Linear, channels: slice) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of some output channels in float32."""
+    bias = module.bias
+    return module.weight[channels].float(), None if bias is None else bias[channels].float()
+
+
+def _chunks(weight: Tensor, size: int) -> list[slice]:
+    """The output channels whose weights are widened together, in bytes of float32 about `size` of them."""
+    steps = ceil_div(4 * weight.numel(), size)
+    step = ceil_div(len(weight), steps)
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
