@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from slicemod.planning.class_defaults import diffusers_class, whole_config
+from slicemod.planning.class_defaults import diffusers_class
 from slicemod.planning.kept_in_float32 import in_dtype
 from slicemod.planning.resolutions import HIGHEST_RESOLUTION
 from slicemod.planning.step_source import StepInputs
-from slicemod.planning.whole_latents import halved_to_one
+from slicemod.planning.whole_latents import pixels_per_latent
 from slicemod.user_error import UserError
 
 Config = Mapping[str, Any]
@@ -24,20 +24,18 @@ class AutoencoderKind(NamedTuple):
     """One class of autoencoders.
 
     Attributes:
-        levels: from its config, how many levels it has; the edge is halved between two.
         latent_channels: the name of the entry with the channels of the latents.
         video: images and latents have frames.
     """
 
-    levels: Callable[[Config], int]
     latent_channels: str
     video: bool = False
 
 
 AUTOENCODERS = {
-    "AutoencoderKL": AutoencoderKind(lambda config: len(config["block_out_channels"]), "latent_channels"),
-    "AutoencoderKLQwenImage": AutoencoderKind(lambda config: len(config["dim_mult"]), "z_dim", video=True),
-    "AutoencoderKLWan": AutoencoderKind(lambda config: len(config["dim_mult"]), "z_dim", video=True),
+    "AutoencoderKL": AutoencoderKind("latent_channels"),
+    "AutoencoderKLQwenImage": AutoencoderKind("z_dim", video=True),
+    "AutoencoderKLWan": AutoencoderKind("z_dim", video=True),
 }
 _FRAMES_PER_LATENT = 4  # of the videos, after the first frame
 # Videos are decoded a few frames after the other. From here on, frames that are finished are all that is added.
@@ -67,7 +65,7 @@ class AutoencoderSource(NamedTuple):
     @property
     def latent_pixels(self) -> int:
         """The edge, in pixels of the image, of the square that one latent pixel stands for."""
-        return halved_to_one(self.kind.levels(whole_config(self.class_name, self.config)))
+        return pixels_per_latent({"_class_name": self.class_name, **self.config}, self.class_name)
 
     @property
     def resolution_step(self) -> int:

@@ -15,7 +15,11 @@ def diffusers_class(name: str) -> Any:
 
 
 def whole_config(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config with the defaults of its class where it says nothing."""
+    """A config with the defaults of its class where it says nothing; as it is if diffusers has no such class."""
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        return config
     parameters = inspect.signature(diffusers_class(name).__init__).parameters.values()
     known = {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
     return {**known, **config}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slicemod.planning.whole_latents import LATENT_PIXELS, halved_to_one
+from slicemod.planning.whole_latents import LATENT_PIXELS, pixels_per_latent
 from slicemod.user_error import UserError
 
 CONFIG = "config.json"
@@ -34,12 +34,4 @@ def latent_pixels_of(pipeline: Path) -> int:
         UserError: the autoencoder's config cannot be read.
     """
     file = pipeline / "vae" / CONFIG
-    if not file.is_file():
-        return LATENT_PIXELS
-    config = read_config(file)
-    entry = next((name for name in ("block_out_channels", "dim_mult") if name in config), None)
-    if entry is None:
-        return LATENT_PIXELS
-    if not isinstance(config[entry], list) or not config[entry]:
-        raise UserError(f"{file}: expected a list with an entry for each level in {entry}; got {config[entry]!r}.")
-    return halved_to_one(len(config[entry]))
+    return pixels_per_latent(read_config(file), str(file)) if file.is_file() else LATENT_PIXELS

@@ -152,7 +152,7 @@ def _unet_of_folder(folder: Path) -> UnetSource:
 def _unet_of_yaml(path: Path) -> UnetSource:
     unet, autoencoder = _models_of_yaml(path)
     # A class label is one token.
-    return UnetSource(unet, pixels_per_latent(autoencoder), 1)
+    return UnetSource(unet, pixels_per_latent(autoencoder, f"{path}: model.autoencoder"), 1)
 
 
 def autoencoder_of_yaml(path: Path) -> dict[str, Any]:

@@ -5,23 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from slicemod.planning.class_defaults import whole_config
+from slicemod.user_error import UserError
+
 LATENT_PIXELS = 8  # of the autoencoders of all named models
-_LEVELS_OF_AUTOENCODERS = (64,)  # AutoencoderKL's own block_out_channels
-_LEVELS_OF_UNETS = (320, 640, 1280, 1280)  # UNet2DConditionModel's own block_out_channels
+_LEVELS = ("block_out_channels", "dim_mult")  # the lists in configs of autoencoders with an entry for each level
 
 
-def halved_to_one(levels: int) -> int:
-    """The edge that becomes 1 if it is halved between each two of `levels` levels."""
-    return int(2 ** (levels - 1))
-
-
-def pixels_per_latent(autoencoder: Mapping[str, Any]) -> int:
+def pixels_per_latent(autoencoder: Mapping[str, Any], where: str = "autoencoder") -> int:
     """The edge, in pixels of the image, of the square that one latent stands for.
 
     Args:
-        autoencoder: the config of an `AutoencoderKL`.
+        autoencoder: the config of an autoencoder, an `AutoencoderKL` unless its `_class_name` says otherwise. What it
+            leaves out is as its class has it; 8 if neither says how many levels there are.
+        where: names it in the error.
+
+    Raises:
+        UserError: what should list the levels does not.
     """
-    return halved_to_one(len(autoencoder.get("block_out_channels", _LEVELS_OF_AUTOENCODERS)))
+    config = whole_config(autoencoder.get("_class_name", "AutoencoderKL"), autoencoder)
+    entry = next((entry for entry in _LEVELS if entry in config), None)
+    if entry is None:
+        return LATENT_PIXELS
+    if not isinstance(config[entry], list | tuple) or not config[entry]:
+        raise UserError(f"{where}: expected a list with an entry for each level in {entry}; got {config[entry]!r}.")
+    return _halved_to_one(len(config[entry]))
 
 
 def resolution_step(latent_pixels: int, unet: Mapping[str, Any]) -> int:
@@ -31,4 +39,9 @@ def resolution_step(latent_pixels: int, unet: Mapping[str, Any]) -> int:
         latent_pixels: the edge of the square that one latent stands for.
         unet: the config of a `UNet2DConditionModel`.
     """
-    return latent_pixels * halved_to_one(len(unet.get("block_out_channels", _LEVELS_OF_UNETS)))
+    return latent_pixels * _halved_to_one(len(whole_config("UNet2DConditionModel", unet)["block_out_channels"]))
+
+
+def _halved_to_one(levels: int) -> int:
+    """The edge that becomes 1 if it is halved between each two of `levels` levels."""
+    return int(2 ** (levels - 1))

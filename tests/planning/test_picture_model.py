@@ -100,6 +100,18 @@ def test_an_autoencoder_that_is_not_known_is_refused_with_those_that_are(tmp_pat
         find_picture_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("kind", "latent_pixels"), [("AutoencoderKL", 1), ("AutoencoderKLWan", 8), ("AutoencoderKLQwenImage", 8)]
+)
+def test_an_autoencoder_that_does_not_list_its_levels_has_those_of_its_class(
+    kind: str, latent_pixels: int, tmp_path: Path
+) -> None:
+    folder = Path(write_pipeline(tmp_path / "pipeline"))
+    (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": kind}))
+    model = find_picture_model(str(folder))
+    assert model.denoiser.latent_pixels == model.autoencoder.latent_pixels == latent_pixels
+
+
 @pytest.mark.parametrize("missing", ["vae/config.json", "model_index.json"])
 def test_a_folder_without_the_other_parts_is_refused(missing: str, tmp_path: Path) -> None:
     folder = Path(write_pipeline(tmp_path / "pipeline"))
