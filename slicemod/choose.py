@@ -17,10 +17,9 @@ from slicemod.kernels.kernel import Kernel
 from slicemod.kernels.sliced.planner import plan_by_policy
 from slicemod.kernels.sliced.slices import Conditions
 from slicemod.kernels.table_in_use import given_table, table_for
+from slicemod.memory.budget import AMPLE
 from slicemod.memory.sizes import exact_size_text
 from slicemod.plan import NotEnoughMemoryError, ObstacleError, SlicePlan, largest_square, not_enough
-
-_ALL_THERE_COULD_BE = 2**62  # bytes
 
 
 class Answer(NamedTuple):
@@ -115,7 +114,7 @@ def _refusal(
         kernel.plan(call, free_bytes, slicing.terms)
     except NotEnoughMemoryError as error:
         return error
-    unlimited = kernel.plan(call, _ALL_THERE_COULD_BE, slicing.terms)
+    unlimited = kernel.plan(call, AMPLE, slicing.terms)
     need = 0 if unlimited is None else unlimited.peak_bytes
 
     def fits(shape: AttentionShape) -> bool:
@@ -165,7 +164,7 @@ def plans_of(call: CallSpec, slicing: SliceConfig) -> CallPlans:
     for kernel in kernels.KERNELS:
         if kernel.takes_steps and slicing.policy != "exact":
             break
-        plan, _ = _ask(kernel, call, slicing, _ALL_THERE_COULD_BE)
+        plan, _ = _ask(kernel, call, slicing, AMPLE)
         if plan is not None:
             return CallPlans(call, slicing, plan)
     return CallPlans(call, slicing, None)

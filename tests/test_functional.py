@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.native.build import native_library, native_obstacle
+from slicemod.memory.budget import AMPLE
 from slicemod.plan import SlicePlan
 from slicemod.reference import reference_attention
 from tests.oracle import Attention, Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like
@@ -39,7 +40,6 @@ BLOCKS = {  # batch x heads, rows, keys
     "key chunks": (1, 17, 7),
     "key chunks of heads": (4, 61, 23),
 }
-AMPLE = 2**62  # bytes
 WAYS = [*SLICINGS, *BLOCKS]
 
 

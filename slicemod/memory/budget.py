@@ -11,6 +11,7 @@ import torch
 from slicemod.memory.free_memory import free_memory, surely_free
 
 ACCEPTED_BUDGETS = '"auto", bytes such as 536870912, a size such as "512MiB" or "2GB", or a fraction such as 0.25'
+AMPLE = 2**62  # bytes, where memory does not matter: more than any machine has
 
 _UNITS = {"b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
 _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}

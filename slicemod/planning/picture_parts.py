@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from slicemod.config import SliceConfig
+from slicemod.memory.budget import AMPLE
 from slicemod.plan import ObstacleError
 from slicemod.planning.memory_timeline import StepPeak
 from slicemod.planning.picture_kind import PictureKind
@@ -18,8 +19,6 @@ from slicemod.planning.step_source import StepSource
 from slicemod.planning.transformers import TransformerSource
 from slicemod.planning.unet_step import StepKind
 from slicemod.user_error import FieldError
-
-_AMPLE = 2**62  # bytes; each plan is told its memory
 
 
 class Part(Protocol):
@@ -102,9 +101,9 @@ class TracedPart:
     def whole_peak(self, way: Way, pixels: int) -> int:
         """Of the step and its inputs, where memory does not matter; more than there is if it cannot run."""
         try:
-            return self.peaks(pixels, _AMPLE)[way].total
+            return self.peaks(pixels, AMPLE)[way].total
         except ObstacleError:
-            return _AMPLE
+            return AMPLE
 
 
 def parts_of(
@@ -129,7 +128,7 @@ def parts_of(
 
     def traced(name: str, source: StepSource, of: StepKind, *, swapped: bool = False) -> StepPlanner:
         own = slicing if source is model.denoiser else SliceConfig()
-        return StepPlanner(source, of, _AMPLE, own, lambda told: progress(f"{name}: {told}"), swapped=swapped)
+        return StepPlanner(source, of, AMPLE, own, lambda told: progress(f"{name}: {told}"), swapped=swapped)
 
     for number, encoder in enumerate(model.encoders, 1):
         name = "text encoder" if len(model.encoders) == 1 else f"text encoder {number}"

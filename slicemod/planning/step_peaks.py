@@ -18,6 +18,7 @@ from slicemod.choose import choose
 from slicemod.config import SliceConfig
 from slicemod.feed_forward.plan import FeedForwardShape, plan_feed_forward
 from slicemod.kernels.fused.running import BACKENDS
+from slicemod.memory.budget import AMPLE
 from slicemod.plan import BUFFER_CAPS, NotEnoughMemoryError, ObstacleError, SlicePlan
 from slicemod.planning.attention_costs import full_attention_cost, fused_attention_cost, planned_attention_cost
 from slicemod.planning.autoencoders import AutoencoderSource
@@ -33,7 +34,6 @@ from slicemod.vae.plan import Convolving, LayerSizes
 Way = Literal["full attention", "fused", "slicemod"]
 WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
 TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet's own
-_AMPLE = 2**62  # bytes
 _LEAST_TRACED = 256  # pixels; PyTorch convolves smaller images in other ways on a CPU
 
 
@@ -224,7 +224,7 @@ class StepPlanner:
         if not isinstance(call, CallSpec) or not call.training:
             return 0
         try:
-            return planned_attention_cost(call, choose(call, self.slicing, _AMPLE)).kept
+            return planned_attention_cost(call, choose(call, self.slicing, AMPLE)).kept
         except NotEnoughMemoryError:  # a buffer would be larger than the device allows
             return 0
 

@@ -17,12 +17,12 @@ from slicemod.kernels.fused.float32_kernel import Float32FlashBytes, Float32Flas
 from slicemod.kernels.fused.float32_operators import _turns
 from slicemod.kernels.kernel import Terms
 from slicemod.kernels.table_in_use import NO_TABLE
+from slicemod.memory.budget import AMPLE
 from slicemod.plan import SlicePlan
 from slicemod.reference import reference_attention
 from tests.measured_peak import measured_peak
 from tests.oracle import Attention, assert_as_exact_as_sdpa, layer_inputs
 
-AMPLE = 2**62  # bytes
 HALVES = [torch.bfloat16, torch.float16]
 
 
