@@ -9,7 +9,6 @@ import torch
 
 from slicemod.config import SliceConfig
 from slicemod.memory.budget import AMPLE
-from slicemod.plan import ObstacleError
 from slicemod.planning.memory_timeline import StepPeak
 from slicemod.planning.picture_kind import PictureKind
 from slicemod.planning.picture_model import PictureModel
@@ -100,10 +99,8 @@ class TracedPart:
 
     def whole_peak(self, way: Way, pixels: int) -> int:
         """Of the step and its inputs, where memory does not matter; more than there is if it cannot run."""
-        try:
-            return self.peaks(pixels, AMPLE)[way].total
-        except ObstacleError:
-            return AMPLE
+        peak = self.within(pixels, AMPLE).peak(way, pixels)
+        return AMPLE if peak is None else peak.total + self.planner.inputs(pixels)
 
 
 def parts_of(

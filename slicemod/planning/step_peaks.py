@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from slicemod.call import AttentionShape, CallSpec
 from slicemod.choose import choose
@@ -35,6 +35,7 @@ Way = Literal["full attention", "fused", "slicemod"]
 WAYS: tuple[Way, ...] = ("full attention", "fused", "slicemod")
 TRACED_STEPS = (8, 16)  # the resolutions that are traced, in steps of the UNet's own
 _LEAST_TRACED = 256  # pixels; PyTorch convolves smaller images in other ways on a CPU
+Refusal: TypeAlias = NotEnoughMemoryError | ObstacleError
 
 
 class LayerPlan(NamedTuple):
@@ -45,7 +46,7 @@ class LayerPlan(NamedTuple):
 
     shape: AttentionShape
     layers: int
-    plan: SlicePlan | NotEnoughMemoryError | None
+    plan: SlicePlan | Refusal | None
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ class ResolutionPlan:
         budget: bytes that the rest of the step leaves for attention. It is the budget of these plans.
         layers: every shape of attention, those with the largest scores first.
         peaks: the peak of the whole step, for each possible way to compute attention.
+        obstacle: why the kernel that is asked for cannot run one of the attention calls; None if it can.
     """
 
     pixels: int
     budget: int
     layers: tuple[LayerPlan, ...]
     peaks: dict[Way, StepPeak]
+    obstacle: ObstacleError | None
 
 
 class StepPlanner:
@@ -73,7 +76,6 @@ class StepPlanner:
         kind: what the step is.
         memory: bytes for the whole step, weights included.
         slicing: policy and kernel of slicemod's attention. Its budget is replaced by what the rest of the step leaves.
-            `plan` raises an ObstacleError if the model has a call that this kernel cannot run.
         progress: is told what is being done if that takes seconds.
         swapped: slicemod's way is `swap_attention(feed_forward=True)` or `swap_vae`, which compute layers in parts in
             inference. Otherwise it is the attention alone, and what `slicing` says of the layers in training.
@@ -153,10 +155,19 @@ class StepPlanner:
         return tuple(way for way in WAYS if possible.get(way, True))
 
     def plan(self, pixels: int) -> ResolutionPlan:
-        """The step on square images with edges of `pixels`, a multiple of `resolution_step`."""
-        if pixels not in self._plans:
-            self._plans[pixels] = self._plan(pixels)
-        return self._plans[pixels]
+        """The step on square images with edges of `pixels`, a multiple of `resolution_step`.
+
+        Raises:
+            ObstacleError: the kernel that is asked for cannot run one of its attention calls.
+        """
+        plan = self._plan(pixels)
+        if plan.obstacle is not None:
+            raise plan.obstacle
+        return plan
+
+    def peak(self, way: Way, pixels: int) -> StepPeak | None:
+        """The peak of one way to compute such images; None if it is not possible."""
+        return self._plan(pixels).peaks.get(way)
 
     def largest(self, way: Way) -> int:
         """Edge in pixels of the largest square image whose step fits, up to `most_pixels`; 0 if none fits."""
@@ -168,15 +179,11 @@ class StepPlanner:
 
     def fits(self, way: Way, pixels: int) -> bool:
         """Whether the step fits the memory, and no tensor of full attention is larger than the device allows."""
-        try:
-            plan = self.plan(pixels)
-        except ObstacleError:  # such as for a single key, which the smallest images have
-            return False
-        sizes = [layer.shape.scores_bytes for layer in plan.layers] if way == "full attention" else []
-        scores = max(sizes, default=0)
+        layers, peak = self._plan(pixels).layers, self.peak(way, pixels)
+        scores = max((layer.shape.scores_bytes for layer in layers), default=0) if way == "full attention" else 0
         if scores > BUFFER_CAPS.get(self.kind.device_type, scores):
             return False
-        return way in plan.peaks and plan.peaks[way].total <= self.memory
+        return peak is not None and peak.total <= self.memory
 
     def at(self, pixels: int) -> tuple[Timeline, list[CallSpec]]:
         """The timeline and the attention calls at a resolution, computed from the two traced steps."""
@@ -194,6 +201,11 @@ class StepPlanner:
         return first.between(second, pixels**2 - low**2, high**2 - low**2)
 
     def _plan(self, pixels: int) -> ResolutionPlan:
+        if pixels not in self._plans:
+            self._plans[pixels] = self._planned(pixels)
+        return self._plans[pixels]
+
+    def _planned(self, pixels: int) -> ResolutionPlan:
         timeline, calls = self.at(pixels)
         budget = self.memory - timeline.held_at_attention([AttentionCost(self._kept_bytes(call), 0) for call in calls])
         answers = {call: self._answer(call, budget) for call in set(calls)}
@@ -217,16 +229,15 @@ class StepPlanner:
             budget,
             tuple(LayerPlan(call.shape, layers, answers[call]) for call, layers in largest_first),
             {way: peak for way, peak in peaks.items() if peak is not None},
+            next((plan for call in answers if isinstance(plan := self._answer(call, AMPLE), ObstacleError)), None),
         )
 
     def _kept_bytes(self, call: Any) -> int:
         """What an attention call keeps for the backward pass, by its plan if memory does not matter."""
         if not isinstance(call, CallSpec) or not call.training:
             return 0
-        try:
-            return planned_attention_cost(call, choose(call, self.slicing, AMPLE)).kept
-        except NotEnoughMemoryError:  # a buffer would be larger than the device allows
-            return 0
+        plan = self._answer(call, AMPLE)
+        return planned_attention_cost(call, plan).kept if isinstance(plan, SlicePlan) else 0
 
     def _plan_swapped(self, pixels: int) -> tuple[int, StepPeak | None]:
         """The budget that the rest of the step leaves to swapped layers, and the peak; None if they do not fit."""
@@ -240,7 +251,7 @@ class StepPlanner:
         return budget, step.timeline.peak(found) if len(found) == len(step.calls) else None
 
     def _plan_strips(
-        self, pixels: int, attention: Sequence[SlicePlan | NotEnoughMemoryError], budget: int
+        self, pixels: int, attention: Sequence[SlicePlan | Refusal], budget: int
     ) -> tuple[int, StepPeak | None]:
         """The budget of an autoencoder whose layers go through in strips, and the peak; None if it does not fit."""
         timeline = self._step(pixels).timeline
@@ -279,7 +290,7 @@ class StepPlanner:
         own = call.tokens * call.out * call.itemsize if plan.steps == 1 else 0
         return AttentionCost(0, plan.peak_bytes - own)
 
-    def _answer(self, call: CallSpec, budget: int) -> SlicePlan | NotEnoughMemoryError:
+    def _answer(self, call: CallSpec, budget: int) -> SlicePlan | Refusal:
         if budget < 1:
             return NotEnoughMemoryError(
                 f"memory: expected more than the {self.memory - budget:,} bytes that the step holds beside its "
@@ -287,7 +298,7 @@ class StepPlanner:
             )
         try:
             return choose(call, replace(self.slicing, budget=budget), budget)
-        except NotEnoughMemoryError as error:
+        except (NotEnoughMemoryError, ObstacleError) as error:
             return error
 
 

@@ -144,3 +144,12 @@ def test_an_image_that_a_kernel_cannot_run_does_not_fit_and_is_refused_if_it_is_
     assert planner.largest("slicemod") == 0  # which tries images so small that a layer has one key
     with pytest.raises(ObstacleError, match="one key"):
         planner.plan(planner.resolution_step)
+
+
+def test_what_slicemods_kernel_cannot_run_other_ways_can() -> None:
+    kind = StepKind(torch.float32, 1, "cpu", training=True)
+    smallest = SMALL.resolution_step  # a layer has one key there
+    needed = _planner(kind).plan(smallest).peaks["full attention"].total
+    planner = _planner(kind, needed, kernel="native")
+    assert not planner.fits("slicemod", smallest)
+    assert planner.fits("full attention", smallest)
