@@ -14,5 +14,12 @@ def test_a_wrong_one_is_named_and_so_is_the_nearest(pixels: int, nearest: int) -
         check_resolutions([512, pixels], 64)
 
 
-def test_multiples_of_the_step_will_do() -> None:
-    check_resolutions([32, 96, HIGHEST_RESOLUTION], 32)
+def test_only_multiples_of_the_step_will_do() -> None:
+    def will_do(pixels: int) -> bool:
+        try:
+            check_resolutions([pixels], 32)
+        except UserError:
+            return False
+        return True
+
+    assert list(filter(will_do, range(HIGHEST_RESOLUTION + 33))) == list(range(32, HIGHEST_RESOLUTION + 1, 32))

@@ -24,8 +24,8 @@ def test_one_key_in_two_blocks_is_no_duplicate() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_say_each_key_once(path: Path) -> None:
-    require_plain_yaml(path.read_text(encoding="utf-8"), path.name)
+def test_shipped_configs_say_each_key_once_and_are_read_whole(path: Path) -> None:
+    assert read_configs([str(path)]) == yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def test_aliases_that_multiply_are_refused_before_they_are_written_out() -> None:
@@ -45,8 +45,9 @@ def test_blocks_without_end_are_refused() -> None:
         require_plain_yaml("[" * 331 + "]" * 331, "deep")
 
 
-def test_aliases_of_a_usual_size_are_read() -> None:
-    require_plain_yaml("base: &base {lr: 1}\nfirst: {<<: *base, lr: 2}\nsecond: *base\n", "text")
+def test_aliases_of_a_usual_size_are_read(tmp_path: Path) -> None:
+    (file := tmp_path / "aliases.yaml").write_text("base: &base {lr: 1}\nfirst: {<<: *base, eps: 2}\nsecond: *base\n")
+    assert read_configs([str(file)]) == {"base": {"lr": 1}, "first": {"lr": 1, "eps": 2}, "second": {"lr": 1}}
 
 
 def test_later_files_come_over_earlier_ones_block_by_block(tmp_path: Path) -> None:

@@ -23,9 +23,16 @@ AUTOENCODER = {"latent_channels": 4}
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
 
 
-def test_what_stable_diffusion_is_is_taken() -> None:
-    require_known_kind(UNET, AUTOENCODER, SCHEDULER)
-    require_known_kind({**UNET, "addition_embed_type": "text_time"}, AUTOENCODER, SCHEDULER)
+def test_unets_that_look_at_text_alone_or_at_sizes_too_are_taken_and_no_others() -> None:
+    def is_taken(looks_at: str | None) -> bool:
+        try:
+            require_known_kind({**UNET, "addition_embed_type": looks_at}, AUTOENCODER, SCHEDULER)
+        except UserError:
+            return False
+        return True
+
+    kinds = None, "text", "text_time", "text_image", "image", "image_hint"  # all that diffusers has
+    assert [kind for kind in kinds if is_taken(kind)] == [None, "text_time"]
 
 
 @pytest.mark.parametrize(
