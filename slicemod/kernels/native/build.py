@@ -96,9 +96,9 @@ def _library_or_obstacle() -> NativeLibrary | _Obstacle:
         return _Obstacle(f"there is no C++ compiler: $CXX is not set, and none of {', '.join(_COMPILERS)} is there")
     try:
         try:
-            return NativeLibrary(_compiled(compiler))
+            return NativeLibrary(compiled(compiler))
         except WrongLibraryError:
-            return NativeLibrary(_compiled(compiler, anew=True))
+            return NativeLibrary(compiled(compiler, anew=True))
     except (OSError, CompilerError) as error:
         return _Obstacle(f"{shlex.join(compiler)} could not build it, or it could not be loaded: {error}", failed=True)
 
@@ -165,7 +165,7 @@ def compiler_found() -> list[str] | None:
     return None
 
 
-def _compiled(compiler: Sequence[str], *, anew: bool = False, seconds: float = _SECONDS) -> Path:
+def compiled(compiler: Sequence[str], *, anew: bool = False, seconds: float = _SECONDS) -> Path:
     """The path of the compiled library. It is taken from the cache if it is there and has the right digest.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -11,31 +12,39 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from slicemod.kernels.native import build as module
-from slicemod.kernels.native.build import CompilerError, NativeLibraryWarning, native_library, native_obstacle
-from slicemod.kernels.native.operators import native_attention
+from slicemod.kernels.native import build, operators
+from slicemod.kernels.native.build import CompilerError, NativeLibraryWarning, compiled, compiler_found
 
-TRUE_LIBRARY, TRUE_COMPILER = native_library(), module.compiler_found()
-needs_native = pytest.mark.skipif(TRUE_LIBRARY is None, reason=f"no native kernel: {native_obstacle()}")
+TRUE_LIBRARY, TRUE_COMPILER = build.native_library(), compiler_found()
+needs_native = pytest.mark.skipif(TRUE_LIBRARY is None, reason=f"no native kernel: {build.native_obstacle()}")
 
 
 @pytest.fixture
-def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A cache folder of its own, and no memory of what was found before."""
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder, in which `cache` is that of compiled libraries."""
     monkeypatch.setenv("SLICEMOD_CACHE", str(tmp_path / "cache"))
     if os.environ.get("SLICEMOD_NATIVE") == "0":
         monkeypatch.delenv("SLICEMOD_NATIVE")
-    module._library_or_obstacle.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    module._library_or_obstacle.cache_clear()
+    return tmp_path
+
+
+def new_process() -> Any:
+    """The module as a new process has it: it has not looked for a library, and has warned of nothing."""
+    spec = find_spec(build.__name__)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.NativeLibraryWarning = NativeLibraryWarning
+    return module
 
 
 @pytest.fixture
@@ -70,42 +79,42 @@ def quick(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @needs_native
 def test_it_is_compiled_into_the_cache_and_found_there_again(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native_library() is not None
+    first = new_process()
+    assert first.native_library() is not None
     built, digest = sorted((anew / "cache").iterdir(), reverse=True)
     assert (built.suffix, digest.suffix) == (".so", ".sha256")
-    assert module.build() == built
+    assert first.build() == built
     assert stat.S_IMODE((anew / "cache").stat().st_mode) & 0o077 == 0
-    module._library_or_obstacle.cache_clear()
     before = built.stat().st_mtime_ns
-    assert native_library() is not None
+    assert new_process().native_library() is not None
     assert built.stat().st_mtime_ns == before
 
 
 def test_other_files_beside_the_source_are_not_read(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = anew / "csrc"
-    shutil.copytree(module.SOURCES, sources)
-    monkeypatch.setattr(module, "SOURCES", sources)
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
     stub = str(compiler_stub(anew, "touch $built"))
-    once = module._compiled([stub])
+    once = compiled([stub])
     (sources / ".attention.cpp.swp").write_bytes(b"\xff\xfe")
     (sources / ".#forward.h").symlink_to(anew / "nowhere")
     (sources / "__pycache__").mkdir()
-    assert module._compiled([stub]) == once
+    assert compiled([stub]) == once
     (sources / "forward.h").write_text("// another", encoding="utf-8")
-    assert module._compiled([stub]) != once
+    assert compiled([stub]) != once
 
 
 def test_a_lowered_capability_of_pytorchs_is_kept_to(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built")
     for capability, lowered in (("AVX512", False), ("AVX2", True)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
-        module._compiled([str(stub)])
+        compiled([str(stub)])
         assert ("-mno-avx512f" in (anew / "asked").read_text(encoding="utf-8")) == lowered
 
 
 @needs_native
 def test_another_process_finds_it_too(anew: Path, quick: None) -> None:
-    assert native_library() is not None
+    assert new_process().native_library() is not None
     program = "from slicemod.kernels.native.build import native_library; assert native_library() is not None"
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, env=dict(os.environ))
     assert len(list((anew / "cache").iterdir())) == 2
@@ -113,19 +122,20 @@ def test_another_process_finds_it_too(anew: Path, quick: None) -> None:
 
 def test_it_can_be_switched_off(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLICEMOD_NATIVE", "0")
-    assert native_library() is None
-    assert native_obstacle() == "SLICEMOD_NATIVE is 0"
+    process = new_process()
+    assert process.native_library() is None
+    assert process.native_obstacle() == "SLICEMOD_NATIVE is 0"
 
 
 def test_other_processors_are_named(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert native_obstacle() == "it needs AVX2 or AVX512, and PyTorch finds DEFAULT"
+    assert new_process().native_obstacle() == "it needs AVX2 or AVX512, and PyTorch finds DEFAULT"
 
 
 def test_other_systems_are_named(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Windows")
     monkeypatch.setattr(platform, "machine", lambda: "AMD64")
-    assert "this is Windows on AMD64" in str(native_obstacle())
+    assert "this is Windows on AMD64" in new_process().native_obstacle()
 
 
 @pytest.fixture(params=[("Linux", "aarch64"), ("Darwin", "arm64")], ids="-".join)
@@ -164,16 +174,15 @@ def tell_processor(monkeypatch: pytest.MonkeyPatch, words: str | None) -> None:
 
 def test_on_arm_it_is_off_until_it_is_asked_for(arm: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     off = "its speed on Arm was never measured; SLICEMOD_NATIVE=1 in the environment turns it on"
-    assert native_obstacle() == off
+    assert new_process().native_obstacle() == off
     monkeypatch.setenv("SLICEMOD_NATIVE", "1")
     monkeypatch.setenv("CXX", "true")  # it makes no library
-    module._library_or_obstacle.cache_clear()
     with pytest.warns(NativeLibraryWarning, match="true could not build it"):
-        assert native_obstacle() != off
+        assert new_process().native_obstacle() != off
 
 
 def test_compilers_for_arm_get_flags_that_they_know(arm: tuple[str, str], anew: Path) -> None:
-    module._compiled([str(compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built"))])
+    compiled([str(compiler_stub(anew, f"echo $all > {anew / 'asked'}; touch $built"))])
     asked = (anew / "asked").read_text(encoding="utf-8").split()
     linux = arm[0] == "Linux"
     assert ("-mcpu=native" in asked, "-ltorch_cpu" in asked) == (linux, linux)
@@ -185,16 +194,19 @@ def test_every_arm_processor_on_linux_has_its_own_library(
     arm: tuple[str, str], anew: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub = str(compiler_stub(anew, "touch $built"))
-    once = module._compiled([stub])
+    once = compiled([stub])
     for old, new, same in (("243.75", "200.00", True), ("0xd0c", "0xd40", arm[0] != "Linux")):
         tell_processor(monkeypatch, ARM_PROCESSOR.replace(old, new))
-        assert (module._compiled([stub]) == once) == same
+        assert (compiled([stub]) == once) == same
 
 
 def test_without_a_compiler_there_is_none(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(anew))
     monkeypatch.delenv("CXX", raising=False)
-    assert native_obstacle() == "there is no C++ compiler: $CXX is not set, and none of c++, g++, clang++ is there"
+    assert (
+        new_process().native_obstacle()
+        == "there is no C++ compiler: $CXX is not set, and none of c++, g++, clang++ is there"
+    )
 
 
 @pytest.mark.parametrize("words", ["/nowhere/g++", "no-such-cache g++", " ", "'g++"])
@@ -203,7 +215,7 @@ def test_a_given_compiler_that_cannot_be_run_is_named_and_no_other_is_taken(
 ) -> None:
     monkeypatch.setenv("CXX", words)
     with pytest.warns(NativeLibraryWarning, match=re.escape(f"expected the command of a C++ compiler; got {words!r}")):
-        assert native_library() is None
+        assert new_process().native_library() is None
 
 
 def test_a_compiler_can_be_given_as_a_command_of_several_words(
@@ -214,9 +226,9 @@ def test_a_compiler_can_be_given_as_a_command_of_several_words(
     built = set()
     for number in ("5", "7"):
         monkeypatch.setenv("CXX", f"env NUMBER={number} '{stub}'")
-        compiler = module.compiler_found()
+        compiler = compiler_found()
         assert compiler == [shutil.which("env"), f"NUMBER={number}", str(stub)]
-        built.add(module._compiled(compiler))
+        built.add(compiled(compiler))
         assert (anew / "asked").read_text(encoding="utf-8") == f"{number}\n"
     assert len(built) == 2
 
@@ -224,8 +236,8 @@ def test_a_compiler_can_be_given_as_a_command_of_several_words(
 def test_a_compiler_that_fails_is_quoted_once(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(compiler_stub(anew, "echo 'no room for tiles' >&2; exit 1")))
     with pytest.warns(NativeLibraryWarning, match="no room for tiles"):
-        assert native_library() is None
-    assert "no room for tiles" in str(native_obstacle())
+        assert (process := new_process()).native_library() is None
+    assert "no room for tiles" in process.native_obstacle()
     assert list((anew / "cache").iterdir()) == []
 
 
@@ -234,24 +246,25 @@ def test_a_compiler_that_fails_is_tried_once_where_warnings_are_errors(
 ) -> None:
     tries = anew / "tries"
     monkeypatch.setenv("CXX", str(compiler_stub(anew, f"echo one >> {tries}; exit 1")))
+    process = new_process()
     with pytest.raises(NativeLibraryWarning):
-        native_library()
-    assert native_library() is None
-    assert native_library() is None
+        process.native_library()
+    assert process.native_library() is None
+    assert process.native_library() is None
     assert tries.read_text(encoding="utf-8") == "one\n"
 
 
 def test_a_compiler_may_speak_latin_1(anew: Path, x86: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(compiler_stub(anew, "printf 'Datei fehlt f\\374r' >&2; exit 1")))
     with pytest.warns(NativeLibraryWarning, match="Datei fehlt f\ufffdr"):
-        assert native_library() is None
+        assert new_process().native_library() is None
 
 
 def test_a_compiler_that_hangs_is_ended_with_all_it_started(anew: Path, x86: None) -> None:
     stub, alive = compiler_stub(anew, f"(sleep 2; touch {anew / 'alive'}) & sleep 600"), anew / "alive"
     started = time.monotonic()
     with pytest.raises(CompilerError, match=r"did not end within 0\.5 s"):
-        module._compiled([str(stub)], seconds=0.5)
+        compiled([str(stub)], seconds=0.5)
     assert time.monotonic() - started < 60
     time.sleep(2.5)
     assert not alive.exists()
@@ -272,7 +285,7 @@ def spoil_by_another_library(library: Path) -> None:
 
 def spoil_by_another_library_and_digest(library: Path) -> None:
     spoil_by_another_library(library)
-    library.with_suffix(".sha256").write_text(module._digest(library), encoding="ascii")
+    library.with_suffix(".sha256").write_text(hashlib.sha256(library.read_bytes()).hexdigest(), encoding="ascii")
 
 
 def spoil_by_leave_to_write(library: Path) -> None:
@@ -297,20 +310,19 @@ def spoil_by_losing_the_digest(library: Path) -> None:
 def test_a_library_that_is_not_as_it_was_written_is_compiled_again(
     quick: None, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    compiler = module.compiler_found()
+    compiler = compiler_found()
     assert compiler is not None
-    built = module._compiled(compiler)  # not loaded: what is mapped must not be truncated
+    built = compiled(compiler)  # not loaded: what is mapped must not be truncated
     once = built.read_bytes()
     spoil(built)
     caplog.clear()
-    library = native_library()
-    assert library is not None
-    assert library.vector_lanes in (4, 8, 16)
+    assert new_process().native_library().vector_lanes in (4, 8, 16)
     (said,) = caplog.messages
     assert said.startswith("compiling slicemod's native attention kernel")
     assert built.read_bytes() == once
     assert stat.S_IMODE(built.stat().st_mode) == 0o755
-    assert module._is_as_written(built)
+    assert compiled(compiler) == built
+    assert caplog.messages == [said]  # and not a second time
 
 
 def test_a_folder_that_others_may_write_to_is_refused_by_name(
@@ -320,11 +332,10 @@ def test_a_folder_that_others_may_write_to_is_refused_by_name(
     folder.mkdir()
     for mode in (0o770, 0o707, 0o1777):
         folder.chmod(mode)
-        module._library_or_obstacle.cache_clear()
         with pytest.warns(
             NativeLibraryWarning, match=f"got {folder}, owned by {os.getuid()}, mode {mode:o}. Run chmod"
         ):
-            assert native_library() is None
+            assert new_process().native_library() is None
     assert list(folder.iterdir()) == []
 
 
@@ -336,40 +347,39 @@ def test_a_folder_that_everybody_can_replace_is_refused_by_name(
     shared.chmod(0o777)
     monkeypatch.setenv("SLICEMOD_CACHE", str(shared / "cache"))
     with pytest.warns(NativeLibraryWarning, match=f"everybody may write to {shared}"):
-        assert native_library() is None
+        assert new_process().native_library() is None
     shared.chmod(0o1777)  # as /tmp: nobody can replace what is another's
-    assert module._cache_folder() == shared / "cache"
+    assert compiled([str(compiler_stub(anew, "touch $built"))]).parent == shared / "cache"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 def test_a_library_or_folder_of_another_user_is_not_trusted(anew: Path, x86: None) -> None:
     stub = str(compiler_stub(anew, "touch $built"))
-    built = module._compiled([stub])
+    built = compiled([stub])
     os.chown(built, 12345, -1)
-    assert not module._is_as_written(built)
-    assert module._compiled([stub]) == built
+    assert compiled([stub]) == built
     assert built.stat().st_uid == 0
     os.chown(built.parent, 12345, -1)
     with pytest.raises(PermissionError, match="owned by 12345"):
-        module._compiled([stub])
+        compiled([stub])
 
 
 def test_a_compilation_is_said_and_a_second_process_says_nothing(
     anew: Path, x86: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     stub = str(compiler_stub(anew, "touch $built"))
-    module._compiled([stub])
+    compiled([stub])
     (said,) = caplog.records
     assert (said.name, said.levelname) == ("slicemod", "WARNING")
     assert f"compiling slicemod's native attention kernel with {stub} into {anew / 'cache'}" in said.getMessage()
-    module._compiled([stub])
+    compiled([stub])
     assert len(caplog.records) == 1
 
 
 def test_building_ahead_of_time_says_what_is_in_the_way(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLICEMOD_NATIVE", "0")
     with pytest.raises(RuntimeError, match="SLICEMOD_NATIVE is 0"):
-        module.build()
+        new_process().build()
 
 
 def homeless() -> Path:
@@ -382,13 +392,15 @@ def test_without_a_home_folder_the_cache_is_asked_for(anew: Path, x86: None, mon
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setenv("CXX", "true")
     with pytest.warns(NativeLibraryWarning, match="Set SLICEMOD_CACHE"):
-        assert native_library() is None
+        assert new_process().native_library() is None
     monkeypatch.setenv("SLICEMOD_CACHE", str(anew / "given"))
-    assert module._cache_folder() == anew / "given"
+    assert compiled([str(compiler_stub(anew, "touch $built"))]).parent == anew / "given"
 
 
 def test_a_graph_from_another_machine_says_what_is_missing(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLICEMOD_NATIVE", "0")
-    query = torch.randn(1, 2, 17, 8)
+    process, query = new_process(), torch.randn(1, 2, 17, 8)
+    for name in ("native_library", "native_obstacle"):
+        monkeypatch.setattr(operators, name, getattr(process, name))
     with pytest.raises(RuntimeError, match="SLICEMOD_NATIVE is 0"):
-        native_attention(query, query, query, None, None, 0.0, False, 0.3, False)
+        operators.native_attention(query, query, query, None, None, 0.0, False, 0.3, False)
