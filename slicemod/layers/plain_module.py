@@ -14,5 +14,10 @@ def runs_alone(module: nn.Module) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     # Some programs put a forward of their own into a module, or into its class.
-    own = type(module).forward.__globals__ is vars(sys.modules[type(module).__module__])
-    return own and "forward" not in vars(module) and module._compiled_call_impl is None
+    is_own = has_own(type(module), "forward") and "forward" not in vars(module)
+    return is_own and module._compiled_call_impl is None
+
+
+def has_own(kind: type[nn.Module], method: str) -> bool:
+    """A method of a class of modules is from the file of the class."""
+    return getattr(getattr(kind, method), "__globals__", None) is vars(sys.modules[kind.__module__])

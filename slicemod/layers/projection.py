@@ -47,7 +47,7 @@ def is_plain(module: nn.Module, x: Tensor) -> bool:
 
 def _is_product(linear: nn.Linear, x: Tensor) -> bool:
     """The module is one product of plain contiguous tensors on a CPU, and no gradient is needed."""
-    return torch.get_num_threads() > 1 and x.is_cpu and x.is_contiguous() and _multiplies_plain_tensors(linear, x)
+    return torch.get_num_threads() > 1 and x.is_cpu and x.is_contiguous() and _multiplies_without_gaps(linear, x)
 
 
 def is_plain_linear(module: Any, x: Tensor) -> TypeGuard[nn.Linear]:
@@ -55,22 +55,25 @@ def is_plain_linear(module: Any, x: Tensor) -> TypeGuard[nn.Linear]:
 
     So it may be computed by its weights, for some rows or some columns at a time.
     """
-    return type(module) is nn.Linear and is_plain(module, x) and _multiplies_plain_tensors(module, x)
+    return type(module) is nn.Linear and is_plain(module, x) and _multiplies_without_gaps(module, x)
 
 
-def _multiplies_plain_tensors(linear: nn.Linear, x: Tensor) -> bool:
-    """Weight and bias are plain contiguous tensors of the dtype and device of `x`, and no gradient is needed."""
+def _multiplies_without_gaps(linear: nn.Linear, x: Tensor) -> bool:
+    """Weight and bias are contiguous, and `multiplies_plain_tensors`."""
+    return multiplies_plain_tensors(linear, x) and all(
+        given is None or given.is_contiguous() for given in linear._parameters.values()
+    )
+
+
+def multiplies_plain_tensors(module: nn.Module, x: Tensor) -> bool:
+    """Weight and bias are plain tensors of the dtype and device of `x`, and no gradient is needed."""
     if is_any_autocast_enabled() or differentiates_forward() or needs_grad(x):
         return False
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None:  # a wrapper keeps it elsewhere
         return False
     return type(x) in _PLAIN and all(
-        type(tensor) in _PLAIN
-        and tensor.is_contiguous()
-        and tensor.device == x.device
-        and tensor.dtype == x.dtype
-        and not needs_grad(tensor)
+        type(tensor) in _PLAIN and tensor.device == x.device and tensor.dtype == x.dtype and not needs_grad(tensor)
         for tensor in (weight, bias)
         if tensor is not None
     )

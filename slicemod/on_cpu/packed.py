@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from slicemod.call import needs_grad
-from slicemod.on_cpu.prepared import Prepared, is_only_inference, is_other_convolution
+from slicemod.layers.plain_module import has_own
+from slicemod.on_cpu.convolution import PreparedConv2d
 from slicemod.torch_internals import pack_convolution, packed_convolution
 
 # For the channels of UNets the blocks do not depend on the size of the image, but oneDNN wants to know one. Where they
@@ -28,32 +29,46 @@ from slicemod.torch_internals import pack_convolution, packed_convolution
 _PIXELS = 16
 
 
-class PackedConv2d(Prepared, nn.Conv2d):
+class PackedConv2d(PreparedConv2d):
     """A convolution in bfloat16 whose weight is packed."""
 
-    plain, way = nn.Conv2d, "weights packed"
+    way = "weights packed"
 
     _plain: nn.Parameter  # the weight's own parameter, which has no numbers meanwhile
     _strides: tuple[int, ...]  # its strides
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
-        """`(B, O, H', W')` of `(B, C, H, W)`. The output is laid out as `(B, H', W', O)`.
+    def takes(self, given: Tensor) -> bool:
+        """The call is no more than an inference by the packed weight. Others may have put a plain one in its place."""
+        return super().takes(given) and self._is_packed()
+
+    def compute(self, given: Tensor) -> Tensor:
+        """`(B, O, h, w)` of `(B, C, H, W)`. The output is laid out as `(B, h, w, O)`."""
+        sizes = self.padding, self.stride, self.dilation, self.groups
+        output: Tensor = packed_convolution(given, self.weight, self.bias, *sizes, "none", [], None)
+        return output
+
+    def compute_plainly(self, given: Tensor) -> Tensor:
+        """The output for any other input, by a plain copy of the weight.
 
         Raises:
-            RuntimeError: a gradient is needed, or a graph is traced by `torch.compile`.
+            RuntimeError: a gradient is needed, a graph is traced by `torch.compile`, or some program has put its own
+                `forward` into `nn.Conv2d`, which looks for plain weights.
         """
-        weight = self.weight
-        if torch.compiler.is_compiling() or needs_grad(input, weight, self.bias):
-            raise RuntimeError(
-                "packed convolutions: expected inference (torch.no_grad()) without torch.compile; got "
-                f"{'a traced graph' if torch.compiler.is_compiling() else 'a call that needs gradients'}. Call undo() "
-                "of what prepare_for_cpu returned first."
-            )
-        if is_other_convolution(self, input) or not is_only_inference(self, input):
-            output: Tensor = self._conv_forward(input, self._numbers(), self.bias)
+        if not self._is_packed():
+            return super().compute_plainly(given)
+        if torch.compiler.is_compiling():
+            reason = "a traced graph"
+        elif needs_grad(given, self.weight, self.bias):
+            reason = "a call that needs gradients"
+        elif not has_own(nn.Conv2d, "forward"):
+            reason = "another forward in nn.Conv2d, which some program put there"
+        else:
+            output: Tensor = self._conv_forward(given, self._numbers(), self.bias)
             return output
-        sizes = self.padding, self.stride, self.dilation, self.groups
-        return packed_convolution(input, weight, self.bias, *sizes, "none", [], None)  # type: ignore[no-any-return]
+        raise RuntimeError(
+            f"packed convolutions: expected inference (torch.no_grad()) without torch.compile; got {reason}. Call "
+            "undo() of what prepare_for_cpu returned first."
+        )
 
     @torch.inference_mode(False)  # otherwise what it makes could not be trained afterwards
     def prepare(self) -> None:
@@ -69,9 +84,10 @@ class PackedConv2d(Prepared, nn.Conv2d):
     def make_plain(self) -> None:
         """Become a plain convolution again, with the very same parameter."""
         state = vars(self)
-        if "_plain" in state:  # otherwise packing has failed
-            packed, weight = self.weight, state.pop("_plain")
-            numbers = torch.empty_strided(packed.shape, state.pop("_strides"), dtype=packed.dtype, device="cpu")
+        weight, strides = state.pop("_plain", None), state.pop("_strides", None)
+        if self._is_packed():
+            packed = self.weight
+            numbers = torch.empty_strided(packed.shape, strides, dtype=packed.dtype, device="cpu")
             weight.data = numbers.copy_(self._numbers())
             self.weight = weight.requires_grad_(packed.requires_grad)
         super().make_plain()
@@ -79,8 +95,15 @@ class PackedConv2d(Prepared, nn.Conv2d):
     def plain_state(self) -> dict[str, Any]:
         """The attributes of a plain convolution; its weight is a copy."""
         state = {name: value for name, value in vars(self).items() if name not in ("_plain", "_strides")}
+        if not self._is_packed():
+            return state
         weight = nn.Parameter(self._numbers(), requires_grad=self.weight.requires_grad)
         return state | {"_parameters": state["_parameters"] | {"weight": weight}}
+
+    def _is_packed(self) -> bool:
+        """The weight is the packed one: packing has not failed, and nobody has put another in its place."""
+        weight = self._parameters.get("weight")
+        return weight is not None and weight.is_mkldnn
 
     def _numbers(self) -> Tensor:
         """The weight as a plain tensor."""
@@ -88,7 +111,8 @@ class PackedConv2d(Prepared, nn.Conv2d):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self._numbers()
+        if self._is_packed():
+            destination[f"{prefix}weight"] = self._numbers()
 
     def _load_from_state_dict(self, *given: Any, **more: Any) -> None:
         self.make_plain()

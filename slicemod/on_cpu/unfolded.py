@@ -8,45 +8,10 @@ with this matrix.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from slicemod.on_cpu.prepared import Prepared, is_only_inference, is_other_convolution
-
-
-class Window(NamedTuple):
-    """How a convolution's kernel moves over the image; each a number of rows and one of columns."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> Window:
-        """That of a convolution whose padding is given in numbers."""
-        pairs: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        return cls(*((int(rows), int(columns)) for rows, columns in pairs))
-
-    def output(self, image: Tensor) -> tuple[int, int]:
-        """Rows and columns of the output for an image `(B, C, H, W)`."""
-        rows, columns = (
-            (size + 2 * self.padding[axis] - self.dilation[axis] * (self.kernel[axis] - 1) - 1) // self.stride[axis] + 1
-            for axis, size in enumerate(image.shape[2:])
-        )
-        return rows, columns
-
-    def unfolded(self, image: Tensor) -> Tensor:
-        """`(C kh kw, h w)` of one image `(1, C, H, W)`."""
-        if self == _ONE_PIXEL and image.is_contiguous():
-            return image[0].flatten(1)
-        return F.unfold(image, self.kernel, self.dilation, self.padding, self.stride)[0]
-
-
-_ONE_PIXEL = Window((1, 1), (1, 1), (0, 0), (1, 1))
+from slicemod.on_cpu.convolution import PreparedConv2d, Window
 
 
 def is_small(weight: Tensor, pixels: int) -> bool:
@@ -54,25 +19,26 @@ def is_small(weight: Tensor, pixels: int) -> bool:
 
     Then it takes less memory than the copy of the weight, and less time. Measured on AMD's Zen 3 and Zen 4.
     """
-    return 0 < 2 * pixels <= weight.shape[0]
+    return 2 * pixels <= weight.shape[0]
 
 
-class UnfoldedConv2d(Prepared, nn.Conv2d):
+class UnfoldedConv2d(PreparedConv2d):
     """A convolution in float32 that is a product where the image is small."""
 
-    plain, way = nn.Conv2d, "unfolded where the image is small"
+    way = "unfolded where the image is small"
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+    def takes(self, given: Tensor) -> bool:
+        """The call is no more than an inference of small images."""
+        if not super().takes(given):
+            return False
+        rows, columns = Window.of(self).output(given)
+        return is_small(self.weight, rows * columns)
+
+    def compute(self, given: Tensor) -> Tensor:
         """`(B, O, h, w)` of `(B, C, H, W)`."""
-        if is_other_convolution(self, input) or not is_only_inference(self, input):
-            return super().forward(input)
-        window = Window.of(self)
-        rows, columns = window.output(input)
-        if not is_small(self.weight, rows * columns):
-            return super().forward(input)
-        output = input.new_empty(len(input), self.out_channels, rows, columns)
-        weight = self.weight.flatten(1)  # (O, C kh kw)
-        for item, image in zip(output, torch.split(input, 1), strict=True):
+        window, weight = Window.of(self), self.weight.flatten(1)  # (O, C kh kw)
+        output = given.new_empty(len(given), len(weight), *window.output(given))
+        for item, image in zip(output, torch.split(given, 1), strict=True):
             multiply(weight, window.unfolded(image), self.bias, into=item.flatten(1))
         return output
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slicemod.on_cpu.prepared import Prepared, is_only_inference, is_other_convolution
-from slicemod.on_cpu.unfolded import Window, is_small, multiply
+from slicemod.on_cpu.convolution import PreparedConv2d, Window
+from slicemod.on_cpu.prepared import Prepared
+from slicemod.on_cpu.unfolded import is_small, multiply
 from slicemod.rounding import ceil_div
 
 # Bytes of a weight that are widened at a time: for a convolution, for that of a small image, and for a linear layer;
@@ -20,26 +21,24 @@ _CONVOLUTION, _SMALL_CONVOLUTION, _PRODUCT = 2**23, 2**24, 2**21
 _ROWS = 256
 
 
-class WidenedConv2d(Prepared, nn.Conv2d):
+class WidenedConv2d(PreparedConv2d):
     """A convolution in half precision that is computed in float32."""
 
-    plain, way = nn.Conv2d, "in float32"
+    way = "in float32"
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
+    def compute(self, given: Tensor) -> Tensor:
         """`(B, O, h, w)` of `(B, C, H, W)`."""
-        if is_other_convolution(self, input) or not is_only_inference(self, input):
-            return super().forward(input)
         window = Window.of(self)
-        rows, columns = window.output(input)
-        output = input.new_empty(len(input), self.out_channels, rows, columns)
-        for item, image in zip(output, torch.split(input, 1), strict=True):
+        rows, columns = window.output(given)
+        output = given.new_empty(len(given), len(self.weight), rows, columns)
+        for item, image in zip(output, torch.split(given, 1), strict=True):
             wide = image.float()
             patches = window.unfolded(wide) if is_small(self.weight, rows * columns) else None
             for channels in _chunks(self.weight, _CONVOLUTION if patches is None else _SMALL_CONVOLUTION):
-                self._compute(channels, wide, patches, item[channels])
+                self._compute_channels(channels, wide, patches, item[channels])
         return output
 
-    def _compute(self, channels: slice, image: Tensor, patches: Tensor | None, output: Tensor) -> None:
+    def _compute_channels(self, channels: slice, image: Tensor, patches: Tensor | None, output: Tensor) -> None:
         """Write some channels `(o, h, w)` of the output for an image `(1, C, H, W)` in float32."""
         weight, bias = _widened(self, channels)
         if patches is None:
@@ -55,20 +54,22 @@ class WidenedLinear(Prepared, nn.Linear):
 
     plain, way = nn.Linear, "in float32"
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - PyTorch's name
-        """`(..., O)` of `(..., C)`."""
-        if not is_only_inference(self, input):
-            return super().forward(input)
-        given = input.reshape(-1, self.in_features)  # (T, C)
-        output = input.new_empty(len(given), self.out_features)
-        for channels in _chunks(self.weight, _PRODUCT):
-            self._compute(channels, given, output[:, channels])
-        return output.view(*input.shape[:-1], self.out_features)
+    def takes(self, given: Tensor) -> bool:
+        """The call is no more than an inference of tokens with as many channels as the weight."""
+        return super().takes(given) and given.shape[-1:] == self.weight.shape[1:]
 
-    def _compute(self, channels: slice, given: Tensor, output: Tensor) -> None:
+    def compute(self, given: Tensor) -> Tensor:
+        """`(..., O)` of `(..., C)`."""
+        tokens = given.reshape(-1, given.shape[-1])  # (T, C)
+        output = given.new_empty(len(tokens), len(self.weight))
+        for channels in _chunks(self.weight, _PRODUCT):
+            self._compute_channels(channels, tokens, output[:, channels])
+        return output.view(*given.shape[:-1], len(self.weight))
+
+    def _compute_channels(self, channels: slice, tokens: Tensor, output: Tensor) -> None:
         """Write some channels `(T, o)` of the output."""
         weight, bias = _widened(self, channels)
-        for rows, into in zip(torch.split(given, _ROWS), torch.split(output, _ROWS), strict=True):
+        for rows, into in zip(torch.split(tokens, _ROWS), torch.split(output, _ROWS), strict=True):
             into.copy_(F.linear(rows.float(), weight, bias))
 
     def scratch_bytes(self) -> int:

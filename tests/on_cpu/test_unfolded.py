@@ -13,7 +13,8 @@ from torch import nn
 from slicemod import prepare_for_cpu
 from slicemod.bench.memory import peak_memory
 from slicemod.on_cpu import unfolded
-from slicemod.on_cpu.unfolded import UnfoldedConv2d, Window, is_small
+from slicemod.on_cpu.convolution import Window
+from slicemod.on_cpu.unfolded import UnfoldedConv2d, is_small
 from slicemod.torch_internals import has_onednn
 from tests.on_cpu.convolutions import SHAPES, assert_as_exact, convolution, image, shaped
 
