@@ -26,8 +26,9 @@ class CallWork(Work):
         size: edge of the image in pixels, or tokens, in `unit`.
         shape: its sizes; causal, dropout and grouped heads, but not its mask.
         unit: of `size`.
-        mask: `"padding"`, a bool for each key; `"heads"`, numbers for each head, query and key that are added to the
-            scores; `"learned"`, the same with a gradient.
+        mask: `"padding"`, a bool for each key; `"packed"`, a bool for each query and key, of four sequences in one;
+            `"heads"`, numbers for each head, query and key that are added to the scores; `"learned"`, the same with a
+            gradient.
         dropout: the probability that a weight is dropped; none is where the call is checked.
     """
 
@@ -35,7 +36,7 @@ class CallWork(Work):
     size: int
     shape: AttentionShape
     unit: str = "px"
-    mask: Literal["padding", "heads", "learned"] | None = None
+    mask: Literal["padding", "packed", "heads", "learned"] | None = None
     dropout: float = 0.0
 
     @property
@@ -84,6 +85,9 @@ class CallWork(Work):
             return None
         if self.mask == "padding":  # the last quarter, of every item
             return (torch.arange(shape.keys) < shape.keys - shape.keys // 4).expand(shape.batch, 1, 1, -1).contiguous()
+        if self.mask == "packed":
+            sequence_of_query, sequence_of_key = (4 * torch.arange(n) // n for n in (shape.queries, shape.keys))
+            return (sequence_of_query[:, None] == sequence_of_key)[None, None]
         return torch.randn(1, shape.heads, shape.queries, shape.keys)
 
     def _options(self, dropout: float) -> tuple[Any, ...]:
@@ -109,6 +113,7 @@ def _calls(size: int, fine: int, coarse: int) -> list[CallWork]:
     return [
         CallWork("padding mask on 77 keys, 8x40", size, AttentionShape(2, 8, fine, 77, 40, 4), mask="padding"),
         CallWork("padding mask on 256 keys, 8x64", size, AttentionShape(2, 8, coarse, 256, 64, 4), mask="padding"),
+        CallWork("mask of four packed sequences, 8x64", size, own, mask="packed"),
         CallWork("mask for each head, 8x64", size, own, mask="heads"),
         CallWork("mask with a gradient, 8x64", size, own, mask="learned"),
         CallWork("causal, 8x64", size, replace(own, causal=True)),

@@ -75,7 +75,7 @@ def test_every_kind_of_call_is_there_at_every_size() -> None:
         ("padding mask on 256 keys, 8x64", 64, 16),
         ("padding mask on 256 keys, 8x64", 128, 64),
     ]
-    assert len(works) == len({work.name for work in works}) == 2 * 9
+    assert len(works) == len({work.name for work in works}) == 2 * 10
     assert {work.series for work in works if work.training_only} == {
         "mask with a gradient, 8x64", "dropout of a tenth, 8x64"
     }  # fmt: skip

@@ -210,7 +210,9 @@ struct Backward {
         return std::min(padded, round_up(std::max<Index>(end - from, 0), Mode::step));
     }
     // Whether queries may leave out keys. Their sums then start as zeros; otherwise the first product stores its result.
-    bool leaves_out() const { return call.causal || (call.masked() && call.mask.row == 0); }
+    bool leaves_out() const { return call.causal || skips_hidden() || (call.masked() && call.mask.row == 0); }
+    // Whether keys that the mask hides from a block of queries are left out. The gradient of a mask is written for all.
+    bool skips_hidden() const { return call.masked() && !call.mask_gradient; }
 
     // The gradients of the keys of one unit, and what these keys add to the gradients of all queries. `head_of(i)` is
     // number i of the heads of queries that share the keys.
@@ -244,6 +246,13 @@ struct Backward {
                     for (Index row = 0; row < some_keys; row += strip) {
                         const Index some = std::min(strip, some_keys - row);
                         const Strip of{row, some, from + row, from + count, start, rows, width, key_lanes};
+                        if (skips_hidden() &&
+                            hides_all(head.mask, start, rows, of.key, std::min(some, count - row))) {
+                            for (Index j = 0; j < width; j += kPanel)
+                                std::fill_n(panel(space.grad_score_lanes, key_lanes, width, row / per_lane, j),
+                                            some / per_lane * std::min(kPanel, width - j), Lane{0});
+                            continue;
+                        }
                         score(space, of, head.mask);
                         call.drops() ? weigh<true>(space, of, head.dropout) : weigh<false>(space, of, head.dropout);
                         Mode::multiply({space.grad_value + row * value_columns, value_columns, space.weights, lanes,

@@ -30,6 +30,9 @@ namespace {
 // several blocks.
 constexpr Index kMostQueries = 1024, kLeastQueries = 128, kBlocksOfThread = 4;
 
+// The shift of a row without scores so far.
+constexpr float kNoShift = -std::numeric_limits<float>::max();
+
 // One head of the inputs and of the output.
 template <class Element>
 struct Head {
@@ -188,7 +191,7 @@ struct Forward {
         const Index rows = std::min(queries, sizes.queries - start);
         const Index padded_rows = round_up(rows, kWidth);
         pack_rows<Mode>(space.query, head_lanes, head.query, start, rows, padded_rows);
-        std::fill(space.shifts, space.shifts + padded_rows, -std::numeric_limits<float>::max());
+        std::fill(space.shifts, space.shifts + padded_rows, kNoShift);
         std::fill(space.sums, space.sums + padded_rows * kWidth, 0.0f);
         bool far = false;
         const Index keys_of_strip = ceil_div(keys, ceil_div(padded_rows, strip));
@@ -218,6 +221,13 @@ struct Forward {
                 };
                 for (Index j = 0; j < seen; j += chunk) {
                     const Index width = std::min(chunk, seen - j);
+                    if (hides_all(head.mask, start + row, std::min(some, rows - row), from + j,
+                                  std::min(width, count - j))) {
+                        if (multiplied < j) multiply(j);
+                        if (from + j == 0) std::fill_n(space.output + row * value_columns, some * value_columns, 0.0f);
+                        multiplied = j + width;
+                        continue;
+                    }
                     const Chunk of{row, some, start + row, from + j, j / Mode::per_lane, lanes};
                     score(space, width, of, j, head.mask);
                     const auto raise = [&] {
@@ -235,7 +245,8 @@ struct Forward {
                         return width == Mode::chunk ? weigh_chunk(std::integral_constant<Index, Mode::chunk>{})
                                                     : weigh_chunk(width);
                     };
-                    if (from + j == 0 || !Mode::most_sum) raise();
+                    const bool has_shift = space.shifts[row] > kNoShift;
+                    if (!has_shift || !Mode::most_sum) raise();
                     if (weigh_all() > Mode::most_sum && Mode::most_sum) {
                         raise();
                         weigh_all();

@@ -58,6 +58,28 @@ inline Index keys_before_padding(const Mask &mask, Index keys) {
     return end;
 }
 
+// Whether the mask hides all of these keys from all of these queries. Where it does not, the first row mostly tells.
+inline bool hides_all(const Mask &mask, Index query, Index queries, Index key, Index keys) {
+    if (!mask.data) return false;
+    bool hidden = true;
+    mask.visit([&](const auto &numbers) {
+        for (Index i = 0; i < queries && hidden; i++) {
+            Vector most = all(-INFINITY), sum = most;  // the sum is NaN if a number is, the maximum is not
+            Index j = 0;
+            for (; j + kWidth <= keys; j += kWidth) {
+                const Vector some = numbers.floats(query + i, key + j);
+                most = larger(some, most);
+                sum = sum + some;
+            }
+            alignas(64) float rest[kWidth];
+            if (j < keys) store(rest, numbers.floats(query + i, key + j));
+            for (Index k = 0; k < keys - j; k++) hidden &= rest[k] == -INFINITY;
+            hidden &= largest_of(most) == -INFINITY && sum_of(sum) == -INFINITY;
+        }
+    });
+    return hidden;
+}
+
 // A part of the scores: of some queries from number `query` on, and some keys from number `key` on.
 struct Part {
     float *scores;
