@@ -57,3 +57,19 @@ def featured(
     inputs = layer_inputs(dtype, **given, mask=mask, is_causal=kind == "causal")
     inputs.value = layer_like(2, inputs.key.shape[1], keys, value_width, dtype)
     return inputs
+
+
+BLOCK_MASKS = ["packed texts", "window", "text between", "rows without keys", "nothing"]
+
+
+def block_mask(name: str, queries: int, keys: int) -> Tensor:
+    """A bool mask `(queries, keys)` that hides whole blocks, some of them from the first key on."""
+    rows, columns = torch.arange(queries)[:, None], torch.arange(keys)
+    packed = 5 * rows // queries == 5 * columns // keys
+    return {
+        "packed texts": packed,
+        "window": (columns * queries - rows * keys).abs() < 61 * queries,
+        "text between": ((columns < 11) | (2 * columns > keys)).expand(queries, keys).clone(),
+        "rows without keys": packed & ((3 * rows < queries) | (2 * rows > queries)),
+        "nothing": torch.zeros(queries, keys, dtype=torch.bool),
+    }[name]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from slicemod.config import SliceConfig
 from slicemod.functional import planned_attention, sliced_attention
 from slicemod.kernels.native.build import native_library, native_obstacle
-from tests.kernels.features import MASKS, WIDTHS, featured
+from tests.kernels.features import BLOCK_MASKS, MASKS, WIDTHS, block_mask, featured
 from tests.kernels.native.dropped import dropout_factors
 from tests.kernels.native.test_binding import KINDS, plain
 from tests.kernels.native.test_operators import DTYPES, dtype, native, threads
@@ -108,27 +108,12 @@ def test_padding_at_the_end_of_a_text_is_left_out(dtype: torch.dtype, visible: i
     assert_as_exact_as_sdpa(by_native, inputs)
 
 
-def block_masks() -> dict[str, Tensor]:
-    """Bool masks of 653 queries and 1531 keys that hide whole blocks, some of them from the first key on."""
-    queries, keys = torch.arange(653)[:, None], torch.arange(1531)
-    packed = (queries // 131) == (keys // 307)
-    dead = packed.clone()
-    dead[293:577] = False
-    return {
-        "packed texts": packed,
-        "window": (keys - 2 * queries).abs() < 61,
-        "text between": ((keys < 11) | (keys > 701)).expand(653, 1531).clone(),
-        "rows without keys": dead,
-        "nothing": torch.zeros(653, 1531, dtype=torch.bool),
-    }
-
-
-@pytest.mark.parametrize("name", block_masks())
+@pytest.mark.parametrize("name", BLOCK_MASKS)
 @pytest.mark.parametrize("as_numbers", [False, True])
 def test_blocks_that_a_mask_hides_are_left_out_and_nothing_else(
     dtype: torch.dtype, name: str, as_numbers: bool
 ) -> None:
-    seen = block_masks()[name]
+    seen = block_mask(name, 653, 1531)
     mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf).to(dtype) if as_numbers else seen
     inputs = layer_inputs(dtype, queries=653, keys=1531, width=40, mask=mask)
     assert_as_exact_as_sdpa(by_native, inputs)
@@ -144,7 +129,7 @@ def test_a_number_that_is_none_is_not_hidden(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("as_numbers", [False, True])
 def test_the_gradient_of_a_mask_is_zero_in_blocks_that_it_hides(dtype: torch.dtype, as_numbers: bool) -> None:
-    mask = torch.randn(653, 1531).masked_fill(~block_masks()["packed texts"], -math.inf).to(dtype)
+    mask = torch.randn(653, 1531).masked_fill(~block_mask("packed texts", 653, 1531), -math.inf).to(dtype)
     inputs = layer_inputs(dtype, queries=653, keys=1531, mask=mask.requires_grad_(as_numbers))
     assert_as_exact_as_sdpa(by_native, inputs, ulps=2)
 

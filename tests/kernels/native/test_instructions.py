@@ -14,7 +14,7 @@ import torch
 from slicemod.kernels.native import operators as module
 from slicemod.kernels.native.binding import BFLOAT_MODE, FLOAT_MODE, TILED_MODE, NativeLibrary
 from slicemod.kernels.native.build import SOURCES, compiler_found, native_library, native_obstacle
-from tests.kernels.features import MASKS, featured
+from tests.kernels.features import BLOCK_MASKS, MASKS, block_mask, featured
 from tests.kernels.native.dropped import dropout_factors
 from tests.kernels.native.on_arm import MISSING, LibraryOnArm
 from tests.kernels.native.test_features import assert_dropout_is_as_exact_as_what_it_leaves
@@ -87,6 +87,13 @@ def test_it_is_as_exact_as_sdpa(dtype: torch.dtype, sizes: tuple[int, int, int])
 @pytest.mark.parametrize(("kind", "key_heads"), pairwise(MASKS, [None, 1]), ids=str)
 def test_it_is_as_exact_as_sdpa_with_masks_too(dtype: torch.dtype, kind: str, key_heads: int | None) -> None:
     assert_as_exact_as_sdpa(native, featured(dtype, kind, (67, 131), (40, 23), key_heads), ulps=2)
+
+
+@pytest.mark.parametrize("name", BLOCK_MASKS)
+def test_blocks_that_a_mask_hides_are_left_out_and_nothing_else(dtype: torch.dtype, name: str) -> None:
+    seen = block_mask(name, 293, 653)
+    inputs = layer_inputs(dtype, batch=1, heads=2, queries=293, keys=653, width=24, mask=seen)
+    assert_as_exact_as_sdpa(native, inputs)
 
 
 def test_results_are_rounded_to_the_nearest_number_and_ties_to_even(dtype: torch.dtype) -> None:
