@@ -16,7 +16,7 @@ from slicemod.feed_forward.fused import fused
 from slicemod.feed_forward.gates import Gate, gate_of
 from slicemod.feed_forward.operators import feed_forward
 from slicemod.feed_forward.plan import FeedForwardPlan, plan_feed_forward
-from slicemod.feed_forward.sizes import FeedForwardSizes, first_projection, sizes_of
+from slicemod.feed_forward.sizes import FeedForwardSizes, first_projection, is_product, sizes_of
 from slicemod.graph_operators import refused
 from slicemod.plan import NotEnoughMemoryError
 from slicemod.watched import PlainValues, constant_in_graph, plain_values
@@ -106,11 +106,7 @@ class SlicedFeedForward(nn.Module):
     def _plain_gate(self) -> Gate | None:
         """The gate if one operator computes all that the parts do; None if they do more, such as LoRA and dropout."""
         first, second = first_projection(self.net[0]), self.net[2]
-        if (
-            type(first) is not nn.Linear
-            or type(second) is not nn.Linear
-            or torch.is_autocast_enabled(first.weight.device.type)
-        ):
+        if not is_product(first) or not is_product(second) or torch.is_autocast_enabled(first.weight.device.type):
             return None
         drops = any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in self.net)
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (first, *self.net))

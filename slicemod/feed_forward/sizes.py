@@ -25,7 +25,7 @@ class FeedForwardSizes(NamedTuple):
         held: how many tensors of `inner` channels exist at once in inference.
         held_in_training: the same while gradients are computed.
         weight: elements of the larger weight.
-        scratch: bytes that a projection itself takes in inference.
+        scratch: bytes that a product itself takes in inference.
     """
 
     channels: int
@@ -72,15 +72,17 @@ def sizes_of(net: Any) -> FeedForwardSizes:
     first = first_projection(activation)
     held, in_training = _HELD.get(type(activation).__name__, _HELD_BY_OTHERS)
     wide = first.out_features / last.in_features
-    if type(first) not in (nn.Linear, WidenedLinear):
+    if not is_product(first):
         held, in_training = max(held, 3 * wide), max(in_training, 4 * wide)
     weight = max(first.in_features * first.out_features, last.in_features * last.out_features)
-    scratch = max(_scratch(first), _scratch(last))
+    products = (part for projection in (first, last) for part in projection.modules())
+    scratch = max((part.scratch_bytes() for part in products if isinstance(part, WidenedLinear)), default=0)
     return FeedForwardSizes(first.in_features, last.in_features, last.out_features, held, in_training, weight, scratch)
 
 
-def _scratch(projection: Any) -> int:
-    return projection.scratch_bytes() if isinstance(projection, WidenedLinear) else 0
+def is_product(projection: nn.Module) -> bool:
+    """The projection is a product with its weight, and nothing that wraps one, such as LoRA."""
+    return type(projection) in (nn.Linear, WidenedLinear)
 
 
 def first_projection(activation: nn.Module) -> Any:

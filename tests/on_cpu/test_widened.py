@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from slicemod.bench.memory import peak_memory
@@ -117,8 +118,13 @@ def test_a_convolution_holds_a_bounded_part_of_the_widened_weight() -> None:
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
-def test_a_feed_forward_of_widened_products_keeps_to_its_plan(make: Any) -> None:
-    whole = make().to(torch.bfloat16)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_feed_forward_of_widened_products_keeps_to_its_plan(make: Any, lora: bool) -> None:
+    whole = make()
+    if lora:
+        names = [name for name, module in whole.named_modules() if type(module) is nn.Linear]
+        inject_adapter_in_model(LoraConfig(r=5, target_modules=names, init_lora_weights=False), whole)
+    whole.to(torch.bfloat16)
     x = torch.randn(2, 331, 61).bfloat16()
     wanted = whole(x)
     for module in list(whole.modules()):
@@ -129,6 +135,25 @@ def test_a_feed_forward_of_widened_products_keeps_to_its_plan(make: Any) -> None
     assert layer.plan is not None
     assert peak <= layer.plan.peak_bytes <= 1.5 * 2**20
     torch.testing.assert_close(layer(x), wanted, rtol=0.03, atol=0.01)
+
+
+def test_a_graph_has_a_feed_forward_of_widened_products_as_one_operator() -> None:
+    whole = LAYERS["geglu"]().to(torch.bfloat16)
+    layer, x = SlicedFeedForward(whole.net, {"budget": "1.5MiB"}), torch.randn(2, 331, 61).bfloat16()
+    wanted = layer(x)
+    for module in list(layer.modules()):
+        if type(module) is nn.Linear:
+            prepared(module)
+    operators: list[str] = []
+
+    def recorded(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    found = torch.compile(layer, fullgraph=True, backend=recorded)(x)
+    assert "slicemod.feed_forward.default" in operators
+    assert operators.count("linear") == 0
+    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.01)
 
 
 def test_what_is_more_than_inference_is_computed_as_before() -> None:
