@@ -1,8 +1,9 @@
-"""An ``argparse`` parser whose errors are a ``UserError``: one paragraph instead of a usage listing."""
+"""An ``argparse`` parser whose errors are a ``UserError``: one paragraph instead of a usage listing; and its checks."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from slicemod.user_error import UserError
@@ -18,3 +19,13 @@ class ArgumentParser(argparse.ArgumentParser):
             UserError: always.
         """
         raise UserError(f"{message}. `{self.prog} --help` lists what is expected.")
+
+
+def require_folder_of(path: Path, option: str) -> None:
+    """Checks before the work that the file which an option names can be written into its folder.
+
+    Raises:
+        UserError: there is no such folder. None is made: the name may be mistyped.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{option}: expected a file in a folder that exists; got {path}. Make the folder first.")

@@ -15,6 +15,9 @@ from slicemod.user_error import UserError
 def replacing(path: str | os.PathLike[str], keep_as: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     """Gives the name of a temporary file beside ``path`` that takes ``path``'s place when the block ends well.
 
+    The folder is made where it is missing. A command whose option names ``path`` asks for it before
+    (``slicemod.arguments.require_folder_of``).
+
     Args:
         path: of the file to write.
         keep_as: the name beside ``path`` that a file which is there gets, once the new one is whole on the disk.

@@ -312,7 +312,7 @@ def test_sample_names_what_it_cannot_use(
 def test_sample_writes_a_picture_at_one_two_and_four_times_the_trained_resolution(
     resolution: list[str], edge: int, here: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "new" / "seven.png"
+    out = tmp_path / "seven.png"
     options = ["--checkpoint", "good.ckpt", "--class", "7", "--count", "4", "--steps", "5", "--out", str(out)]
     assert main(["sample", *options, *resolution]) == 0
     with Image.open(out) as picture:

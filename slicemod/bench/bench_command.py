@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from slicemod.arguments import require_folder_of
 from slicemod.bench.bench_options import parser
 from slicemod.bench.calls import plain_call
 from slicemod.bench.comparing import Comparison, Setting
@@ -141,11 +142,8 @@ def _check(options: Any) -> None:
             raise UserError(f"--{name}: expected 1 or more; got {getattr(options, name)}.")
     if options.minutes <= 0:
         raise UserError(f"--minutes: expected more than 0; got {options.minutes:g}.")
-    if options.json is not None and not Path(options.json).parent.is_dir():
-        raise UserError(
-            f"--json: {Path(options.json).parent} is no folder; expected one to write {Path(options.json).name} into. "
-            "Make it first."
-        )
+    if options.json is not None:
+        require_folder_of(Path(options.json), "--json")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: expected a device that PyTorch sees; it sees no CUDA GPU. Take cpu.")
     try:

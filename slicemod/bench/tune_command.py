@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from slicemod.arguments import require_folder_of
 from slicemod.bench.machine import processor_name
 from slicemod.bench.tune_options import parser
 from slicemod.bench.tuned_calls import tuned_calls
@@ -48,8 +49,7 @@ def run(arguments: Sequence[str], compare: Compare = compare_on_this_machine) ->
     if library is None:
         raise UserError(f"expected a machine with the native kernel, to choose between kernels; {native_obstacle()}.")
     path = measured_file(library, torch.get_num_threads()) if options.output is None else Path(options.output)
-    if not path.parent.is_dir():
-        raise UserError(f"--output: expected a file in a folder that exists; got {path}. Make the folder first.")
+    require_folder_of(path, "--output")
     if options.reset:
         return _reset(path, as_json=options.json)
     tuning = Tuning(built_in_table(library), compare, time.monotonic() + options.seconds)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from slicemod.arguments import require_folder_of
 from slicemod.call import dtype_name
 from slicemod.config import SliceConfig
 from slicemod.planning.denoisers import find_denoiser
@@ -148,8 +149,8 @@ def _about(options: Namespace, step: StepKind, memory: int) -> dict[str, Any]:
 
 
 def _check_picture(path: Path | None) -> None:
-    if path is not None and (path.suffix not in _PICTURES or not path.parent.is_dir()):
-        raise UserError(
-            f"--plot: expected a file in an existing folder, its name ending in {', '.join(_PICTURES)}; got "
-            f"{str(path)!r}. Correct the name or make the folder."
-        )
+    if path is None:
+        return
+    if path.suffix not in _PICTURES:
+        raise UserError(f"--plot: expected a name that ends in {', '.join(_PICTURES)}; got {path}. Correct it.")
+    require_folder_of(path, "--plot")

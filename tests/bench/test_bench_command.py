@@ -146,7 +146,7 @@ def test_a_page_gets_its_figures_and_pictures_from_the_json(tmp_path: Path, caps
         (["--rounds", "0"], "--rounds: expected 1 or more; got 0"),
         (["--batch", "0"], "--batch"),
         (["--minutes", "0"], "--minutes"),
-        (["--json", "no/such/folder/b.json"], "--json: no/such/folder is no folder"),
+        (["--json", "no/such/folder/b.json"], "--json: expected a file in a folder that exists; got no/such"),
         (["--dtype", "int8"], "--dtype"),
         (["--mode", "sleeping"], "--mode"),
         (["--budget", "lots"], "--budget: .*got 'lots'"),

@@ -152,8 +152,8 @@ def test_a_transformer_is_planned_as_its_pipeline_runs_it(capsys: pytest.Capture
         (["sd15", "--uncached"], "--uncached: expected to be changed together with train"),
         (["sd15", "--train", "--offload", "model"], "--offload: expected none with train"),
         (["sd15", "--frames", "5"], "--frames: expected 1, since a UNet makes images"),
-        (["sd15", "--plot", "no/such/folder.png"], "--plot: expected a file in an existing folder"),
-        (["sd15", "--plot", "plan.txt"], "--plot: .*ending in .png"),
+        (["sd15", "--plot", "no/such/folder.png"], "--plot: expected a file in a folder that exists; got no/such"),
+        (["sd15", "--plot", "plan.txt"], "--plot: .* ends in .png"),
         ([], "model"),
     ],
 )

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slicemod import restore_attention
+from slicemod.arguments import require_folder_of
 from slicemod.call import dtype_name
 from slicemod.planning.config_json import read_config
 from slicemod.training.commands.export_options import parser
@@ -56,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
         print(f"unet, vae, scheduler and class_embedder.safetensors: {out}")
         return 0
     settings, step = stored_settings(checkpoint, options.checkpoint), checkpoint["global_step"]
+    if options.format != "diffusers":
+        require_folder_of(out, "--out")
     if options.format == "diffusers":
         with whole_folder(out) as folder:
             model = _merged(options)

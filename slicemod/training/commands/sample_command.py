@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slicemod.arguments import require_folder_of
 from slicemod.training.commands.sample_options import parser
 from slicemod.training.common.checkpoints import read_checkpoint
 from slicemod.training.common.pictures import save_tiles
@@ -37,6 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     out = Path(options.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must name a .png file, got {options.out}: for example {out.with_suffix('.png')}.")
+    require_folder_of(out, "--out")
     if options.count is not None and options.count < 1:
         raise UserError(f"--count must be at least 1, got {options.count}: say how many images to draw.")
     if not 0 <= options.seed < 2**63:

@@ -120,6 +120,7 @@ def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path, caps
     for options, named in (
         (["--format", "lora", "--out", str(tmp_path / "lora.safetensors")], "is no low-rank adapter"),
         (["--format", "compvis", "--out", str(tmp_path / "model.ckpt")], "--out must name a .safetensors file"),
+        (["--format", "compvis", "--out", "no/such/a.safetensors"], "--out: expected a file in a folder that exists"),
         (["--out", str(tmp_path), "--source", "no/such/folder"], "found nothing at no/such/folder"),
     ):
         assert main(["export", "--checkpoint", str(checkpoint), *options]) == BAD_INPUT

@@ -61,6 +61,7 @@ def test_the_second_image_is_that_of_the_next_seed(checkpoint: Path, tmp_path: P
         (["--prompt", "a cat", "--max-tokens", "100"], "multiple of 75, which CLIP takes at once, got 100: use 150"),
         (["--prompt", "a cat", "--max-tokens", "0"], "multiple of 75, which CLIP takes at once, got 0: use 75"),
         (["--prompt", "a cat", "--count", "0"], "--count must be at least 1, got 0"),
+        (["--prompt", "a cat", "--out", "no/such/a.png"], "--out: expected a file in a folder that exists; got"),
         (["--prompt", "a cat", "--steps", "0"], "from 1 to 999, got 0"),
         (["--prompt", "a cat", "--steps", "1000"], "from 1 to 999, got 1000"),
         (["--prompt", "a cat", "--height", "0"], "multiples of 4 pixels"),
