@@ -17,6 +17,8 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 
+Made = Callable[[], dict[str, Any]]
+TIME = torch.tensor([3.0])  # a step of the schedule, which many models are called with
 _PACKAGE = "diffusers_own_tests"  # the name of the checkout's folder `tests` here, where `tests` is slicemod's own
 
 
@@ -33,8 +35,8 @@ class Configuration:
 
     name: str
     model_class: Any
-    arguments: Callable[[], dict[str, Any]]
-    inputs: Callable[[], dict[str, Any]]
+    arguments: Made
+    inputs: Made
 
 
 def model_classes() -> dict[str, type]:
