@@ -22,20 +22,6 @@ def fake_gradients(
     return empty_gradients(query, key, value, mask, (need_query, need_key, need_value, need_mask))
 
 
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """The context of an operator of query, key, value, mask, seed, its settings and what it shall keep."""
-    query, key, value, mask, seed, *settings, _keep = inputs
-    ctx.save_for_backward(query, key, value, mask, seed, *output)
-    ctx.settings = settings
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def formula_of(dropout_p: float, is_causal: bool, scale: float) -> Formula:
-    """The formula of an operator with these settings alone."""
-    return Formula(scale, is_causal, dropout_p=dropout_p)
-
-
 def gradients_by(backward: Callable[..., Sequence[Tensor]], formula: Callable[..., Formula]) -> Gradients:
     """What autograd calls for an operator of query, key, value, mask and more.
 

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from slicemod.call import LEAST_SCALE, MOST_SCALE, AttentionShape, has_ordinary_scale
+from slicemod.kernels.attention_operators import AttentionCall
+from slicemod.kernels.plain_memory import address_of, readable
 
 FLOAT_MODE, BFLOAT_MODE, TILED_MODE = 0, 1, 2  # as attention.cpp numbers them
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MASK_ELEMENTS = {**_ELEMENTS, torch.bool: 3}
 _NO_MASK = -1
+NUMBERS = (2,)  # of each row, that the forward pass keeps for the backward pass
 
 # Runs a pass on tensors like those that it was prepared for. False, and nothing done, if the library cannot read one.
 Prepared = Callable[..., bool]
@@ -39,43 +42,6 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "dropout_p")),
         ("threads", ctypes.c_int64),
     ]
-
-
-class NativeCall(NamedTuple):
-    """What the library computes attention of.
-
-    Attributes:
-        query: `(B, H, N, D)`, in one of the dtypes in `NativeLibrary.modes`. The tensors may have any strides.
-        key: `(B, Hk, M, D)`, in the same dtype.
-        value: `(B, Hk, M, Dv)`, in the same dtype.
-        mask: bool, float32, float16 or bfloat16; each of its four sizes is 1 or that of the scores `(B, H, N, M)`.
-        seed: one int64 that the dropped weights follow from; None without dropout.
-        dropout_p: probability of dropping a weight.
-        is_causal: query `i` sees keys `0..i`.
-        scale: factor of the products, an ordinary number (`slicemod.call.has_ordinary_scale`).
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    seed: Tensor | None
-    dropout_p: float
-    is_causal: bool
-    scale: float
-
-    def readable(self) -> NativeCall:
-        """The same call, with copies of tensors that the library cannot read."""
-        query, key, value = (_readable(name, getattr(self, name)) for name in ("query", "key", "value"))
-        mask, seed = (
-            None if (given := getattr(self, name)) is None else _readable(name, given) for name in ("mask", "seed")
-        )
-        return self._replace(query=query, key=key, value=value, mask=mask, seed=seed)
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        """The tensors, in the order in which the library takes them."""
-        return self.query, self.key, self.value, self.mask, self.seed
 
 
 class _Setting(NamedTuple):
@@ -151,7 +117,7 @@ class NativeLibrary:
         )
         return rows, forward, backward
 
-    def forward(self, call: NativeCall, output: Tensor, row_sums: Tensor | None, threads: int) -> None:
+    def forward(self, call: AttentionCall, output: Tensor, row_sums: Tensor | None, threads: int) -> None:
         """Write the output `(B, H, N, Dv)`, and two numbers for each row that the backward pass needs.
 
         The first number, the row's shift, is a score near the largest of the row, without its scale if there is no
@@ -166,10 +132,10 @@ class NativeLibrary:
         Raises:
             ValueError: the library does not compute these sizes, dtypes or scale.
         """
-        call = call.readable()
+        call = call.with_each(_readable)
         _done(self.prepared_forward(call, output, row_sums, threads)(*call.inputs, output, row_sums))
 
-    def prepared_forward(self, call: NativeCall, output: Tensor, row_sums: Tensor | None, threads: int) -> Prepared:
+    def prepared_forward(self, call: AttentionCall, output: Tensor, row_sums: Tensor | None, threads: int) -> Prepared:
         """A function that does `forward`, for tensors with the sizes, strides and dtypes of these.
 
         These may be on the device "meta", and are not kept alive. The function takes the call's inputs, then `output`
@@ -181,7 +147,7 @@ class NativeLibrary:
     def backward(
         self,
         grad_output: Tensor,
-        call: NativeCall,
+        call: AttentionCall,
         output: Tensor,
         row_sums: Tensor,
         gradients: Sequence[Tensor | None],
@@ -200,7 +166,7 @@ class NativeLibrary:
         Raises:
             ValueError: sizes, dtypes and scale do not go together.
         """
-        call = call.readable()
+        call = call.with_each(_readable)
         grad_output, output = _readable("grad_output", grad_output), _readable("output", output)
         row_sums = _readable("row_sums", row_sums).contiguous()
         run = self.prepared_backward(grad_output, call, output, row_sums, gradients, threads)
@@ -212,7 +178,7 @@ class NativeLibrary:
     def prepared_backward(
         self,
         grad_output: Tensor,
-        call: NativeCall,
+        call: AttentionCall,
         output: Tensor,
         row_sums: Tensor,
         gradients: Sequence[Tensor | None],
@@ -232,7 +198,7 @@ class NativeLibrary:
         size, function = self._count(f"{name}_bytes", setting), self._functions[name]
 
         def run(*tensors: Tensor | None) -> bool:
-            addresses = [0 if tensor is None else _address(tensor) for tensor in tensors]
+            addresses = [0 if tensor is None else address_of(tensor) for tensor in tensors]
             if None in addresses:
                 return False
             workspace = self.workspace(size)
@@ -267,16 +233,6 @@ def _check_done(setting: _Setting, done: int) -> None:
         )
 
 
-def _address(tensor: Tensor) -> int | None:
-    """The address of a tensor's numbers; None if the memory there does not hold them as they are.
-
-    This is so for a view with the negative bit, for a tensor of zeros that has no memory, and for an address between
-    two elements.
-    """
-    address = tensor.data_ptr()
-    return None if not address or address % tensor.element_size() or tensor.is_neg() else address
-
-
 def _readable(name: str, tensor: Tensor) -> Tensor:
     """The tensor, or a copy where the library cannot read its memory.
 
@@ -288,9 +244,7 @@ def _readable(name: str, tensor: Tensor) -> Tensor:
             f"{name}: expected a strided tensor on the CPU; got {tensor.layout} on {tensor.device}. "
             "Call sliced_attention, which takes more."
         )
-    if _address(tensor) is not None:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return readable(tensor)
 
 
 class _Described(NamedTuple):
@@ -302,7 +256,7 @@ class _Described(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _call_of(call: NativeCall, threads: int, **results: Tensor | None) -> _Call:
+def _call_of(call: AttentionCall, threads: int, **results: Tensor | None) -> _Call:
     """The `_Call` of these tensors. `results` are output, gradients and what else is read or written."""
     given = {"query": call.query, "key": call.key, "value": call.value, "mask": call.mask, **results}
     tensors = [
@@ -341,7 +295,7 @@ def _described_call(scale: float, threads: int, dropout_p: float, is_causal: boo
         "key": (batch, key_heads, keys, width),
         "value": (batch, key_heads, keys, values),
         "output": (batch, heads, queries, values),
-        "row_sums": (2, batch, heads, queries),
+        "row_sums": (*NUMBERS, batch, heads, queries),
     }
     call = _Call(sizes=(ctypes.c_int64 * 7)(batch, heads, queries, keys, width, values, key_heads))
     call.scale, call.threads, call.dropout_p, call.causal = scale, threads, dropout_p, is_causal

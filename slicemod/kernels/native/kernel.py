@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from slicemod.call import CallSpec, scale_of
+from slicemod.call import CallSpec
+from slicemod.kernels.attention_operators import AttentionCall
 from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Run, Terms, row_bytes
-from slicemod.kernels.native.binding import NativeCall, NativeLibrary
+from slicemod.kernels.native.binding import NativeLibrary
 from slicemod.kernels.native.build import native_library, native_obstacle
 from slicemod.kernels.native.operators import native_attention
 from slicemod.kernels.native.prepared import prepared_inference, prepared_training
@@ -87,14 +87,13 @@ class NativeKernel(Kernel):
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """One operator, forward and backward."""
-        seed = torch.randint(2**63 - 1, ()) if more.dropout_p > 0 else None
         output: Tensor
-        output, _ = native_attention(*_call(inputs, more, seed), more.training)
+        output, _ = native_attention(*AttentionCall.of(inputs, more), more.training)
         return output
 
     def prepare(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Run:
         """Everything but the addresses of the tensors is prepared."""
-        call = _call(inputs, more, None)
+        call = AttentionCall.of(inputs, more)
         if not more.training:
             return prepared_inference(call)
         if call.mask is not None and call.mask.requires_grad:
@@ -104,8 +103,3 @@ class NativeKernel(Kernel):
     def kept_bytes(self, call: CallSpec, plan: SlicePlan) -> int:
         """Two float32 numbers for each row: a product near its largest, and the logarithm of its sum of weights."""
         return 2 * row_bytes(call.shape) if call.training else 0
-
-
-def _call(inputs: Inputs, more: Arguments, seed: Tensor | None) -> NativeCall:
-    query, key, value, mask = inputs
-    return NativeCall(query, key, value, mask, seed, more.dropout_p, more.is_causal, scale_of(query, more.scale))

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from slicemod.kernels.attention_operators import AttentionCall
 from slicemod.kernels.kernel import Run
-from slicemod.kernels.native.binding import NativeCall, Prepared
-from slicemod.kernels.native.operators import empty_row_sums, native_attention, native_gradients, required_library
+from slicemod.kernels.native.binding import NUMBERS, Prepared
+from slicemod.kernels.native.operators import native_attention, native_gradients, required_library
 from slicemod.kernels.outputs import empty_heads
 from slicemod.kernels.retry import ran_out
 from slicemod.watched import is_watched
@@ -26,7 +27,7 @@ from slicemod.watched import is_watched
 _GRADIENT_LAYOUTS = 16  # for how many layouts of the output's gradient a call is prepared; there are few
 
 
-def prepared_inference(call: NativeCall) -> Run:
+def prepared_inference(call: AttentionCall) -> Run:
     """A function that does `native_attention` without gradients, for any inputs with these sizes, strides and dtypes.
 
     The call has no dropout.
@@ -47,7 +48,7 @@ def prepared_inference(call: NativeCall) -> Run:
     return attend
 
 
-def prepared_training(call: NativeCall) -> Run:
+def prepared_training(call: AttentionCall) -> Run:
     """The same with gradients of query, key and value. The call has no mask that needs a gradient."""
     known = _KnownTraining(_without_memory(call))
 
@@ -61,10 +62,11 @@ def prepared_training(call: NativeCall) -> Run:
 class _KnownTraining:
     """Both passes of a known call, which is given with tensors that have no memory."""
 
-    def __init__(self, call: NativeCall) -> None:
+    def __init__(self, call: AttentionCall) -> None:
         self.settings = 0.0, call.is_causal, call.scale
         library, threads = required_library(), torch.get_num_threads()
-        output, row_sums = empty_heads(call.query, call.value.shape[3]), empty_row_sums(call.query, keep=True)
+        output = empty_heads(call.query, call.value.shape[3])
+        row_sums = call.query.new_empty((*NUMBERS, *call.query.shape[:3]), dtype=torch.float32)
         self._sizes, self._strides, self._row_sums = output.shape, output.stride(), row_sums.shape
         self._forward = library.prepared_forward(call, output, row_sums, threads)
         gradients = [empty_heads(tensor, tensor.shape[3]) for tensor in (call.query, call.key, call.value)]
@@ -149,11 +151,10 @@ def _ran(run: Prepared, *tensors: Tensor | None) -> bool:
         return False
 
 
-def _without_memory(call: NativeCall) -> NativeCall:
+def _without_memory(call: AttentionCall) -> AttentionCall:
     """The same call with tensors on the device "meta": what is remembered must not keep a call's tensors alive."""
 
-    def like(tensor: Tensor) -> Tensor:
+    def like(_name: str, tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
-    mask = None if call.mask is None else like(call.mask)
-    return call._replace(query=like(call.query), key=like(call.key), value=like(call.value), mask=mask)
+    return call.with_each(like)

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from slicemod.call import CallSpec, scale_of
+from slicemod.call import CallSpec
+from slicemod.kernels.attention_operators import AttentionCall
 from slicemod.kernels.crossover_table import CrossoverTable
 from slicemod.kernels.kernel import Arguments, Inputs, Kernel, Terms, row_bytes
 from slicemod.kernels.triton.operators import triton_attention
@@ -65,10 +66,6 @@ class TritonKernel(Kernel):
 
     def attend(self, plan: SlicePlan, inputs: Inputs, more: Arguments) -> Tensor:
         """One operator, forward and backward."""
-        query, key, value, mask = inputs
-        seed = torch.randint(2**63 - 1, (), device=query.device) if more.dropout_p > 0 else None
         output: Tensor
-        output, _ = triton_attention(
-            query, key, value, mask, seed, more.dropout_p, more.is_causal, scale_of(query, more.scale), more.training
-        )
+        output, _ = triton_attention(*AttentionCall.of(inputs, more), more.training)
         return output

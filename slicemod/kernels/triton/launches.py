@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from slicemod.kernels.attention_operators import AttentionCall
 from slicemod.kernels.triton.device.forward import forward_kernel
 from slicemod.kernels.triton.device.key_value_gradients import key_value_gradients_kernel
 from slicemod.kernels.triton.device.mask_gradient import mask_gradient_kernel
@@ -23,33 +24,10 @@ _MOST_BYTES_AT_ONCE = 16  # that a thread of a GPU reads
 _LOG2_E = math.log2(math.e)
 
 
-class Call(NamedTuple):
-    """One attention call.
+class Call(AttentionCall):
+    """One attention call, as the kernels are told it. They can read its tensors."""
 
-    Attributes:
-        query: `(B, H, N, D)`.
-        key: `(B, Hk, M, D)`.
-        value: `(B, Hk, M, Dv)`.
-        mask: 4-D, each size 1 or that of the scores.
-        seed: a whole number on the device, where there is dropout.
-        dropout_p: probability of dropping a weight.
-        is_causal: row `i` sees keys `0..i`.
-        scale: factor of the scores.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    seed: Tensor | None
-    dropout_p: float
-    is_causal: bool
-    scale: float
-
-    def readable(self) -> Call:
-        """The same, with copies of tensors that are not in memory as a kernel reads them."""
-        query, key, value = readable(self.query), readable(self.key), readable(self.value)
-        return self._replace(query=query, key=key, value=value, mask=None if self.mask is None else readable(self.mask))
+    __slots__ = ()
 
     @property
     def head_dim(self) -> int:
@@ -206,13 +184,6 @@ def _mask_launch(call: Call, known: tuple[Any, ...], gradient: Tensor, tiles: Ti
     arguments = *known, _matrix(gradient, 1), shared, call.factors, sizes, all_rows, settings
     grid = (items * heads * row_tiles * ceil_div(sizes.keys, tiles.keys),)
     return Launch(mask_gradient_kernel, grid, arguments, tiles)
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its numbers are not as they are in memory, as in a view with the negative bit."""
-    if tensor.is_neg() or not tensor.data_ptr() or tensor.data_ptr() % tensor.element_size():
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return tensor
 
 
 def _unit(*tensors: Tensor) -> int:

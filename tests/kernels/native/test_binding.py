@@ -14,7 +14,8 @@ from torch import Tensor
 
 from slicemod.call import AttentionShape, has_ordinary_scale
 from slicemod.functional import planned_attention
-from slicemod.kernels.native.binding import NativeCall, NativeLibrary
+from slicemod.kernels.attention_operators import AttentionCall
+from slicemod.kernels.native.binding import NativeLibrary
 from slicemod.kernels.native.build import compiler_found, native_library, native_obstacle
 from tests.kernels.native.test_operators import native
 from tests.oracle import Inputs, layer_inputs, results
@@ -145,7 +146,7 @@ def test_what_the_library_would_read_wrongly_is_refused_by_name(name: str, chang
         tensors[each] for each in ("grad_output", "query", "key", "value", "output", "row_sums")
     )
     gradients = [torch.empty_like(query.float()), None, None, None]
-    call = NativeCall(query, key, value, None, None, 0.0, False, 0.3)
+    call = AttentionCall(query, key, value, None, None, 0.0, False, 0.3)
     with pytest.raises(ValueError, match=f"^{name}: expected .*; got "):
         library.backward(grad_output, call, output, row_sums, gradients, 2)
 
@@ -188,7 +189,7 @@ def test_a_library_with_another_layout_of_calls_is_refused(tmp_path: Path) -> No
 def test_a_call_that_was_not_done_is_an_error(tmp_path: Path, done: int) -> None:
     library = NativeLibrary(compiled(tmp_path, all_functions(ctypes.sizeof(_call_of_library()), done)))
     query = torch.randn(2, 3, 61, 11)
-    call = NativeCall(query, query, query, None, None, 0.0, False, 0.3)
+    call = AttentionCall(query, query, query, None, None, 0.0, False, 0.3)
     calls: list[Callable[[], Any]] = [lambda: library.forward(call, query, None, 2)]
     if done < 0:
         calls.append(lambda: library.sizes(torch.float32, AttentionShape(2, 3, 61, 61, 11, 4), 2))
