@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from slicemod.call import AttentionShape, CallSpec, attention_shape, attention_sizes
 from slicemod.functional import sliced_attention
-from slicemod.kernels.fused import float32_kernel
+from slicemod.kernels.fused import float32_kernel, float32_operators
 from slicemod.kernels.fused.float32_kernel import Float32FlashBytes, Float32FlashKernel
-from slicemod.kernels.fused.float32_operators import _turns
 from slicemod.kernels.kernel import Terms
 from slicemod.kernels.table_in_use import NO_TABLE
 from slicemod.memory.budget import AMPLE
 from slicemod.plan import SlicePlan
 from slicemod.reference import reference_attention
+from slicemod.torch_internals import cpu_flash_attention_operator
 from tests.measured_peak import measured_peak
 from tests.oracle import Attention, assert_as_exact_as_sdpa, layer_inputs
 
@@ -143,9 +144,14 @@ def test_the_operators_are_registered_as_pytorch_wants_them(mask: str) -> None:
 
 
 @pytest.mark.parametrize(("heads", "tokens", "steps"), [(7, 509, 6), (5, 1021, 6), (5, 61, 3)])
-def test_its_plan_counts_the_turns_within_each_batch_item(heads: int, tokens: int, steps: int) -> None:
+def test_its_plan_counts_the_turns_within_each_batch_item(
+    heads: int, tokens: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = replace(CallSpec.planned(AttentionShape(3, heads, tokens, tokens, 40, 2), "cpu"), threads=1)
     plan = Float32FlashKernel().plan(call, 2**40, Terms())
     assert plan is not None
-    query = torch.empty(3, heads, tokens, 40, device="meta")
-    assert plan.steps == steps == len(list(_turns(query, plan.heads)))
+    turns = MagicMock(wraps=cpu_flash_attention_operator)
+    monkeypatch.setattr(float32_operators, "cpu_flash_attention_operator", turns)
+    query = torch.randn(3, heads, tokens, 40, dtype=torch.bfloat16)
+    by(plan.heads)(query, query, query)
+    assert plan.steps == steps == turns.call_count
