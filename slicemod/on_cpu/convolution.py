@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slicemod.layers.plain_module import has_own
+from slicemod.on_cpu.plain_convolution import convolution_bytes
 from slicemod.on_cpu.prepared import Prepared
 
 
@@ -39,6 +41,16 @@ class Window(NamedTuple):
             return image[0].flatten(1)
         return F.unfold(image, self.kernel, self.dilation, self.padding, self.stride)[0]
 
+    def unfolding_bytes(self, channels: int, pixels: int, results: int) -> tuple[int, int]:
+        """Bytes while an image of so many pixels in float32 is unfolded, and afterwards, for `results` pixels.
+
+        PyTorch begins with a tensor as large as the image, and enlarges it if it is too small.
+        """
+        if self == _ONE_PIXEL:
+            return 0, 0
+        image, patches = 4 * channels * pixels, 4 * channels * math.prod(self.kernel) * results
+        return (image + patches, patches) if patches > image else (image, image)
+
 
 _ONE_PIXEL = Window((1, 1), (1, 1), (0, 0), (1, 1))
 
@@ -59,3 +71,14 @@ class PreparedConv2d(Prepared, nn.Conv2d):
         if not is_plain or any(type(sizes) is not tuple for sizes in (self.stride, self.padding, self.dilation)):
             return False
         return given.dim() == 4 and given.shape[1] == self.weight.shape[1] and min(Window.of(self).output(given)) > 0
+
+    def scratch_bytes(self, items: int, pixels: int, results: int) -> int:
+        """Bytes that an inference takes beyond its result, at most. Here they are those of a plain convolution.
+
+        Args:
+            items: images of the input, without gaps.
+            pixels: of each of them.
+            results: pixels of each image of the output.
+        """
+        outputs, channels, *_ = weight = self.weight.shape
+        return max(convolution_bytes((items, channels, pixels), weight, (items, outputs, results), self.weight.dtype))

@@ -30,7 +30,10 @@ _PIXELS = 16
 
 
 class PackedConv2d(PreparedConv2d):
-    """A convolution in bfloat16 whose weight is packed."""
+    """A convolution in bfloat16 whose weight is packed.
+
+    Its `scratch_bytes` are those of a plain one, which copies the weight too: more than are taken.
+    """
 
     way = "weights packed"
 

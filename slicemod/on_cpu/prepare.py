@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -85,29 +86,51 @@ def prepare_for_cpu(model: nn.Module) -> PreparedForCpu:
             f"model: expected one without a VAE that computes in strips, as strips multiply by plain weights; got "
             f"{type(model).__name__} after swap_vae. Pass the UNet, or restore_attention(model) first."
         )
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    uses = Counter(id(given) for module in model.modules() for given in module.parameters(recurse=False))
-    ways, skipped, prepared = [], [], []
-    try:
-        for name, module in found:
-            chosen = _chosen(module, shared=uses[id(module.weight)] > 1)
-            if isinstance(chosen, str):
-                skipped.append((name, chosen))
-            elif chosen is not None:
-                module.__class__ = chosen  # type: ignore[assignment]
-                prepared.append(module)
-                module.prepare()  # type: ignore[operator]
-                ways.append((name, chosen.way))
-    except BaseException:
-        _make_plain(prepared)
-        raise
-    if not prepared:
+    chosen, skipped = choose_ways(model)
+    if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise ValueError(
             f"model: expected convolutions, or linear layers in half precision that this CPU does not multiply; "
             f"{reasons or 'found none'} in {type(model).__name__}. Pass a UNet whose weights are on the CPU."
         )
-    return PreparedForCpu(tuple(ways), tuple(skipped), tuple(prepared))
+    prepared = []
+    try:
+        for chose in chosen:
+            chose.module.__class__ = chose.becomes
+            prepared.append(chose.module)
+            chose.module.prepare()  # type: ignore[operator]
+    except BaseException:
+        _make_plain(prepared)
+        raise
+    ways = tuple((chose.name, chose.becomes.way) for chose in chosen)
+    return PreparedForCpu(ways, tuple(skipped), tuple(prepared))
+
+
+class ChosenWay(NamedTuple):
+    """A module by its path, and the class that it is to become."""
+
+    name: str
+    module: nn.Module
+    becomes: type[Prepared]
+
+
+def choose_ways(model: nn.Module, device_type: str = "cpu") -> tuple[list[ChosenWay], list[tuple[str, str]]]:
+    """What is to be prepared, and path and reason of each module that stays as it is although it might be faster.
+
+    Args:
+        model: is not changed.
+        device_type: where its weights are: "meta" to plan it.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    uses = Counter(id(given) for module in model.modules() for given in module.parameters(recurse=False))
+    chosen, skipped = [], []
+    for name, module in found:
+        becomes = _chosen(module, device_type, shared=uses[id(module.weight)] > 1)
+        if isinstance(becomes, str):
+            skipped.append((name, becomes))
+        elif becomes is not None:
+            chosen.append(ChosenWay(name, module, becomes))
+    return chosen, skipped
 
 
 def _make_plain(modules: Iterable[nn.Module]) -> None:
@@ -116,14 +139,14 @@ def _make_plain(modules: Iterable[nn.Module]) -> None:
             module.make_plain()
 
 
-def _chosen(module: nn.Conv2d | nn.Linear, *, shared: bool) -> type[Prepared] | str | None:
+def _chosen(module: nn.Conv2d | nn.Linear, device_type: str, *, shared: bool) -> type[Prepared] | str | None:
     """The class that a module is to become, or the reason why none; None if it is fastest as it is."""
     weight = module.weight
     is_half = weight.dtype in (torch.bfloat16, torch.float16)
     multiplied = not is_half or cpu_products(weight.dtype) is not None
     if isinstance(module, nn.Linear) and multiplied:
         return None
-    obstacle = _obstacle(module, shared)
+    obstacle = _obstacle(module, device_type, shared)
     if obstacle is not None:
         return obstacle
     if isinstance(module, nn.Linear):
@@ -135,7 +158,7 @@ def _chosen(module: nn.Conv2d | nn.Linear, *, shared: bool) -> type[Prepared] | 
     return PackedConv2d if weight.dtype == torch.bfloat16 else f"it computes in {dtype_name(weight.dtype)}"
 
 
-def _obstacle(module: nn.Conv2d | nn.Linear, shared: bool) -> str | None:
+def _obstacle(module: nn.Conv2d | nn.Linear, device_type: str, shared: bool) -> str | None:
     """Why a module cannot be prepared; None if it can."""
     weight = module.weight
     if isinstance(module, Prepared):
@@ -146,7 +169,7 @@ def _obstacle(module: nn.Conv2d | nn.Linear, shared: bool) -> str | None:
         return "it is more than a convolution or a linear layer"
     if not has_onednn or not torch.backends.mkldnn.enabled:
         return "PyTorch has no oneDNN here"
-    if not weight.is_cpu or type(weight) is not nn.Parameter or weight.is_inference():
+    if weight.device.type != device_type or type(weight) is not nn.Parameter or weight.is_inference():
         return f"its weight is on {weight.device}, or of another class than nn.Parameter"
     return _obstacle_of_convolution(module) if isinstance(module, nn.Conv2d) else None
 

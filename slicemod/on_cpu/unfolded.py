@@ -42,6 +42,12 @@ class UnfoldedConv2d(PreparedConv2d):
             multiply(weight, window.unfolded(image), self.bias, into=item.flatten(1))
         return output
 
+    def scratch_bytes(self, items: int, pixels: int, results: int) -> int:
+        """Bytes that an inference takes beyond its result: one unfolded image, if it is small."""
+        if is_small(self.weight, results):
+            return max(Window.of(self).unfolding_bytes(self.weight.shape[1], pixels, results))
+        return super().scratch_bytes(items, pixels, results)
+
 
 def multiply(weight: Tensor, patches: Tensor, bias: Tensor | None, into: Tensor) -> None:
     """Write the product `(O, h w)` of a weight `(O, K)` and patches `(K, h w)`."""

@@ -6,11 +6,14 @@ hundred times. Here the weights of some output channels at a time are widened, s
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slicemod.on_cpu.convolution import PreparedConv2d, Window
+from slicemod.on_cpu.plain_convolution import convolution_bytes
 from slicemod.on_cpu.prepared import Prepared
 from slicemod.on_cpu.unfolded import is_small, multiply
 from slicemod.rounding import ceil_div
@@ -28,15 +31,20 @@ class WidenedConv2d(PreparedConv2d):
 
     def compute(self, given: Tensor) -> Tensor:
         """`(B, O, h, w)` of `(B, C, H, W)`."""
-        window = Window.of(self)
-        rows, columns = window.output(given)
-        output = given.new_empty(len(given), len(self.weight), rows, columns)
+        output = given.new_empty(len(given), len(self.weight), *Window.of(self).output(given))
         for item, image in zip(output, torch.split(given, 1), strict=True):
-            wide = image.float()
-            patches = window.unfolded(wide) if is_small(self.weight, rows * columns) else None
-            for channels in _chunks(self.weight, _CONVOLUTION if patches is None else _SMALL_CONVOLUTION):
-                self._compute_channels(channels, wide, patches, item[channels])
+            self._compute_image(image.float(), item)  # which goes before the next one comes
         return output
+
+    def _compute_image(self, image: Tensor, output: Tensor) -> None:
+        """Write the output `(O, h, w)` for an image `(1, C, H, W)` in float32."""
+        patches = Window.of(self).unfolded(image) if is_small(self.weight, output[0].numel()) else None
+        for channels in self._parts(output[0].numel()):
+            self._compute_channels(channels, image, patches, output[channels])
+
+    def _parts(self, results: int) -> list[slice]:
+        """The output channels that are computed together for an output of so many pixels."""
+        return _chunks(self.weight, _SMALL_CONVOLUTION if is_small(self.weight, results) else _CONVOLUTION)
 
     def _compute_channels(self, channels: slice, image: Tensor, patches: Tensor | None, output: Tensor) -> None:
         """Write some channels `(o, h, w)` of the output for an image `(1, C, H, W)` in float32."""
@@ -47,6 +55,17 @@ class WidenedConv2d(PreparedConv2d):
             found = patches.new_empty(len(weight), patches.shape[1])
             multiply(weight.flatten(1), patches, bias, into=found)
             output.copy_(found.view_as(output))
+
+    def scratch_bytes(self, items: int, pixels: int, results: int) -> int:
+        """Bytes that an inference takes beyond its result: an image and a part of the weight in float32."""
+        del items  # they are computed one after the other
+        channels, some = self.weight.shape[1], int(self._parts(results)[0].stop)
+        image, weight, output = (1, channels, pixels), (some, *self.weight.shape[1:]), (1, some, results)
+        widened: int = 4 * (math.prod(weight) + some + some * results)
+        if is_small(self.weight, results):
+            unfolding, patches = Window.of(self).unfolding_bytes(channels, pixels, results)
+            return 4 * channels * pixels + max(unfolding, patches + widened)
+        return 4 * channels * pixels + widened + max(convolution_bytes(image, weight, output, torch.float32))
 
 
 class WidenedLinear(Prepared, nn.Linear):
@@ -72,10 +91,10 @@ class WidenedLinear(Prepared, nn.Linear):
         for rows, into in zip(torch.split(tokens, _ROWS), torch.split(output, _ROWS), strict=True):
             into.copy_(F.linear(rows.float(), weight, bias))
 
-    def scratch_bytes(self) -> int:
-        """Bytes that a call for any number of tokens takes beyond its result, at most."""
-        channels = int(_chunks(self.weight, _PRODUCT)[0].stop)
-        return 4 * (channels * self.in_features + _ROWS * (self.in_features + channels) + channels)
+    def scratch_bytes(self, tokens: int | None = None) -> int:
+        """Bytes that an inference of so many tokens, or of any number, takes beyond its result, at most."""
+        channels, rows = int(_chunks(self.weight, _PRODUCT)[0].stop), _ROWS if tokens is None else min(tokens, _ROWS)
+        return 4 * (channels * self.in_features + rows * (self.in_features + channels) + channels)
 
 
 def _widened(module: nn.Conv2d | nn.Linear, channels: slice) -> tuple[Tensor, Tensor | None]:

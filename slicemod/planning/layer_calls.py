@@ -24,6 +24,7 @@ from slicemod.call import AttentionShape, CallSpec, upcasts
 from slicemod.feed_forward.plan import FeedForwardShape
 from slicemod.feed_forward.sizes import sizes_of
 from slicemod.layers.streaming import StreamPlan, plan_stream
+from slicemod.on_cpu.widened import WidenedLinear
 from slicemod.planning.memory_timeline import MemoryRecorder
 
 
@@ -35,15 +36,19 @@ class LayerCall:
         call: of its attention, if that is computed as a whole.
         width: channels of the layer's output.
         in_parts: this is the place of a layer in parts. Otherwise it is that of one as a whole.
+        scratch: bytes that a projection itself takes. A layer with such projections is computed as a whole.
     """
 
     call: CallSpec
     width: int
     in_parts: bool
+    scratch: int = 0
 
     @property
     def parts(self) -> StreamPlan | None:
         """How the layer is computed in parts; None if it is computed as a whole."""
+        if self.scratch:
+            return None
         shape = self.call.shape
         return plan_stream(shape.heads, shape.queries, shape.keys, self.call.device.type)
 
@@ -71,6 +76,16 @@ class LayerCall:
             held += self.call.shape.queries * inner * shape.itemsize  # of all heads, before they are projected
         return held
 
+    def working(self, attention: int) -> int:
+        """Bytes of a layer that works at this place, if its attention takes so many."""
+        held = self.held + attention
+        if not self.scratch:
+            return held
+        shape = self.call.shape
+        # The values are projected beside queries and keys, the output beside that of the heads.
+        projected = max(shape.queries + 2 * shape.keys, 2 * shape.queries) * shape.batch * shape.heads * shape.head_dim
+        return max(held, projected * shape.itemsize + self.scratch)
+
 
 class LayerStandIn:
     """Stand-ins for the layers of diffusers that `swap_attention(feed_forward=True)` would swap, while `installed`.
@@ -94,7 +109,7 @@ class LayerStandIn:
                 forwards[module] = self._trained(module) if self._training else self._feed_forward(module)
             elif not self._training and _is_plain_layer(module):
                 forwards[module] = self._attention(module)
-        with _forwards(forwards):
+        with replaced_forwards(forwards):
             yield
 
     def _feed_forward(self, layer: Any) -> Callable[..., Tensor]:
@@ -127,10 +142,10 @@ class LayerStandIn:
             shape = AttentionShape(batch, layer.heads, queries, keys, layer.to_q.out_features // layer.heads, size)
             shape = replace(shape, upcast=upcasts(self._device_type, size))
             call = CallSpec.planned(shape, self._device_type, hidden_states.dtype)
-            width = layer.to_out[0].out_features
-            self._work(LayerCall(call, width, in_parts=False))
-            output = hidden_states.new_empty(batch, queries, width)
-            self._work(LayerCall(call, width, in_parts=True))
+            whole = LayerCall(call, layer.to_out[0].out_features, in_parts=False, scratch=_scratch(layer))
+            self._work(whole)
+            output = hidden_states.new_empty(batch, queries, whole.width)
+            self._work(replace(whole, in_parts=True))
             return output
 
         return forward
@@ -168,12 +183,12 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
         forward = layer.forward
         return lambda *given, **named: checkpoint(forward, *given, use_reentrant=False, **named)
 
-    with _forwards({layer: recomputed(layer) for layer in layers}):
+    with replaced_forwards({layer: recomputed(layer) for layer in layers}):
         yield
 
 
 @contextmanager
-def _forwards(forwards: dict[Any, Callable[..., Tensor]]) -> Iterator[None]:
+def replaced_forwards(forwards: dict[Any, Callable[..., Tensor]]) -> Iterator[None]:
     """These modules have these methods meanwhile."""
     for module, forward in forwards.items():
         module.forward = forward
@@ -182,6 +197,12 @@ def _forwards(forwards: dict[Any, Callable[..., Tensor]]) -> Iterator[None]:
     finally:
         for module in forwards:
             del module.forward
+
+
+def _scratch(layer: Any) -> int:
+    """Bytes that a projection of a layer takes itself, at most."""
+    projections = (layer.to_q, layer.to_k, layer.to_v, layer.to_out[0])
+    return max((part.scratch_bytes() for part in projections if isinstance(part, WidenedLinear)), default=0)
 
 
 def _is_plain_layer(module: Any) -> bool:

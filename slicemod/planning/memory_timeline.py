@@ -8,7 +8,7 @@ itself is left open: a timeline has places for it, and `Timeline.peak` fills in 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -109,6 +109,12 @@ class Timeline:
         }
         return replace(self, **sizes)
 
+    def with_temporaries(self, sizes: Mapping[int, int]) -> Timeline:
+        """The same with other bytes that some rows allocate and free."""
+        temporaries = self.temporaries.clone()
+        temporaries[list(sizes)] = torch.tensor(list(sizes.values()), dtype=temporaries.dtype)
+        return replace(self, temporaries=temporaries)
+
 
 class _Row(NamedTuple):
     allocated: int = 0
@@ -157,9 +163,10 @@ class MemoryRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyT
         """Weights of `size` bytes are loaded now, or taken away if it is negative."""
         self._rows.append(_Row(loaded=size))
 
-    def hold_for_a_while(self, size: int) -> None:
-        """`size` bytes are allocated and freed now."""
+    def hold_for_a_while(self, size: int) -> int:
+        """`size` bytes are allocated and freed now. Returns the number of the row."""
         self._rows.append(_Row(temporary=size))
+        return len(self._rows) - 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -34,6 +34,8 @@ class PictureKind:
             In inference slicemod's way always has them.
         offload: "none", or "model" or "sequential", which are diffusers' `enable_model_cpu_offload` and
             `enable_sequential_cpu_offload`: one part is loaded at a time, or one layer.
+        prepared: in inference on a CPU, after `prepare_for_cpu` on the UNet or transformer. This machine's CPU decides
+            how that computes.
 
     Raises:
         UserError: values that are not known, or do not go together.
@@ -47,6 +49,7 @@ class PictureKind:
     checkpoint_blocks: bool = False
     offload: Offload = "none"
     feed_forward: bool = False
+    prepared: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", (None, *DTYPES)), ("device", DEVICES), ("offload", get_args(Offload))):
@@ -62,12 +65,30 @@ class PictureKind:
                 "feed_forward: expected together with train, since inference always has them; got it alone. Add train "
                 "or leave it."
             )
+        if self.prepared:
+            self._check_prepared()
         if not self.cached and not self.train:
             raise FieldError("cached: expected to be changed together with train; got it alone. Add train or leave it.")
         if self.offload != "none" and self.train:
             raise FieldError(
                 f"offload: expected none with train, since diffusers offloads in inference alone; got "
                 f"{self.offload!r}. Leave one of them."
+            )
+
+    def _check_prepared(self) -> None:
+        if self.device != "cpu":
+            raise FieldError(
+                f"prepared: expected together with device cpu, since prepare_for_cpu is for CPUs; got {self.device}. "
+                "Choose cpu or leave it."
+            )
+        if self.train:
+            raise FieldError(
+                "prepared: expected without train, since prepare_for_cpu is for inference; got both. Leave one of them."
+            )
+        if self.offload == "sequential":
+            raise FieldError(
+                "prepared: expected offload none or model, since prepare_for_cpu leaves layers alone whose weights "
+                "come and go; got sequential. Leave one of them."
             )
 
     @classmethod
@@ -90,7 +111,13 @@ class PictureKind:
         dtype: torch.dtype = getattr(torch, self.dtype or default)
         batch = (1 if self.train else source.guidance_batch) if self.batch is None else self.batch
         return StepKind(
-            dtype, batch, self.device, self.train, self.checkpoint_blocks, streams_weights=self.offload == "sequential"
+            dtype,
+            batch,
+            self.device,
+            self.train,
+            self.checkpoint_blocks,
+            streams_weights=self.offload == "sequential",
+            prepared=self.prepared,
         )
 
     @property

@@ -121,7 +121,7 @@ def parts_of(
             f"{field}: expected a UNet, whose layers swap_attention knows; got {model.denoiser.class_name}. Leave it."
         )
     step = kind.step(model.denoiser)
-    alone = step._replace(batch=1, training=False, checkpoint_blocks=False)
+    alone = step._replace(batch=1, training=False, checkpoint_blocks=False, prepared=False)
 
     def traced(name: str, source: StepSource, of: StepKind, *, swapped: bool = False) -> StepPlanner:
         own = slicing if source is model.denoiser else SliceConfig()

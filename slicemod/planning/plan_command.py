@@ -54,6 +54,7 @@ def _run(options: Namespace) -> int:
         checkpoint_blocks=options.checkpoint_blocks,
         offload=options.offload,
         feed_forward=options.feed_forward,
+        prepared=options.prepared,
     )
     if options.checkpoint_layers and not options.train:
         raise FieldError("checkpoint: expected together with train; got it alone. Add train or leave it.")
@@ -136,15 +137,18 @@ def _title(options: Namespace, step: StepKind, source: StepSource, what: str = "
     task = f"training{blocks}{cached}" if step.training else "inference"
     video = f", {source.frames} frames" if source.frames > 1 else ""
     offload = f", offload {options.offload}" if options.offload != "none" else ""
+    prepared = ", prepared" if step.prepared else ""
     return (
         f"{what}{options.model}, {task}, batch {step.batch}{video}, {dtype_name(step.dtype)}, on {step.device_type} "
-        f"(simulated){offload}; slicemod: policy {options.policy}, kernel {options.kernel}{layers}{feed_forward}"
+        f"(simulated){prepared}{offload}; slicemod: policy {options.policy}, kernel {options.kernel}{layers}"
+        f"{feed_forward}"
     )
 
 
 def _about(options: Namespace, step: StepKind, memory: int) -> dict[str, Any]:
     about = {"model": options.model, "part": options.part, "device": step.device_type, "dtype": dtype_name(step.dtype)}
     about |= {"batch": step.batch, "training": step.training, "offload": options.offload}
+    about |= {"prepared": step.prepared}
     return about | {"policy": options.policy, "kernel": options.kernel, "memory": memory}
 
 

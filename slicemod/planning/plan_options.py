@@ -92,6 +92,12 @@ def parser(name: str = "plan") -> ArgumentParser:
         action="store_true",
         help="train with slicemod's feed-forwards in slices; inference always has them",
     )
+    options.add_argument(
+        "--prepared",
+        action="store_true",
+        help="on a CPU, after slicemod's prepare_for_cpu on the UNet or transformer, as this machine's CPU would have "
+        "it",
+    )
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw the largest image against the memory")
     options.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return options

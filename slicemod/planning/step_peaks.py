@@ -279,7 +279,7 @@ class StepPlanner:
         if not isinstance(plan, SlicePlan):
             return None
         cost = planned_attention_cost(attention, plan)
-        return cost._replace(working=cost.working + (call.held if isinstance(call, LayerCall) else 0))
+        return cost._replace(working=call.working(cost.working)) if isinstance(call, LayerCall) else cost
 
     def _feed_forward_cost(self, call: FeedForwardShape, budget: int) -> AttentionCost | None:
         try:

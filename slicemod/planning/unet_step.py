@@ -16,6 +16,7 @@ from slicemod.planning.attention_stand_in import AttentionStandIn
 from slicemod.planning.cpu_temporaries import cpu_temporaries, no_temporaries
 from slicemod.planning.layer_calls import LayerCall, LayerStandIn, recomputed_layers
 from slicemod.planning.memory_timeline import MemoryRecorder, Timeline
+from slicemod.planning.prepared_calls import PreparedCall, PreparedStandIn, become_prepared
 from slicemod.planning.step_source import StepSource
 from slicemod.torch_internals import tree_leaves
 
@@ -34,6 +35,7 @@ class StepKind(NamedTuple):
         swapped: the layers of diffusers' UNets are swapped, and are left to their plans as attention is. In training
             only the feed-forwards are.
         recomputes_layers: in training, attention layers are computed once more in the backward pass.
+        prepared: in inference on a CPU, the model is what `prepare_for_cpu` makes of it.
     """
 
     dtype: torch.dtype
@@ -44,6 +46,7 @@ class StepKind(NamedTuple):
     streams_weights: bool = False
     swapped: bool = False
     recomputes_layers: bool = False
+    prepared: bool = False
 
 
 class TracedStep(NamedTuple):
@@ -54,12 +57,14 @@ class TracedStep(NamedTuple):
         calls: of attention and of swapped layers, in order.
         layers: how many of them are in the forward pass.
         inputs: bytes of the tensors that it is given, which the timeline leaves out.
+        prepared: calls of prepared modules, in order.
     """
 
     timeline: Timeline
     calls: tuple[Any, ...]
     layers: int
     inputs: int = 0
+    prepared: tuple[PreparedCall, ...] = ()
 
     def between(self, other: TracedStep, part: int, whole: int) -> TracedStep:
         """The step at `part / whole` of the way to the `other` one, which differs only in its resolution.
@@ -70,7 +75,10 @@ class TracedStep(NamedTuple):
 
         calls = (_between(a, b, part, whole) for a, b in zip(self.calls, other.calls, strict=True))
         inputs = self.inputs + (other.inputs - self.inputs) * part // whole
-        return TracedStep(self.timeline.between(other.timeline, part, whole), tuple(calls), self.layers, inputs)
+        prepared = tuple(a.between(b, part, whole) for a, b in zip(self.prepared, other.prepared, strict=True))
+        timeline = self.timeline.between(other.timeline, part, whole)
+        timeline = timeline.with_temporaries({call.row: call.scratch_bytes for call in prepared})
+        return TracedStep(timeline, tuple(calls), self.layers, inputs, prepared)
 
 
 def _between(a: Any, b: Any, part: int, whole: int) -> Any:
@@ -91,9 +99,11 @@ def trace_step(source: StepSource, kind: StepKind, pixels: int) -> TracedStep:
     A training step is not the first one: AdamW's state exists when it begins.
 
     Raises:
-        UserError: `source` describes no model.
+        UserError: `source` describes no model, or one of which nothing is `prepared`.
     """
     model = source.model(kind.dtype).train(kind.training)
+    if kind.prepared:
+        become_prepared(model)
     inputs = source.inputs(model, kind.dtype, kind.batch, pixels)
     given = [tensor for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)]
     if kind.training:
@@ -124,16 +134,18 @@ def trace_inference(
     """
     recorder = _recorder(kind.device_type)
     stand_in = AttentionStandIn(recorder, kind.device_type)
+    prepared = PreparedStandIn(recorder)
     tensors = _held_by(model)
     recorder.ignore([*tensors, *given])
     streamed = _stream_weights(model, recorder) if kind.streams_weights else 0
     layers = LayerStandIn(recorder, kind.device_type, stand_in.calls)
     swapped = layers.installed(model) if kind.swapped else nullcontext()
-    with torch.no_grad(), recorder, stand_in.installed(), swapped:
+    with torch.no_grad(), recorder, stand_in.installed(), prepared.installed(model), swapped:
         call()
     weights = sum(tensor.nbytes for tensor in tensors) - streamed
     inputs = sum(tensor.nbytes for tensor in given)
-    return TracedStep(recorder.timeline(weights, 0), tuple(stand_in.calls), len(stand_in.calls), inputs)
+    timeline, calls = recorder.timeline(weights, 0), tuple(stand_in.calls)
+    return TracedStep(timeline, calls, len(calls), inputs, tuple(prepared.calls))
 
 
 def _stream_weights(model: nn.Module, recorder: MemoryRecorder) -> int:

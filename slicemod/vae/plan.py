@@ -11,15 +11,12 @@ import torch
 
 from slicemod.half_precision import Products, cpu_products
 from slicemod.memory.sizes import exact_size_text
+from slicemod.on_cpu.plain_convolution import SMALL_IMAGE
 from slicemod.plan import NotEnoughMemoryError
 
 # Elements that a layer holds beside its input and output to run at full speed. For CPUs measured on two cores, where
 # larger strips were no faster; for other devices an estimate.
 _FULL_SPEED_ON_CPU, _FULL_SPEED = 6 * 2**20, 2**26
-
-# PyTorch convolves a single float32 image by a product with its unfolded patches if its first four dimensions, all but
-# the last one of a video, have at most this many elements (use_mkldnn in ATen/native/Convolution.cpp).
-SMALL_IMAGE = 20480
 
 # Bytes of a group norm's mean, variance, weight and bias for each channel in float32, and of those of its strips.
 _STATISTICS = 32

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from slicemod.bench.memory import peak_memory
+
 SHAPES = [  # channels in and out, kernel, stride, padding, dilation
     (37, 53, 3, 1, 1, 1),
     (37, 53, 3, 2, 1, 1),
@@ -16,6 +18,16 @@ SHAPES = [  # channels in and out, kernel, stride, padding, dilation
     (61, 3, 1, 1, 0, 1),
     (3, 61, (3, 1), (2, 1), (1, 0), (2, 1)),
     (131, 67, 5, 1, 2, 2),
+]
+SIZES = [  # channels in and out, pixels of a row, kernel, stride
+    (509, 521, 13, 3, 1),  # a small image
+    (509, 521, 13, 3, 2),
+    (257, 521, 13, 1, 1),
+    (131, 521, 15, 1, 2),
+    (257, 131, 31, 3, 1),
+    (61, 67, 13, 3, 1),
+    (131, 5, 31, 3, 1),  # fewer channels than a block has
+    (257, 131, 31, 1, 2),
 ]
 _NAMES = ("kernel_size", "stride", "padding", "dilation")
 
@@ -28,6 +40,13 @@ def shaped(shape: tuple[Any, ...], dtype: torch.dtype, *, bias: bool = True) -> 
     """A convolution of one of `SHAPES`."""
     channels, outputs, *sizes = shape
     return convolution(dtype, channels, outputs, bias=bias, **dict(zip(_NAMES, sizes, strict=True)))
+
+
+def sized(sizes: tuple[int, ...], items: int, dtype: torch.dtype) -> tuple[nn.Conv2d, Tensor]:
+    """A convolution of one of `SIZES`, and so many images."""
+    channels, outputs, edge, kernel, stride = sizes
+    conv = convolution(dtype, channels, outputs, kernel_size=kernel, stride=stride, padding=kernel // 2)
+    return conv, image(items, channels, edge, edge, dtype=dtype)
 
 
 def image(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -59,6 +78,14 @@ def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+
+
+def assert_takes_what_it_says(conv: Any, x: Tensor) -> None:
+    """A call of a prepared convolution takes no more than its `scratch_bytes`, which are hardly more."""
+    result = conv(x)
+    taken = peak_memory(lambda: conv(x)) - result.nbytes
+    said = conv.scratch_bytes(len(x), x[0, 0].numel(), result[0, 0].numel())
+    assert taken <= said <= 1.05 * taken, (taken, said)
 
 
 def assert_as_exact(found: Tensor, plain: Tensor, conv: nn.Conv2d, x: Tensor) -> None:

@@ -16,7 +16,16 @@ from slicemod.on_cpu import unfolded
 from slicemod.on_cpu.convolution import Window
 from slicemod.on_cpu.unfolded import UnfoldedConv2d, is_small
 from slicemod.torch_internals import has_onednn
-from tests.on_cpu.convolutions import SHAPES, assert_as_exact, convolution, image, shaped
+from tests.on_cpu.convolutions import (
+    SHAPES,
+    SIZES,
+    assert_as_exact,
+    assert_takes_what_it_says,
+    convolution,
+    image,
+    shaped,
+    sized,
+)
 
 pytestmark = pytest.mark.skipif(not has_onednn, reason="PyTorch has no oneDNN here")
 
@@ -88,6 +97,13 @@ def test_one_pixel_of_a_kernel_needs_no_copy_of_the_image() -> None:
     conv, x = convolution(torch.float32, 131, 257, kernel_size=1, padding=0), image(1, 131, 11, 7, dtype=torch.float32)
     prepared(conv)
     assert peak_memory(lambda: conv(x)) == 4 * 257 * 11 * 7
+
+
+@pytest.mark.parametrize("items", [1, 2])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_it_takes_what_it_says(sizes: tuple[int, ...], items: int) -> None:
+    conv, x = sized(sizes, items, torch.float32)
+    assert_takes_what_it_says(prepared(conv), x)
 
 
 def test_gradients_are_those_of_the_plain_convolution() -> None:

@@ -17,7 +17,16 @@ from slicemod.feed_forward.layer import SlicedFeedForward
 from slicemod.on_cpu import widened
 from slicemod.on_cpu.widened import WidenedConv2d, WidenedLinear
 from tests.feed_forward.test_plan import LAYERS
-from tests.on_cpu.convolutions import SHAPES, assert_as_exact, convolution, image, shaped
+from tests.on_cpu.convolutions import (
+    SHAPES,
+    SIZES,
+    assert_as_exact,
+    assert_takes_what_it_says,
+    convolution,
+    image,
+    shaped,
+    sized,
+)
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -106,6 +115,7 @@ def test_a_linear_layer_takes_no_more_than_it_says(channels: int, outputs: int, 
     assert 0 < taken <= layer.scratch_bytes()
     if tokens > 256:
         assert layer.scratch_bytes() < 1.1 * taken
+    assert taken <= layer.scratch_bytes(tokens) < 1.1 * taken
     assert layer.scratch_bytes() < 5 * 2**20
 
 
@@ -115,6 +125,13 @@ def test_a_convolution_holds_a_bounded_part_of_the_widened_weight() -> None:
     patches = 4 * 9 * 1021 * 5 * 7
     assert 4 * conv.weight.numel() > 2 * widened._SMALL_CONVOLUTION
     assert taken < widened._SMALL_CONVOLUTION + 1.2 * patches
+
+
+@pytest.mark.parametrize("items", [1, 2])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_convolution_takes_what_it_says(sizes: tuple[int, ...], items: int) -> None:
+    conv, x = sized(sizes, items, torch.bfloat16)
+    assert_takes_what_it_says(prepared(conv), x)
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())

@@ -96,6 +96,15 @@ def test_the_readmes_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
         assert path.read_bytes()[16:24] == picture.read_bytes()[16:24]  # the same width and height
 
 
+def test_of_a_prepared_whole_the_unet_alone_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [DIGITS, "--resolution", "32", "--memory", "64MiB", "--device", "cpu", "--dtype", "float32"]
+    plain, prepared = (_json(capsys, *asked, *more)["resolutions"][0]["parts"] for more in ([], ["--prepared"]))
+    changed = [part["name"] for part, other in zip(plain, prepared, strict=True) if part != other]
+    assert changed == ["UNet, a step"]
+    assert run(["plan", *asked, "--prepared"]) == 0
+    assert "float32, on cpu (simulated), prepared; slicemod:" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_whole_names_the_part_that_limits(capsys: pytest.CaptureFixture[str]) -> None:
     printed = _json(capsys, "sd15", "--resolution", "512", "2048")
     assert (printed["part"], printed["dtype"], printed["batch"], printed["memory"]) == ("whole", "float16", 2, 2**33)
@@ -142,6 +151,14 @@ def test_a_transformer_is_planned_as_its_pipeline_runs_it(capsys: pytest.Capture
         (["sd15", "--checkpoint-blocks"], "--checkpoint-blocks: expected together with train"),
         (["sd15", "--checkpoint-layers"], "--checkpoint-layers: expected together with train"),
         (["sd15", "--feed-forward"], "--feed-forward: expected together with train"),
+        (["sd15", "--prepared"], "--prepared: expected together with device cpu, .*; got cuda. Choose cpu or leave it"),
+        (["sd15", "--prepared", "--device", "mps"], "--prepared: expected together with device cpu, .*; got mps"),
+        (["sd15", "--prepared", "--device", "cpu", "--train"], "--prepared: expected without train"),
+        (["sd15", "--prepared", "--device", "cpu", "--offload", "sequential"], "--prepared: expected offload none or"),
+        (
+            ["flux-dev", "--prepared", "--device", "cpu", "--dtype", "float32", "--part", "transformer"],
+            "--prepared: expected a model with convolutions, .*; found neither in FluxTransformer2DModel. Leave it",
+        ),
         (["flux-dev", "--train", "--feed-forward"], "--feed-forward: expected a UNet"),
         (["flux-dev", "--train", "--checkpoint-layers"], "--checkpoint-layers: expected a UNet"),
         (["sd15", "--kernel", "native"], '--kernel: expected a call that it computes, .*on cuda. Take kernel="auto"'),
