@@ -27,6 +27,7 @@ from slicemod.on_cpu.prepare import prepare_for_cpu
 from slicemod.reference import reference_attention
 from slicemod.rounding import ceil_div
 from slicemod.swap import swap_attention
+from slicemod.torch_internals import has_onednn
 from slicemod.user_error import UserError
 
 Attend = Callable[..., Tensor]  # (B, H, N, D), (B, H, M, D) twice, SDPA's keywords -> (B, H, N, D)
@@ -184,7 +185,7 @@ class SlicemodWhole(Slicemod):
     def in_unet(self, unet: Any) -> nn.Module:
         """Feed-forwards in slices too, and all that `prepare_for_cpu` does on a CPU."""
         swap_attention(unet, self.slicing, feed_forward=True)
-        if all(weight.is_cpu for weight in unet.parameters()):
+        if has_onednn and all(weight.is_cpu for weight in unet.parameters()):
             prepare_for_cpu(unet)
         whole: nn.Module = unet
         return whole

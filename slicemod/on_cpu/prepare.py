@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from slicemod.call import dtype_name
 from slicemod.half_precision import cpu_products
 from slicemod.layers.plain_module import runs_alone
 from slicemod.on_cpu.packed import PackedConv2d
@@ -20,6 +19,10 @@ from slicemod.on_cpu.widened import WidenedConv2d, WidenedLinear
 from slicemod.torch_internals import has_onednn
 from slicemod.vae.half import StripwiseHalf
 
+# What is prepared, or named as skipped.
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+_KINDS = *_CONVOLUTIONS, nn.Linear
+
 
 @dataclass(frozen=True)
 class PreparedForCpu:
@@ -27,8 +30,8 @@ class PreparedForCpu:
 
     Attributes:
         ways: path of each module that was prepared, and how it computes now.
-        skipped: path and reason of each convolution and linear layer that stays as it is. A linear layer that PyTorch
-            computes at full speed is not among them.
+        skipped: path and reason of each convolution and linear layer that stays as it is, but for those that PyTorch
+            computes at full speed.
         modules: the prepared modules.
     """
 
@@ -61,12 +64,15 @@ def prepare_for_cpu(model: nn.Module) -> PreparedForCpu:
     - half precision that it does not multiply: convolutions and linear layers compute in float32, some channels at a
       time.
 
-    The weights take no more memory than before, and each call less than a plain convolution's, or 8 MiB for a linear
-    layer. Results differ by rounding.
+    The weights take no more memory than before. In float32, and in bfloat16 that the CPU multiplies, a call takes no
+    more than a plain one and a copy of an image. In half precision that it does not multiply, a convolution takes
+    copies in float32 of one image, unfolded if it is small, of its output, and of up to 16 MiB of the weight; a linear
+    layer takes 2 MiB and 1 KiB for each channel. Results differ by rounding.
 
     State dicts, copies and pickles hold plain modules. `model.to(...)` makes modules plain again, and so does loading a
-    state dict where weights are packed. Calls that need gradients and graphs of `torch.compile` compute as before;
-    where weights are packed they raise an error until `undo()`.
+    state dict where weights are packed. Calls that need gradients and graphs of `torch.compile` compute as before.
+    Where weights are packed, calls that need gradients and whole graphs (`fullgraph=True`) raise an error until
+    `undo()`.
 
     Args:
         model: a UNet, a transformer or another model whose weights are on the CPU. It is changed in place.
@@ -77,7 +83,8 @@ def prepare_for_cpu(model: nn.Module) -> PreparedForCpu:
 
     Raises:
         TypeError: the model is not a module.
-        ValueError: it has nothing that can be prepared.
+        ValueError: it has no convolutions and linear layers, or some that might be faster, of which none can be
+            prepared.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}. Pass the UNet itself.")
@@ -87,11 +94,11 @@ def prepare_for_cpu(model: nn.Module) -> PreparedForCpu:
             f"{type(model).__name__} after swap_vae. Pass the UNet, or restore_attention(model) first."
         )
     chosen, skipped = choose_ways(model)
-    if not chosen:
+    if not chosen and (skipped or not any(isinstance(module, _KINDS) for module in model.modules())):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise ValueError(
-            f"model: expected convolutions, or linear layers in half precision that this CPU does not multiply; "
-            f"{reasons or 'found none'} in {type(model).__name__}. Pass a UNet whose weights are on the CPU."
+            f"model: expected convolutions or linear layers that can be prepared; {reasons or 'found none'} in "
+            f"{type(model).__name__}. Pass a UNet whose weights are on the CPU."
         )
     prepared = []
     try:
@@ -121,11 +128,10 @@ def choose_ways(model: nn.Module, device_type: str = "cpu") -> tuple[list[Chosen
         model: is not changed.
         device_type: where its weights are: "meta" to plan it.
     """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     uses = Counter(id(given) for module in model.modules() for given in module.parameters(recurse=False))
     chosen, skipped = [], []
-    for name, module in found:
-        becomes = _chosen(module, device_type, shared=uses[id(module.weight)] > 1)
+    for name, module in model.named_modules():
+        becomes = _chosen(module, device_type, uses) if isinstance(module, _KINDS) else None
         if isinstance(becomes, str):
             skipped.append((name, becomes))
         elif becomes is not None:
@@ -139,34 +145,34 @@ def _make_plain(modules: Iterable[nn.Module]) -> None:
             module.make_plain()
 
 
-def _chosen(module: nn.Conv2d | nn.Linear, device_type: str, *, shared: bool) -> type[Prepared] | str | None:
+def _chosen(module: Any, device_type: str, uses: Counter[int]) -> type[Prepared] | str | None:
     """The class that a module is to become, or the reason why none; None if it is fastest as it is."""
-    weight = module.weight
-    is_half = weight.dtype in (torch.bfloat16, torch.float16)
-    multiplied = not is_half or cpu_products(weight.dtype) is not None
-    if isinstance(module, nn.Linear) and multiplied:
+    weight, is_linear = getattr(module, "weight", None), isinstance(module, nn.Linear)
+    if not isinstance(weight, Tensor):
+        return "it has no weight"  # as where a library keeps it compressed
+    becomes: type[Prepared]
+    if weight.dtype in (torch.bfloat16, torch.float16) and cpu_products(weight.dtype) is None:
+        becomes = WidenedLinear if is_linear else WidenedConv2d
+    elif is_linear or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
-    obstacle = _obstacle(module, device_type, shared)
-    if obstacle is not None:
-        return obstacle
-    if isinstance(module, nn.Linear):
-        return WidenedLinear
-    if not multiplied:
-        return WidenedConv2d
-    if weight.dtype == torch.float32:
-        return UnfoldedConv2d
-    return PackedConv2d if weight.dtype == torch.bfloat16 else f"it computes in {dtype_name(weight.dtype)}"
+    else:
+        becomes = UnfoldedConv2d if weight.dtype == torch.float32 else PackedConv2d
+    return _obstacle(module, device_type, shared=uses[id(weight)] > 1) or becomes
 
 
-def _obstacle(module: nn.Conv2d | nn.Linear, device_type: str, shared: bool) -> str | None:
+def _obstacle(module: Any, device_type: str, *, shared: bool) -> str | None:
     """Why a module cannot be prepared; None if it can."""
     weight = module.weight
     if isinstance(module, Prepared):
         return "it is prepared"
     if shared:
         return "another module has the same weight"
-    if type(module) not in (nn.Conv2d, nn.Linear) or "forward" in vars(module) or not runs_alone(module):
+    if not isinstance(module, (nn.Conv2d, nn.Linear)):
+        return "it is another convolution than nn.Conv2d"
+    if type(module) not in (nn.Conv2d, nn.Linear) or not runs_alone(module):
         return "it is more than a convolution or a linear layer"
+    if not weight.numel():
+        return "its weight is empty"
     if not has_onednn or not torch.backends.mkldnn.enabled:
         return "PyTorch has no oneDNN here"
     if weight.device.type != device_type or type(weight) is not nn.Parameter or weight.is_inference():

@@ -11,6 +11,7 @@ from slicemod.bench import peers as peers_module
 from slicemod.bench.peers import SDPA, Peer, all_peers, find_peers
 from slicemod.bench.work import Exact, Work
 from slicemod.feed_forward.layer import SlicedFeedForward
+from slicemod.on_cpu import prepare
 from slicemod.on_cpu.prepared import Prepared
 from slicemod.user_error import UserError
 from tests.bench.tiny import CALL, every_work
@@ -63,6 +64,18 @@ def test_the_whole_of_a_unet_is_prepared_for_the_cpu(tmp_path: Path) -> None:
     assert module is not None
     assert any(isinstance(part, Prepared) for part in module.modules())
     assert any(isinstance(part, SlicedFeedForward) for part in module.modules())
+
+
+def test_without_onednn_the_whole_of_a_unet_has_plain_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (peers_module, prepare):
+        monkeypatch.setattr(module, "has_onednn", False)
+    work = every_work(tmp_path)[2]
+    (whole,) = find_peers(["slicemod-whole"], "1MiB")[1:]
+    unet = work.computed_by(whole, work.build())
+    assert unet is not None
+    assert not any(isinstance(part, Prepared) for part in unet.modules())
 
 
 def test_all_the_kernels_and_policies_of_ours_are_there() -> None:

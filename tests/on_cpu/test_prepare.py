@@ -132,6 +132,10 @@ def test_what_cannot_be_prepared_is_named_with_the_reason() -> None:
     view.weight = nn.Parameter(image(53, 37, 3, 5, dtype=torch.float32)[..., :3])
     hooked = convolution(torch.float32)
     hooked.register_forward_hook(lambda *_: None)
+    empty = convolution(torch.float32)
+    empty.weight = nn.Parameter(empty.weight[:0])
+    compressed = nn.Linear(5, 3)
+    del compressed.weight  # as libraries do that keep numbers of few bits
     model = nn.ModuleDict(
         {
             "plain": convolution(torch.float32),
@@ -144,6 +148,9 @@ def test_what_cannot_be_prepared_is_named_with_the_reason() -> None:
             "same": convolution(torch.float32, padding="same"),
             "view": view,
             "last": convolution(torch.float32).to(memory_format=torch.channels_last),
+            "empty": empty,
+            "compressed": compressed,
+            "rows": nn.Conv1d(5, 3, 1),
             "float64": convolution(torch.float64),
             "linear": nn.Linear(5, 3),
         }
@@ -160,14 +167,23 @@ def test_what_cannot_be_prepared_is_named_with_the_reason() -> None:
         "same": "its border is not a number of zeros",
         "view": "its weight is in channels_last, or a view of another tensor",
         "last": "its weight is in channels_last, or a view of another tensor",
-        "float64": "it computes in float64",
+        "empty": "its weight is empty",
+        "compressed": "it has no weight",
+        "rows": "it is another convolution than nn.Conv2d",
     }
     with pytest.raises(ValueError, match="plain: it is prepared"):
         prepare_for_cpu(nn.ModuleDict({"plain": model["plain"]}))
-    with pytest.raises(ValueError, match=r"found none in Linear\. Pass a UNet"):
-        prepare_for_cpu(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match=r"found none in GELU\. Pass a UNet"):
+        prepare_for_cpu(nn.GELU())
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module; got str"):
         prepare_for_cpu("unet")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 3), convolution(torch.float64)], ids=["linear", "float64"])
+def test_a_model_that_is_fastest_as_it_is_is_no_error(model: nn.Module) -> None:
+    with prepare_for_cpu(model) as report:
+        assert (report.ways, report.skipped) == ((), ())
+        assert str(report) == "prepared 0 modules for this CPU"
 
 
 def test_a_weight_that_another_module_has_stays_plain() -> None:
@@ -188,6 +204,17 @@ def test_undoing_finds_modules_that_were_moved_and_is_not_stopped_by_others(dtyp
         report.undo()
     assert type(first) is type(removed) is type(model[1]) is nn.Conv2d
     assert_same_bits(bits(nn.Sequential(first, removed, model[1])), before)
+
+
+def test_what_is_added_afterwards_is_prepared_by_another_call(dtype: torch.dtype) -> None:
+    model = nn.Sequential(convolution(dtype))
+    first = prepare_for_cpu(model)
+    model.append(convolution(dtype, 53))
+    with prepare_for_cpu(model) as second:
+        assert [name for name, _ in second.ways] == ["1"]
+        assert second.skipped == (("0", "it is prepared"),)
+    assert [isinstance(part, Prepared) for part in model] == [True, False]
+    first.undo()
 
 
 def test_if_preparing_fails_nothing_stays_prepared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,27 @@ def test_a_small_image_takes_less_memory_than_half_a_copy_of_the_weight() -> Non
     assert 0 < ours <= conv.weight.nbytes / 2
 
 
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "more"),
+    [
+        (61, 67, 5, {}),  # which PyTorch unfolds too
+        (127, 131, 11, {"stride": 2}),
+        (127, 257, 13, {"kernel_size": 1, "padding": 0, "stride": 2}),
+        (3, 509, 80, {"kernel_size": 8, "padding": 0, "stride": 8}),
+    ],
+)
+def test_no_call_takes_more_than_a_plain_one_and_a_copy_of_an_image(
+    channels: int, outputs: int, size: int, more: dict[str, int]
+) -> None:
+    conv, x = convolution(torch.float32, channels, outputs, **more), image(2, channels, size, size, dtype=torch.float32)
+    for images in (x, x[:1], x.to(memory_format=torch.channels_last)):
+        conv(images)
+        plain = peak_memory(lambda: conv(images))  # noqa: B023 - called at once
+        with prepare_for_cpu(nn.Sequential(conv)):
+            ours = peak_memory(lambda: conv(images))  # noqa: B023
+        assert ours <= plain + 4 * channels * size**2
+
+
 def test_one_pixel_of_a_kernel_needs_no_copy_of_the_image() -> None:
     conv, x = convolution(torch.float32, 131, 257, kernel_size=1, padding=0), image(1, 131, 11, 7, dtype=torch.float32)
     prepared(conv)

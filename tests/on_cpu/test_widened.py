@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slicemod.bench.memory import peak_memory
 from slicemod.feed_forward.layer import SlicedFeedForward
 from slicemod.on_cpu import widened
+from slicemod.on_cpu.unfolded import is_small
 from slicemod.on_cpu.widened import WidenedConv2d, WidenedLinear
 from tests.feed_forward.test_plan import LAYERS
 from tests.on_cpu.convolutions import (
@@ -132,6 +133,17 @@ def test_a_convolution_holds_a_bounded_part_of_the_widened_weight() -> None:
 def test_a_convolution_takes_what_it_says(sizes: tuple[int, ...], items: int) -> None:
     conv, x = sized(sizes, items, torch.bfloat16)
     assert_takes_what_it_says(prepared(conv), x)
+
+
+@pytest.mark.parametrize(("channels", "outputs", "kernel"), [(509, 1021, 3), (1021, 509, 1), (1531, 31, 3)])
+def test_a_convolution_takes_what_its_image_and_output_and_16_mib_do(channels: int, outputs: int, kernel: int) -> None:
+    conv = prepared(convolution(channels=channels, outputs=outputs, kernel_size=kernel, padding=kernel // 2))
+    for size in (7, 31):
+        x = image(2, channels, size, size)
+        taken = peak_memory(lambda: conv(x)) - 2 * 2 * outputs * size**2  # noqa: B023 - called at once
+        wide = 4 * (channels + 2 * outputs) * size**2  # whose blocks are whole
+        unfolded = kernel**2 if is_small(conv.weight, size**2) else 1
+        assert taken <= 2**24 + wide + 4 * unfolded * channels * size**2 + 2**20
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
