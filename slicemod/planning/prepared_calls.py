@@ -50,14 +50,14 @@ def become_prepared(model: nn.Module) -> None:
     """Have the modules of a model on the device "meta" become what `prepare_for_cpu` makes of them.
 
     Raises:
-        FieldError: it would make nothing of any.
+        FieldError: some might be faster, and it can prepare none of them.
     """
     chosen, skipped = choose_ways(model, "meta")
-    if not chosen:
-        reasons = ", ".join(sorted({reason for _, reason in skipped})) or "found neither"
+    if skipped and not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:5])
         raise FieldError(
-            "prepared: expected a model with convolutions, or with linear layers in half precision that this CPU does "
-            f"not multiply; {reasons} in {type(model).__name__}. Leave it."
+            f"prepared: expected a model that prepare_for_cpu can prepare; {reasons} in {type(model).__name__}. Leave "
+            "it."
         )
     for chose in chosen:
         chose.module.__class__ = chose.becomes

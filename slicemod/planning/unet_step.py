@@ -99,7 +99,7 @@ def trace_step(source: StepSource, kind: StepKind, pixels: int) -> TracedStep:
     A training step is not the first one: AdamW's state exists when it begins.
 
     Raises:
-        UserError: `source` describes no model, or one of which nothing is `prepared`.
+        UserError: `source` describes no model, or one of which nothing can be `prepared`.
     """
     model = source.model(kind.dtype).train(kind.training)
     if kind.prepared:

@@ -138,6 +138,15 @@ def test_the_predicted_peak_of_a_transformer_is_the_measured_one(class_name: str
     assert plan.total >= plain.total  # what is widened is not counted in a plain plan
 
 
+def test_a_model_that_is_fastest_as_it_is_has_the_plan_of_a_plain_one() -> None:
+    source = TransformerSource("FluxTransformer2DModel", SMALL_TRANSFORMERS["FluxTransformer2DModel"])
+    plain, prepared = (
+        StepPlanner(source, StepKind(torch.float32, 1, "cpu", prepared=prepared), 2**40, SliceConfig()).plan(256).peaks
+        for prepared in (False, True)
+    )
+    assert prepared == plain
+
+
 @pytest.mark.parametrize("keys", [None, 77])
 @pytest.mark.parametrize("budget", [2**20, 2**24])
 def test_a_layer_of_widened_projections_takes_what_its_call_says(keys: int | None, budget: int) -> None:
