@@ -57,7 +57,7 @@ def test_calls_that_only_train_are_not_measured_in_inference(tmp_path: Path) -> 
     modes: dict[str, set[str]] = {}
     for row in results.measurements:
         modes.setdefault(row.series, set()).add(row.setting.mode)
-    assert len(modes) == 9
+    assert len(modes) == 10
     assert {series for series, found in modes.items() if found == {"training"}} == {
         "mask with a gradient, 8x64", "dropout of a tenth, 8x64"
     }  # fmt: skip
