@@ -86,6 +86,7 @@ def test_the_predicted_peak_of_a_unet_is_the_measured_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], indirect=True, ids=str)
 def test_the_predicted_peak_of_sd15_is_the_measured_one(dtype: torch.dtype) -> None:
     source, kind, budget = find_unet("sd15"), StepKind(dtype, 1, "cpu", prepared=True), 2**29
     unet = meta_unet(source, dtype).to_empty(device="cpu").eval()
