@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from slicemod.feed_forward.plan import FeedForwardShape
-from slicemod.on_cpu.widened import WidenedLinear
+from slicemod.on_cpu.widened import WidenedLinear, largest_scratch
 
 # By the name of the activation's class: how many tensors as wide as its result exist at once in inference, and while
 # gradients are computed. Measured by `peak_memory`; tests/feed_forward/test_plan.py compares.
@@ -75,8 +75,7 @@ def sizes_of(net: Any) -> FeedForwardSizes:
     if not is_product(first):
         held, in_training = max(held, 3 * wide), max(in_training, 4 * wide)
     weight = max(first.in_features * first.out_features, last.in_features * last.out_features)
-    products = (part for projection in (first, last) for part in projection.modules())
-    scratch = max((part.scratch_bytes() for part in products if isinstance(part, WidenedLinear)), default=0)
+    scratch = largest_scratch(first, last)
     return FeedForwardSizes(first.in_features, last.in_features, last.out_features, held, in_training, weight, scratch)
 
 

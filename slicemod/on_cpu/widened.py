@@ -97,6 +97,12 @@ class WidenedLinear(Prepared, nn.Linear):
         return 4 * (channels * self.in_features + rows * (self.in_features + channels) + channels)
 
 
+def largest_scratch(*projections: nn.Module) -> int:
+    """The most bytes that a product of some projections takes itself; LoRA may have wrapped their linear layers."""
+    parts = (part for projection in projections for part in projection.modules())
+    return max((part.scratch_bytes() for part in parts if isinstance(part, WidenedLinear)), default=0)
+
+
 def _widened(module: nn.Conv2d | nn.Linear, channels: slice) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of some output channels in float32."""
     bias = module.bias

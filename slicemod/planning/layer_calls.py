@@ -24,7 +24,7 @@ from slicemod.call import AttentionShape, CallSpec, upcasts
 from slicemod.feed_forward.plan import FeedForwardShape
 from slicemod.feed_forward.sizes import sizes_of
 from slicemod.layers.streaming import StreamPlan, plan_stream
-from slicemod.on_cpu.widened import WidenedLinear
+from slicemod.on_cpu.widened import largest_scratch
 from slicemod.planning.memory_timeline import MemoryRecorder
 
 
@@ -201,8 +201,7 @@ def replaced_forwards(forwards: dict[Any, Callable[..., Tensor]]) -> Iterator[No
 
 def _scratch(layer: Any) -> int:
     """Bytes that a projection of a layer takes itself, at most."""
-    projections = (layer.to_q, layer.to_k, layer.to_v, layer.to_out[0])
-    return max((part.scratch_bytes() for part in projections if isinstance(part, WidenedLinear)), default=0)
+    return largest_scratch(layer.to_q, layer.to_k, layer.to_v, layer.to_out[0])
 
 
 def _is_plain_layer(module: Any) -> bool:
