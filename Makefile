@@ -5,26 +5,33 @@ VERSION ?= 2.9.1# of PyTorch, for test-torch: the oldest that slicemod takes
 
 .NOTPARALLEL:  # a benchmark beside another measures both
 
-.PHONY: demo test test-torch check gpu-check gpu-table format docs benchmarks benchmarks-gpu figures hosts-table clean
+.PHONY: demo test test-slow test-torch check gpu-check gpu-table format docs benchmarks benchmarks-gpu figures hosts-table clean
 
 # The main job: trains, swaps, fine-tunes and samples; leaves pictures, checkpoints and a table under runs/.
 demo: $(VENV)/installed
 	$(BIN)/python train_scripts/demo.py
 
-# All tests, a file at a time, which shares what it has set up; those marked slow as well where CI is set.
-test: export OMP_WAIT_POLICY = PASSIVE  # two test processes on two cores: waiting threads sleep, not spin
+# Two test processes on two cores: waiting threads sleep, not spin.
+test test-slow test-torch gpu-check: export OMP_WAIT_POLICY = PASSIVE
+# `make test-slow UNTIL=...`, in seconds since 1970: tests that have not begun by then are left out and counted.
+PYTEST = python -m pytest -n 2 $(if $(UNTIL),--until $(UNTIL))
+
+# The fast tests, a file at a time, which shares what it has set up.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(CI),--run-slow)
+	$(BIN)/$(PYTEST) --dist loadfile
+
+# The tests marked slow, and the property tests with more examples.
+test-slow: $(VENV)/installed
+	$(BIN)/$(PYTEST) --dist loadfile --run-slow -m "slow or hypothesis"
 
 # The core tests at another version of PyTorch, in an environment of its own:
 #     make test-torch VERSION=2.11.0 PYTHON=python3.12
 TORCH_VENV = build/torch-$(VERSION)-$(notdir $(PYTHON))
 NOT_CORE := $(foreach part,training bench planning,tests/$(part) slicemod/$(part)) \
 	$(foreach part,cli commands_in_documents docs_site packaging,tests/test_$(part).py)
-test-torch: export OMP_WAIT_POLICY = PASSIVE
 test-torch: $(TORCH_VENV)/installed
 	$(TORCH_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "on Python", sys.version)'
-	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(NOT_CORE))
+	$(TORCH_VENV)/bin/$(PYTEST) --dist loadfile $(addprefix --ignore=,$(NOT_CORE))
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -33,11 +40,10 @@ check: $(VENV)/installed
 
 # What can be known of the Triton kernels without a GPU: they are interpreted on the CPU and compared with attention in
 # float64, and compiled for cards that are not here.
-gpu-check: export OMP_WAIT_POLICY = PASSIVE
 gpu-check: export TRITON_CACHE_DIR = $(CURDIR)/build/triton
 gpu-check: $(VENV)/installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels/triton/test_interpreted.py
-	$(BIN)/python -m pytest -q -n 2 --gpu-check tests/kernels/triton/test_compiled.py
+	TRITON_INTERPRET=1 $(BIN)/$(PYTEST) -q tests/kernels/triton/test_interpreted.py
+	$(BIN)/$(PYTEST) -q --gpu-check tests/kernels/triton/test_compiled.py
 
 # The table of what the Triton kernels compile to, into docs/hardware.md.
 gpu-table: export TRITON_CACHE_DIR = $(CURDIR)/build/triton

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 import types
 
 import hypothesis
@@ -18,10 +20,14 @@ hypothesis.settings.register_profile("fast", deadline=None, derandomize=True, ma
 hypothesis.settings.register_profile("slow", deadline=None, derandomize=True, max_examples=200)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 
+TOO_LATE = "not begun at the time of --until"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--run-slow` runs the tests marked slow as well, `--gpu-check` those marked gpu_check."""
+    """`--run-slow` runs tests marked slow, `--gpu-check` those marked gpu_check; `--until` leaves out the latest."""
     parser.addoption("--run-slow", action="store_true", help="run the tests that take longer than a minute")
+    until = "leave out, and count, the tests that have not begun at that time: seconds since 1970, as of `date +%%s`"
+    parser.addoption("--until", type=float, default=math.inf, metavar="SECONDS", help=until)
     parser.addoption("--gpu-check", action="store_true", help="compile the Triton kernels for all cards")
 
 
@@ -48,6 +54,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(cuda)
         if item.get_closest_marker("gpu_check") and not config.getoption("--gpu-check"):
             item.add_marker(gpu_check)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what has not begun at the time of `--until`."""
+    if time.time() > item.config.getoption("--until"):
+        pytest.skip(TOO_LATE)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests `--until` left out: a run that is cut short passes, but must not look whole."""
+    late = [report for report in terminalreporter.getreports("skipped") if TOO_LATE in str(report.longrepr)]
+    if late:
+        terminalreporter.write_sep("=", f"WARNING: {len(late)} tests left out: {TOO_LATE}", red=True, bold=True)
 
 
 @pytest.fixture(autouse=True)

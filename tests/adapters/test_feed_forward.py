@@ -19,6 +19,7 @@ from slicemod.feed_forward.plan import FeedForwardPlan
 from slicemod.swap import restore_attention, swap_attention
 from tests.adapters.test_lora import add_lora
 from tests.oracle import assert_same, with_random_weights
+from tests.processors import MULTIPLIES_BFLOAT16
 
 SMALL: dict[str, Any] = {"budget": "400KiB"}
 MAKES: dict[str, Any] = {
@@ -198,6 +199,7 @@ def test_the_peak_of_a_unet_is_no_longer_that_of_its_feed_forwards() -> None:
 
 
 @pytest.mark.slow
+@MULTIPLIES_BFLOAT16
 @torch.no_grad()
 def test_stable_diffusion_at_1024_pixels_peaks_at_175_mib() -> None:
     """It was 260 MiB with any attention. The plans are those of "auto"."""

@@ -110,8 +110,7 @@ slow = pytest.mark.slow
         pytest.param(TINY, 256, False, False, LAYERS, id="layers"),
         pytest.param(TINY, 256, False, True, LAYERS, id="both"),
         pytest.param(TINY, 256, True, True, LAYERS, id="both and blocks", marks=slow),
-        pytest.param(find_unet("sd15-top"), 256, False, True, {}, id="two levels of SD1.5, feed-forwards", marks=slow),
-        pytest.param(find_unet("sd15-top"), 256, False, True, LAYERS, id="two levels of SD1.5, both", marks=slow),
+        pytest.param(find_unet("sd15-top"), 256, False, True, LAYERS, id="two levels of SD1.5", marks=slow),
     ],
 )
 def test_the_predicted_peak_of_training_a_swapped_unet_is_the_measured_one(
@@ -153,7 +152,7 @@ def test_the_predicted_peak_of_sd15s_autoencoder_is_the_measured_one() -> None:
     model = source.model(torch.float32).to_empty(device="cpu")
     for tensor in model.parameters():
         torch.nn.init.normal_(tensor, std=0.02)
-    for pixels in (256, 512):
+    for pixels in (192, 384):
         predicted, measured = _predicted(source, FLOAT32, pixels), _measured(source, model, FLOAT32, pixels)
         print(f"{pixels}: predicted {predicted:,}, measured {measured:,}")
         assert predicted == pytest.approx(measured, rel=0.02)

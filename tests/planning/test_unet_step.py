@@ -14,11 +14,11 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from slicemod import SliceConfig, swap_attention
 from slicemod.bench.memory import peak_memory
-from slicemod.half_precision import cpu_products
 from slicemod.planning.step_peaks import WAYS, StepPlanner, Way
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.planning.unets import NAMED_UNETS, UnetSource, find_unet, meta_inputs, meta_unet
 from tests.planning.test_cpu_temporaries import tile_scratch
+from tests.processors import MULTIPLIES_BFLOAT16
 
 SMALL = UnetSource(
     {
@@ -120,10 +120,10 @@ def test_kept_weights_are_counted_of_all_layers_at_once(dtype: torch.dtype) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=MULTIPLIES_BFLOAT16)], ids=str
+)
 def test_the_predicted_peak_of_sd15_is_the_measured_one(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and cpu_products(dtype) is None:
-        pytest.skip("oneDNN multiplies no bfloat16 on this processor, on which the step takes a quarter of an hour")
     source, kind = find_unet("sd15"), StepKind(dtype, 1, "cpu")
     unet = meta_unet(source, dtype).to_empty(device="cpu").eval()
     for tensor in unet.parameters():

@@ -82,12 +82,11 @@ def test_swapped_attention_gives_the_same_losses() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look
-@pytest.mark.parametrize("attention", [pytest.param(None, id="own"), pytest.param(SLICED, id="swapped")])
-def test_compiled_training_gives_the_same_losses(attention: SliceConfig | None) -> None:
+def test_compiled_training_gives_the_same_losses() -> None:
     torch.compiler.reset()
-    compiled = small_model(attention=attention, compile=True, levels=1)
+    compiled = small_model(attention=SLICED, compile=True, levels=1)
     assert list(compiled.state_dict()) == list(small_model(levels=1).state_dict())
-    assert losses(compiled) == pytest.approx(losses(small_model(attention=attention, levels=1)), rel=1e-5)
+    assert losses(compiled) == pytest.approx(losses(small_model(attention=SLICED, levels=1)), rel=1e-5)
 
 
 def test_swapped_unet_loads_the_base_checkpoint_with_no_key_changed(base_checkpoint: Path) -> None:

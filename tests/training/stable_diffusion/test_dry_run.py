@@ -90,7 +90,7 @@ def test_the_predicted_peak_is_that_of_a_step(
         write_images(tmp_path / "images"),
         model={"block_checkpointing": blocks},
         attention={"checkpoint": checkpoint},
-        data={"resolution": 128, "max_ratio": 1.0, "val_count": 3},
+        data={"resolution": 96, "max_ratio": 1.0, "val_count": 3},
         trainer={
             "max_steps": 1,
             "precision": precision,
