@@ -120,9 +120,7 @@ def test_kept_weights_are_counted_of_all_layers_at_once(dtype: torch.dtype) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=MULTIPLIES_BFLOAT16)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=MULTIPLIES_BFLOAT16)], ids=str)
 def test_the_predicted_peak_of_sd15_is_the_measured_one(dtype: torch.dtype) -> None:
     source, kind = find_unet("sd15"), StepKind(dtype, 1, "cpu")
     unet = meta_unet(source, dtype).to_empty(device="cpu").eval()
