@@ -1,6 +1,7 @@
 """`free_memory`: the one place that reads a device's free memory, and decides how long a reading is used."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,12 +14,13 @@ from slicemod.memory.cpu_memory import free_cpu_memory, has_limited_addresses
 _CPU = torch.device("cpu")
 _NEVER = 0, -math.inf
 
-# How long a reading is used at most, in seconds. An attention call takes about as long, and a plan has to hold during
-# it anyway.
+# How long a reading is used at most where memory can be used up at once, in seconds. An attention call takes about as
+# long, and a plan has to hold during it anyway.
 _RECENT = 0.01
-# Memory is in use once something is written to it. No machine writes this fast: the memory of a large server takes
-# about 0.5 TB/s.
-_CPU_BYTES_PER_SECOND = 2**40
+# Elsewhere a CPU's memory is in use once something is written to it. No core writes this fast, and no machine: the
+# memory of a large server takes about 0.5 TB/s. A reading takes 0.1 ms after other work, and on macOS some
+# milliseconds, so a new one for each call would cost more than small calls take.
+_CPU_BYTES_PER_SECOND = min(2**36 * (os.cpu_count() or 2**4), 2**40)
 _SMALL_SHARE = 1 / 16  # of an accelerator's free memory, see `left_of_accelerator_memory`; a choice, not measured
 
 
@@ -69,11 +71,11 @@ def left_of_cpu_memory(free: int, age: float) -> float:
     """Bytes of a CPU's memory that are still free, `age` seconds after `free` bytes were.
 
     It subtracts what could have been written in this time. An address space is used up by allocations alone, so nothing
-    is certain if it is limited.
+    is certain if it is limited. What Windows still commits is used up by allocations too, so there this does not last.
     """
-    if age > _RECENT or has_limited_addresses():
+    if has_limited_addresses() or (sys.platform == "win32" and age > _RECENT):
         return 0
-    return free - _CPU_BYTES_PER_SECOND * age
+    return max(0, free - _CPU_BYTES_PER_SECOND * age)
 
 
 def left_of_accelerator_memory(free: int, age: float) -> float:
