@@ -105,6 +105,8 @@ class PackedConv2d(PreparedConv2d):
 
     def _is_packed(self) -> bool:
         """The weight is the packed one: packing has not failed, and nobody has put another in its place."""
+        if torch.compiler.is_compiling():  # PyTorch 2.9 traces it with a plain tensor
+            return getattr(self, "_strides", None) is not None
         weight = self._parameters.get("weight")
         return weight is not None and weight.is_mkldnn
 

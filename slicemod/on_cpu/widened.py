@@ -99,8 +99,9 @@ class WidenedLinear(Prepared, nn.Linear):
 
 def largest_scratch(*projections: nn.Module) -> int:
     """The most bytes that a product of some projections takes itself; LoRA may have wrapped their linear layers."""
-    parts = (part for projection in projections for part in projection.modules())
-    return max((part.scratch_bytes() for part in parts if isinstance(part, WidenedLinear)), default=0)
+    parts = [part for projection in projections for part in projection.modules()]
+    sizes = [part.scratch_bytes() for part in parts if isinstance(part, WidenedLinear)]
+    return max(sizes) if sizes else 0  # the compiler of PyTorch 2.9 traces no `max` with a default
 
 
 def _widened(module: nn.Conv2d | nn.Linear, channels: slice) -> tuple[Tensor, Tensor | None]:

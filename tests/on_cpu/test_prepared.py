@@ -206,6 +206,7 @@ def test_a_kernel_that_others_changed_is_computed_with(way: str) -> None:
             both.assert_same()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:FutureWarning")  # of PyTorch 2.14
 def test_transforms_and_traces_see_the_plain_operators(way: str) -> None:
     both = pair(way)
     plain, x = both.plain(both.x), both.x
@@ -213,8 +214,7 @@ def test_transforms_and_traces_see_the_plain_operators(way: str) -> None:
     torch.testing.assert_close(torch.vmap(lambda item: both.prepared(item[None])[0])(x), plain, **close)
     weights = {name: 2 * given for name, given in both.plain.named_parameters()}
     torch.testing.assert_close(torch.func.functional_call(both.prepared, weights, x), 2 * plain, **close)
-    with pytest.warns(FutureWarning, match="is deprecated"):
-        traced = torch.jit.trace(both.prepared, x, check_trace=False)  # type: ignore[no-untyped-call]
+    traced = torch.jit.trace(both.prepared, x, check_trace=False)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(traced(x), plain, **close)
     if way != "packed":
         exported = torch.export.export(both.prepared, (x,)).module()(x)
