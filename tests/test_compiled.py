@@ -66,10 +66,10 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     ("name", "backend"),
     [
         ("auto", "inductor"),
-        ("exact", "inductor"),
+        pytest.param("exact", "inductor", marks=pytest.mark.slow),
         ("fused", "aot_eager"),
-        ("rows", "aot_eager"),
-        ("kept weights", "aot_eager"),
+        pytest.param("rows", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("kept weights", "aot_eager", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_layer_trains_and_infers_as_an_eager_one(name: str, backend: str) -> None:

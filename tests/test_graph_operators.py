@@ -39,7 +39,9 @@ def test_a_graph_that_is_compiled_for_any_size_computes_each_of_them(kernel: str
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(name, marks=pytest.mark.slow if name in ("math", "fused") else ()) for name in KERNELS]
+)
 def test_a_graph_that_is_compiled_for_any_size_has_gradients(kernel: str) -> None:
     layer = MemoryAwareCrossAttention(33, heads=3, dim_head=11, slicing={"budget": "64MiB", "kernel": kernel})
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -129,7 +129,7 @@ def test_a_plan_follows_the_thread_count(sizes: dict[str, Any], threads: None) -
 
 
 @pytest.mark.parametrize("kernel", ["auto", "native", "fused", "math"])
-@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("sizes", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "large"])
 def test_what_is_known_of_a_call_does_not_keep_its_tensors_alive(sizes: dict[str, Any], kernel: str) -> None:
     if kernel == "native" and native_library() is None:
         pytest.skip(f"no native kernel: {native_obstacle()}")

@@ -143,6 +143,7 @@ CASES: dict[str, Case] = {
     "diffusers UNet without text": Case(unconditional, lambda model: model(latents(), 3).sample, 4),
     "diffusers VAE": Case(autoencoder, lambda model: model.decode(latents()).sample, 2),
 }
+FURTHER = "diffusers UNet of SDXL", "diffusers UNet without text"
 
 
 class NoAttention(nn.Module):
@@ -157,7 +158,10 @@ def measured(case: Case, model: Any) -> int:
     return peak_memory(lambda: case.call(model))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=pytest.mark.slow if name in FURTHER else ()) for name, case in CASES.items()],
+)
 @torch.no_grad()
 def test_the_peak_is_that_of_the_host_without_attention(
     case: Case, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest

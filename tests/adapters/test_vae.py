@@ -278,7 +278,7 @@ def test_a_compiled_vae_with_other_layers_gives_the_same() -> None:
     torch.testing.assert_close(compiled(latents), decoded(vae, latents), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("hooked", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "hooked"])
 @torch.no_grad()
 def test_a_compiled_vae_without_room_raises_the_same_error(hooked: bool) -> None:
     """With a hook, which the operator would miss, the layers are traced one by one."""
@@ -313,7 +313,9 @@ def test_a_compiled_vae_takes_what_is_planned(call: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "before", "after"), [(decoded, 7.2, 4.2), (encoded, 4.8, 3.2)], ids=["decoder", "encoder"]
+    ("call", "before", "after"),
+    [(decoded, 7.2, 4.2), pytest.param(encoded, 4.8, 3.2, marks=pytest.mark.slow)],
+    ids=["decoder", "encoder"],
 )
 @torch.no_grad()
 def test_the_peak_in_activations_of_full_size(call: Any, before: float, after: float) -> None:

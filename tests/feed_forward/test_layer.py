@@ -119,7 +119,7 @@ def test_no_tokens_give_no_output() -> None:
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
 def test_a_compiled_layer_is_one_graph_and_computes_the_same(make: Any, training: bool) -> None:
     whole, x = make(), torch.randn(2, 211, 61)
     layer = SlicedFeedForward(whole.net, {"budget": "2MiB"})

@@ -54,7 +54,14 @@ def as_exact_as_sdpas(layer: MemoryAwareCrossAttention, x: Tensor, context: Tens
     assert error(ours, exact) <= 2 * error(theirs, exact) + 4 * rounding
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64)),
+    ],
+)
 @pytest.mark.parametrize("keys", [None, 2053])
 def test_parts_are_as_exact_as_the_layer_on_sdpa(keys: int | None, dtype: torch.dtype) -> None:
     context = None if keys is None else torch.randn(2, keys, 11).to(dtype)

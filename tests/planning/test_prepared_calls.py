@@ -72,8 +72,8 @@ def assert_is_the_measured(plan: int, found: int, dtype: torch.dtype) -> None:
     [
         pytest.param(unet_of(64, 256), 2, 64, True, id="small images"),
         pytest.param(unet_of(64, 128), 1, 512, True, id="4096 tokens"),
-        pytest.param(unet_of(64, 128), 1, 512, False, id="4096 tokens, attention alone"),
-        pytest.param(unet_of(320, 640, use_linear_projection=True), 1, 128, True, id="wide"),
+        pytest.param(unet_of(64, 128), 1, 512, False, id="4096 tokens, attention alone", marks=pytest.mark.slow),
+        pytest.param(unet_of(320, 640, use_linear_projection=True), 1, 128, True, id="wide", marks=pytest.mark.slow),
     ],
 )
 def test_the_predicted_peak_of_a_unet_is_the_measured_one(

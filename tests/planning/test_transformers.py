@@ -111,7 +111,15 @@ def _step(model: Any, inputs: dict[str, Any], kind: StepKind, target: Tensor) ->
     return train if kind.training else infer
 
 
-@pytest.mark.parametrize("class_name", SMALL)
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.slow if name in ("FluxTransformer2DModel", "WanTransformer3DModel") else ()
+        )
+        for name in SMALL
+    ],
+)
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "training"])
 def test_the_predicted_peak_is_the_measured_one(class_name: str, training: bool) -> None:
     budget, pixels = 2 * 2**20, 256 if training else 384

@@ -109,7 +109,7 @@ def test_padding_at_the_end_of_a_text_is_left_out(dtype: torch.dtype, visible: i
 
 
 @pytest.mark.parametrize("name", BLOCK_MASKS)
-@pytest.mark.parametrize("as_numbers", [False, True])
+@pytest.mark.parametrize("as_numbers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_blocks_that_a_mask_hides_are_left_out_and_nothing_else(
     dtype: torch.dtype, name: str, as_numbers: bool
 ) -> None:

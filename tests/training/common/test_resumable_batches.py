@@ -134,9 +134,14 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ("begin", "more", "steps"),
     [
         (["--trainer.max_steps", "1"], ["--data.batch_size", "2"], 1 + 2 + 2),
-        (["--trainer.max_steps", "1", "--data.batch_size", "3"], [], 1 + 1 + 4),
+        pytest.param(["--trainer.max_steps", "1", "--data.batch_size", "3"], [], 1 + 1 + 4, marks=pytest.mark.slow),
         (["--trainer.max_steps", "3"], ["--trainer.accumulate_grad_batches", "3"], 3 + 1 + 2),
-        (["--trainer.max_steps", "2", "--data.batch_size", "2"], ["--data.batch_size", "3"], 2 + 0 + 2),
+        pytest.param(
+            ["--trainer.max_steps", "2", "--data.batch_size", "2"],
+            ["--data.batch_size", "3"],
+            2 + 0 + 2,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["larger", "smaller", "accumulated", "at the end of an epoch"],
 )
@@ -175,7 +180,9 @@ def weights_after(config: str, folder: str, *options: str) -> dict[str, torch.Te
     "options",
     [
         ["--trainer.accumulate_grad_batches", "7"],  # the epoch ends after four
-        ["--trainer.accumulate_grad_batches", "2", "--data.batch_size", "3"],  # three images and one
+        pytest.param(  # three images and one
+            ["--trainer.accumulate_grad_batches", "2", "--data.batch_size", "3"], marks=pytest.mark.slow
+        ),
     ],
     ids=["partial", "uneven"],
 )

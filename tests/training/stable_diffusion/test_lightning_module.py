@@ -169,7 +169,7 @@ class MeanColours(torch.nn.Module):
         return images.float().flatten(2).mean(-1)
 
 
-@pytest.mark.parametrize("metric", ["kid", "fid"])
+@pytest.mark.parametrize("metric", ["kid", pytest.param("fid", marks=pytest.mark.slow)])
 def test_samples_are_compared_by_the_feature_extractor_that_is_given(metric: str, here: Path) -> None:
     quality = {
         "class_path": "slicemod.training.sample_quality.SampleQuality",

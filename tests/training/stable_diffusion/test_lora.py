@@ -70,7 +70,9 @@ def test_captions_are_embedded_as_diffusers_pipelines_embed_them(kind: str, tmp_
         torch.testing.assert_close(ours.pooled, theirs[2])
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sd15_lora.yaml", "sd15"), ("sdxl_lora.yaml", "sdxl")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sd15_lora.yaml", "sd15"), pytest.param("sdxl_lora.yaml", "sdxl", marks=pytest.mark.slow)]
+)
 def test_a_config_trains_adapters_and_diffusers_loads_them(name: str, kind: str, here: Path) -> None:
     source = whole_model(here / kind, kind)
     model = {"frozen_dtype": "float32", "lora": {"rank": 3, "alpha": 6.0, "targets": ["to_q", "to_v"]}}

@@ -257,6 +257,7 @@ def spoil(path: Path, spoilt: Path) -> None:
     torch.save(content, spoilt)
 
 
+@pytest.mark.slow
 def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_taken(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,7 +274,7 @@ def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_
     [
         "fit --config {config} --ckpt_path",
         "sample --prompt cat --out cat.png --checkpoint",
-        "export --out all --checkpoint",
+        pytest.param("export --out all --checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_that_holds_no_numbers_is_refused(
