@@ -29,9 +29,12 @@ test-slow: $(VENV)/installed
 TORCH_VENV = build/torch-$(VERSION)-$(notdir $(PYTHON))
 NOT_CORE := $(foreach part,training bench planning,tests/$(part) slicemod/$(part)) \
 	$(foreach part,cli commands_in_documents docs_site packaging,tests/test_$(part).py)
+# Of the slow tests those in which versions differ most.
+COMPILED := $(addprefix tests/,test_compiled.py test_graph_operators.py feed_forward/test_layer.py)
 test-torch: $(TORCH_VENV)/installed
 	$(TORCH_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "on Python", sys.version)'
 	$(TORCH_VENV)/bin/$(PYTEST) --dist loadfile $(addprefix --ignore=,$(NOT_CORE))
+	$(TORCH_VENV)/bin/$(PYTEST) --dist loadfile --run-slow -m slow $(COMPILED)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

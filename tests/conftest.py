@@ -25,7 +25,7 @@ TOO_LATE = "not begun at the time of --until"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--run-slow` runs tests marked slow, `--gpu-check` those marked gpu_check; `--until` leaves out the latest."""
-    parser.addoption("--run-slow", action="store_true", help="run the tests that take longer than a minute")
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
     until = "leave out, and count, the tests that have not begun at that time: seconds since 1970, as of `date +%%s`"
     parser.addoption("--until", type=float, default=math.inf, metavar="SECONDS", help=until)
     parser.addoption("--gpu-check", action="store_true", help="compile the Triton kernels for all cards")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,5 +19,5 @@ def test_what_has_not_begun_in_time_is_left_out_and_counted() -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout
-    assert "WARNING: 4 tests left out" in ran.stdout
+    assert re.search(r"WARNING: \d+ tests left out", ran.stdout)
     assert "passed" not in ran.stdout

@@ -18,9 +18,10 @@ _NEVER = 0, -math.inf
 # long, and a plan has to hold during it anyway.
 _RECENT = 0.01
 # Elsewhere a CPU's memory is in use once something is written to it. No core writes this fast, and no machine: the
-# memory of a large server takes about 0.5 TB/s. A reading takes 0.1 ms after other work, and on macOS some
-# milliseconds, so a new one for each call would cost more than small calls take.
+# memory of a large server takes about 0.5 TB/s. After other work a reading takes 0.1 ms, which is much for small calls,
+# and little once in this time: limits may change without a write.
 _CPU_BYTES_PER_SECOND = min(2**36 * (os.cpu_count() or 2**4), 2**40)
+_CPU_SECONDS = 0.1
 _SMALL_SHARE = 1 / 16  # of an accelerator's free memory, see `left_of_accelerator_memory`; a choice, not measured
 
 
@@ -73,7 +74,7 @@ def left_of_cpu_memory(free: int, age: float) -> float:
     It subtracts what could have been written in this time. An address space is used up by allocations alone, so nothing
     is certain if it is limited. What Windows still commits is used up by allocations too, so there this does not last.
     """
-    if has_limited_addresses() or (sys.platform == "win32" and age > _RECENT):
+    if age > (_RECENT if sys.platform == "win32" else _CPU_SECONDS) or has_limited_addresses():
         return 0
     return max(0, free - _CPU_BYTES_PER_SECOND * age)
 

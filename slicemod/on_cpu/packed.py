@@ -86,9 +86,9 @@ class PackedConv2d(PreparedConv2d):
     @torch.inference_mode(False)  # otherwise the parameter could not be trained afterwards
     def make_plain(self) -> None:
         """Become a plain convolution again, with the very same parameter."""
-        state = vars(self)
+        state, is_packed = vars(self), self._is_packed()
         weight, strides = state.pop("_plain", None), state.pop("_strides", None)
-        if self._is_packed():
+        if is_packed:
             packed = self.weight
             numbers = torch.empty_strided(packed.shape, strides, dtype=packed.dtype, device="cpu")
             weight.data = numbers.copy_(self._numbers())
@@ -105,7 +105,7 @@ class PackedConv2d(PreparedConv2d):
 
     def _is_packed(self) -> bool:
         """The weight is the packed one: packing has not failed, and nobody has put another in its place."""
-        if torch.compiler.is_compiling():  # PyTorch 2.9 traces it with a plain tensor
+        if torch.compiler.is_compiling():  # that of PyTorch 2.9 does not see what is packed
             return getattr(self, "_strides", None) is not None
         weight = self._parameters.get("weight")
         return weight is not None and weight.is_mkldnn

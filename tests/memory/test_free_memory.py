@@ -79,6 +79,11 @@ def test_of_a_cpus_memory_goes_what_its_cores_could_have_written() -> None:
     assert left_of_cpu_memory(4 * GIB, 5 * GIB / rate) == 0
 
 
+def test_no_answer_of_a_cpu_lasts_longer_than_a_tenth_of_a_second() -> None:
+    assert left_of_cpu_memory(2**50, 0.09) > 2**49
+    assert left_of_cpu_memory(2**50, 0.11) == 0
+
+
 def test_what_windows_commits_is_not_relied_upon_for_longer_than_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     assert left_of_cpu_memory(2**50, 0.009) > 2**49

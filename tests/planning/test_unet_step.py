@@ -109,8 +109,7 @@ def test_the_predicted_peak_is_the_measured_one(source: UnetSource, kind: StepKi
         assert predicted == pytest.approx(measured, rel=0.02, abs=scratch), way
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_kept_weights_are_counted_of_all_layers_at_once(dtype: torch.dtype) -> None:
     unet, kind = UNet2DConditionModel(**SMALL.config), StepKind(dtype, 1, "cpu", training=True)
     torch.nn.Module.to(unet, dtype).train()

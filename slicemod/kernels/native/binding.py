@@ -352,9 +352,5 @@ def _planned_call(shape: AttentionShape, threads: int) -> _Call:
     return call
 
 
-_BYTE = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-
 def _bytes(size: int) -> Tensor:
-    # Not `torch.empty`: the output has just been allocated by this function, whose code is in the cache now.
-    return _BYTE.new_empty_strided((size,), (1,))
+    return torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default device is

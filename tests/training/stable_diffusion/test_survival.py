@@ -257,7 +257,6 @@ def spoil(path: Path, spoilt: Path) -> None:
     torch.save(content, spoilt)
 
 
-@pytest.mark.slow
 def test_a_last_checkpoint_that_holds_no_numbers_is_named_and_the_one_before_is_taken(
     config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
