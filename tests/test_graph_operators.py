@@ -13,6 +13,7 @@ from slicemod import MemoryAwareCrossAttention, NotEnoughMemoryError, sliced_att
 from slicemod.kernels.native.build import native_library
 from slicemod.reference import reference_attention
 from tests.oracle import layer_inputs
+from tests.slow_cases import slow_if
 
 KERNELS = ["auto", "math", "fused", *(["native"] if native_library() is not None else [])]
 
@@ -39,9 +40,7 @@ def test_a_graph_that_is_compiled_for_any_size_computes_each_of_them(kernel: str
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kernel", [pytest.param(name, marks=pytest.mark.slow if name in ("math", "fused") else ()) for name in KERNELS]
-)
+@pytest.mark.parametrize("kernel", slow_if({"math", "fused"}.__contains__, KERNELS))
 def test_a_graph_that_is_compiled_for_any_size_has_gradients(kernel: str) -> None:
     layer = MemoryAwareCrossAttention(33, heads=3, dim_head=11, slicing={"budget": "64MiB", "kernel": kernel})
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slicemod.bench.memory import peak_memory
 from slicemod.swap import restore_attention, swap_attention
+from tests.slow_cases import slow_if
 
 MIB = 2**20
 pytestmark = pytest.mark.usefixtures("omegaconf")
@@ -143,7 +144,7 @@ CASES: dict[str, Case] = {
     "diffusers UNet without text": Case(unconditional, lambda model: model(latents(), 3).sample, 4),
     "diffusers VAE": Case(autoencoder, lambda model: model.decode(latents()).sample, 2),
 }
-FURTHER = "diffusers UNet of SDXL", "diffusers UNet without text"
+FURTHER = {"diffusers UNet of SDXL", "diffusers UNet without text"}
 
 
 class NoAttention(nn.Module):
@@ -158,14 +159,12 @@ def measured(case: Case, model: Any) -> int:
     return peak_memory(lambda: case.call(model))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=name, marks=pytest.mark.slow if name in FURTHER else ()) for name, case in CASES.items()],
-)
+@pytest.mark.parametrize("name", slow_if(FURTHER.__contains__, CASES))
 @torch.no_grad()
 def test_the_peak_is_that_of_the_host_without_attention(
-    case: Case, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    name: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
+    case = CASES[name]
     model = case.make()
     plain = {AttnProcessor: False, AttnAddedKVProcessor: True}
     for layer in model.modules():  # diffusers' plain attention; LDM's own is

@@ -20,6 +20,7 @@ from slicemod.bench.memory import peak_memory
 from slicemod.layers.heads import merge_heads, split_heads
 from slicemod.layers.streaming import LEAST_TOKENS, plan_stream, projections_of
 from tests.oracle import error
+from tests.slow_cases import slow_if
 
 TOKENS = 4099  # a prime, from which layers are computed in parts
 
@@ -44,7 +45,7 @@ def by_sdpa(layer: MemoryAwareCrossAttention, x: Tensor, context: Tensor | None 
     return projected
 
 
-def as_exact_as_sdpas(layer: MemoryAwareCrossAttention, x: Tensor, context: Tensor | None = None) -> None:
+def assert_as_exact_as_sdpas(layer: MemoryAwareCrossAttention, x: Tensor, context: Tensor | None = None) -> None:
     exact_layer = copy.deepcopy(layer).double()
     with torch.no_grad():
         exact = by_sdpa(exact_layer, x.double(), None if context is None else context.double())
@@ -56,16 +57,12 @@ def as_exact_as_sdpas(layer: MemoryAwareCrossAttention, x: Tensor, context: Tens
 
 @pytest.mark.parametrize(
     "dtype",
-    [
-        torch.float32,
-        torch.bfloat16,
-        *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64)),
-    ],
+    slow_if({torch.float16, torch.float64}.__contains__, [torch.float32, torch.bfloat16, torch.float16, torch.float64]),
 )
 @pytest.mark.parametrize("keys", [None, 2053])
 def test_parts_are_as_exact_as_the_layer_on_sdpa(keys: int | None, dtype: torch.dtype) -> None:
     context = None if keys is None else torch.randn(2, keys, 11).to(dtype)
-    as_exact_as_sdpas(layer(None if keys is None else 11, dtype), torch.randn(2, TOKENS, 13).to(dtype), context)
+    assert_as_exact_as_sdpas(layer(None if keys is None else 11, dtype), torch.randn(2, TOKENS, 13).to(dtype), context)
 
 
 @given(

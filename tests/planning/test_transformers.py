@@ -21,6 +21,7 @@ from slicemod.planning.step_peaks import StepPlanner
 from slicemod.planning.transformers import NAMED_TRANSFORMERS, TRANSFORMERS, TransformerSource
 from slicemod.planning.unet_step import StepKind, trace_step
 from slicemod.user_error import UserError
+from tests.slow_cases import slow_if
 
 # Small models of the real classes. Widths are so large that scratch of some KiB does not matter.
 SMALL: dict[str, dict[str, Any]] = {
@@ -111,15 +112,7 @@ def _step(model: Any, inputs: dict[str, Any], kind: StepKind, target: Tensor) ->
     return train if kind.training else infer
 
 
-@pytest.mark.parametrize(
-    "class_name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.slow if name in ("FluxTransformer2DModel", "WanTransformer3DModel") else ()
-        )
-        for name in SMALL
-    ],
-)
+@pytest.mark.parametrize("class_name", slow_if({"FluxTransformer2DModel", "WanTransformer3DModel"}.__contains__, SMALL))
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "training"])
 def test_the_predicted_peak_is_the_measured_one(class_name: str, training: bool) -> None:
     budget, pixels = 2 * 2**20, 256 if training else 384

@@ -26,6 +26,7 @@ from tests.kernels.native.planning import plan_of
 from tests.measured_peak import measured_peak
 from tests.oracle import Inputs, assert_as_exact_as_sdpa, error, layer_inputs, layer_like, results
 from tests.pairwise import pairwise
+from tests.slow_cases import slow_if
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason=f"no native kernel: {native_obstacle()}")
 
@@ -70,10 +71,7 @@ def is_like_float32(dtype: torch.dtype, mode: int) -> bool:
 
 
 @pytest.fixture(
-    params=[
-        pytest.param(dtype_and_mode, marks=pytest.mark.slow if is_like_float32(*dtype_and_mode) else ())
-        for dtype_and_mode in modes_here()
-    ],
+    params=slow_if(lambda dtype_and_mode: is_like_float32(*dtype_and_mode), modes_here()),
     ids=lambda dtype_and_mode: "{}-{}".format(*dtype_and_mode),
 )
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
